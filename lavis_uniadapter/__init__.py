@@ -1,0 +1,37 @@
+"""UniAdapter for BLIP, as a plugin of salesforce LAVIS.
+
+Importing this package registers its models, processors, tasks, dataset builders and runner with
+LAVIS, whose own functions then find them by name.
+"""
+
+import lavis.models  # noqa: F401  (fills LAVIS's registry before it is added to)
+from lavis.datasets.builders import DatasetZoo, dataset_zoo
+from lavis.models import ModelZoo, load_model, load_model_and_preprocess, model_zoo
+
+from lavis_uniadapter import datasets, models, processors, runner, tasks
+from lavis_uniadapter.adapters import AdapterConfig
+from lavis_uniadapter.checkpoint import load_released_checkpoint
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.models import BlipUniAdapterRetrieval
+
+__version__ = "0.1.0"
+
+# LAVIS lists its models and data sets once, when imported; list them again with ours.
+model_zoo.model_zoo = ModelZoo().model_zoo
+dataset_zoo.dataset_zoo = DatasetZoo().dataset_zoo
+
+__all__ = [
+    "AdapterConfig",
+    "BlipUniAdapterRetrieval",
+    "CheckpointError",
+    "ConfigError",
+    "datasets",
+    "load_model",
+    "load_model_and_preprocess",
+    "load_released_checkpoint",
+    "model_zoo",
+    "models",
+    "processors",
+    "runner",
+    "tasks",
+]

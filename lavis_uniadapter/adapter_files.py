@@ -1,0 +1,152 @@
+"""Adapter folders: ``adapter.safetensors`` and ``adapter_config.json``. Nothing is pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lavis_uniadapter.adapters import AdapterConfig
+from lavis_uniadapter.checkpoint import describe_mismatch
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+
+TENSORS = "adapter.safetensors"
+CONFIG = "adapter_config.json"
+FORMAT_VERSION = 1
+# Fields of AdapterConfig that matter in training alone; all others decide what is computed.
+TRAINING_FIELDS = ("init", "dropout")
+
+
+def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
+    """Write the model's active adapter set; the folder appears whole or not at all."""
+    active = model.adapters.active_set
+    if active is None:
+        raise ConfigError(
+            f"There is no active adapter to save: the model's tuning is '{model.tuning}'."
+        )
+    tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        safetensors.torch.save_file(tensors, new / TENSORS)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "arch": type(model).__name__,
+            "method": model.tuning,
+            "adapter": model.adapter_config.to_dict(),
+            "base": {"name": model.base_name, "fingerprint": model.base_fingerprint},
+            "keys": len(tensors),
+            "blake2b": _hash_file(new / TENSORS),
+            "metrics": dict(metrics),
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("torch", "salesforce-lavis")
+            },
+        }
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        written = _read_tensors(new, config)
+        if not all(torch.equal(written[key], value) for key, value in tensors.items()):
+            raise CheckpointError(f"'{folder}': what was written does not read back the same.")
+        new.chmod(0o755)
+        _replace_folder(new, folder)
+    finally:
+        if new.exists():
+            shutil.rmtree(new)
+
+
+def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) -> None:
+    """Read a folder into the model's set ``name``, after checking everything about it."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config["method"] != model.tuning:
+        raise CheckpointError(
+            f"'{folder}' was tuned by '{config['method']}' and this model is built for "
+            f"'{model.tuning}'. Set model.tuning: {config['method']}."
+        )
+    theirs = AdapterConfig.from_mapping(config["adapter"]).to_dict()
+    ours = model.adapter_config.to_dict()
+    different = [k for k in ours if ours[k] != theirs[k] and k not in TRAINING_FIELDS]
+    if different:
+        changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
+        raise CheckpointError(
+            f"'{folder}' has another adapter configuration than the model: {changes}. "
+            "Set model.adapter to the folder's values."
+        )
+    tensors = _read_tensors(folder, config)
+    base = config["base"]
+    if base["fingerprint"] != model.base_fingerprint and not force:
+        raise CheckpointError(
+            f"'{folder}' was trained on another base checkpoint: '{base['name']}' "
+            f"({base['fingerprint'][:8]}), and the model holds '{model.base_name}' "
+            f"({model.base_fingerprint[:8]}). Load that base, or pass force=True to try all the "
+            "same."
+        )
+    new = name not in model.adapters.names()
+    target = (
+        model._build_set(model.tuning, model.adapter_config) if new else model.adapters.get(name)
+    )
+    problems = describe_mismatch(target.state_dict(), tensors)
+    if problems:
+        raise CheckpointError(f"'{folder}' does not fit this model: {problems}.")
+    target.load_state_dict(tensors)
+    if new:
+        target.requires_grad_(False)
+        target.train(model.training)
+        model.adapters.add(name, target)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{folder}' is not an adapter folder: it has no {name}. Give a folder that "
+                "save_adapter wrote."
+            )
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        for key in ("method", "adapter", "base", "keys", "blake2b"):
+            config[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{folder}' has format {config.get('format_version')!r}, and this version reads "
+            f"format {FORMAT_VERSION}."
+        )
+    return config
+
+
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    path = folder / TENSORS
+    if _hash_file(path) != config["blake2b"]:
+        raise CheckpointError(
+            f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
+        )
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a safetensors file: {error}.") from error
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    os.rename(new, folder)
+    shutil.rmtree(old)

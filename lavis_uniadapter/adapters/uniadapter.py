@@ -1,0 +1,118 @@
+"""UniAdapter: one bottleneck per layer, shared by vision, text and their fusion.
+
+Equations of arXiv 2302.06605, section 3.2 and 3.3, with ``x`` of shape (batch, tokens, width):
+
+    h       = dropout(relu(W_down LN_in(x) + b_down))       shared, width -> bottleneck
+    visual  = s (W_v h + b_v)
+    textual = s (W_t h + b_t)
+    cross   = s LN_c(W_c h + b_c + W_t h + b_t)             reuses the textual up-projection
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_uniadapter.adapters.config import AdapterConfig
+
+
+class UniAdapter(nn.Module):
+    """The adapter of one layer (or of one pair of layers, visual and textual, of equal width).
+
+    Args:
+        width: width of the hidden states.
+        config: bottleneck, scale, dropout and initialisation.
+        visual, textual, cross_modal: which branches this layer has.
+    """
+
+    def __init__(
+        self, width: int, config: AdapterConfig, *, visual: bool, textual: bool, cross_modal: bool
+    ):
+        super().__init__()
+        self.scale = config.scale
+        self.norm_in = nn.LayerNorm(width)
+        self.down = nn.Linear(width, config.bottleneck)
+        self.dropout = nn.Dropout(config.dropout)
+        self.up_visual = nn.Linear(config.bottleneck, width) if visual else None
+        self.up_textual = nn.Linear(config.bottleneck, width) if textual else None
+        self.up_cross_modal = nn.Linear(config.bottleneck, width) if cross_modal else None
+        self.norm_cross_modal = nn.LayerNorm(width) if cross_modal else None
+        self._init_weights(config.init)
+
+    def _init_weights(self, init: str) -> None:
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.down.bias)
+        if self.up_textual is not None:
+            _zero(self.up_textual)
+        if init == "released":
+            return
+        if self.up_visual is not None:
+            _zero(self.up_visual)
+        if self.norm_cross_modal is not None:
+            # The branch starts at zero through the affine of its norm. Were it W_c that is zero,
+            # the norm would see an all-zero input, where its gradient is 1/sqrt(eps).
+            _zero(self.norm_cross_modal)
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
+        return self.dropout(F.relu(self.down(self.norm_in(x))))
+
+    def visual(self, x: Tensor) -> Tensor | None:
+        """Branch beside a ViT block's FFN; (batch, tokens, width), or None if it has none."""
+        if self.up_visual is None:
+            return None
+        return self.scale * self.up_visual(self._bottleneck(x))
+
+    def textual(self, x: Tensor) -> Tensor | None:
+        """Branch beside a BERT layer's FFN, also the query residual of cross-modal mode."""
+        if self.up_textual is None:
+            return None
+        return self.scale * self.up_textual(self._bottleneck(x))
+
+    def cross_modal(self, x: Tensor) -> Tensor | None:
+        """Branch beside a BERT layer's FFN in cross-modal mode."""
+        if self.up_cross_modal is None:
+            return None
+        h = self._bottleneck(x)
+        up = self.up_cross_modal(h)
+        if self.up_textual is not None:
+            up = up + self.up_textual(h)
+        return self.scale * self.norm_cross_modal(up)
+
+
+class LinearBottleneck(nn.Module):
+    """``scale (W_up (W_down m + b) + b)``: no activation, learnable scalar starting at 1."""
+
+    def __init__(self, in_width: int, out_width: int, bottleneck: int, init: str):
+        super().__init__()
+        self.down = nn.Linear(in_width, bottleneck)
+        self.up = nn.Linear(bottleneck, out_width)
+        self.scale = nn.Parameter(nn.init.ones_(self.up.weight.new_empty(1)))
+        if init == "identity":
+            _zero(self.up)
+
+    def forward(self, m: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(m))
+
+
+class KeyValueAdapter(nn.Module):
+    """Adapter of the cross-attention's keys and values, one for all layers.
+
+    It is in the authors' released code and not in the paper. Applied to the states ``m`` of shape
+    (batch, tokens, in_width) that cross-attention attends to, its two outputs, of shape
+    (batch, tokens, out_width), are added to the keys and to the values of every layer.
+    """
+
+    def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
+        super().__init__()
+        self.key = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
+        self.value = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
+
+    def forward(self, m: Tensor) -> tuple[Tensor, Tensor]:
+        return self.key(m), self.value(m)
+
+
+def _zero(module: nn.Linear | nn.LayerNorm) -> None:
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)

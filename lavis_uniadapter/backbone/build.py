@@ -1,0 +1,96 @@
+"""Build LAVIS's own encoders from a model configuration, at any size."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from lavis.models.med import XBertEncoder
+from lavis.models.vit import VisionTransformerEncoder
+from torch import nn
+from transformers.models.bert.configuration_bert import BertConfig
+
+from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+
+VIT_SIZES = {
+    "base": dict(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4),
+    "large": dict(width=1024, depth=24, num_heads=16, patch_size=16, mlp_ratio=4),
+}
+# LAVIS applies stochastic depth to its large ViT (lavis.models.vit, from_config).
+DROP_PATH = {"base": 0.0, "large": 0.1, "custom": 0.0}
+
+
+def build_visual_encoder(
+    vit_type: str, image_size: int, vit: dict | None = None, drop_path_rate: float | None = None
+) -> VisionTransformerEncoder:
+    """LAVIS's ViT.
+
+    Args:
+        vit_type: ``base``, ``large`` or ``custom``.
+        image_size: side of a frame, pixels.
+        vit: for ``custom``: width, depth, num_heads, patch_size, mlp_ratio.
+        drop_path_rate: stochastic depth; None for what LAVIS uses at this size.
+
+    Raises:
+        ConfigError: unknown type, missing or unknown key of ``vit``, sizes that do not divide.
+    """
+    if vit_type in VIT_SIZES:
+        if vit is not None:
+            raise ConfigError(
+                f"model.vit describes a custom ViT, and model.vit_type is '{vit_type}'. "
+                "Set vit_type: custom, or vit: null."
+            )
+        size = VIT_SIZES[vit_type]
+    elif vit_type == "custom":
+        keys = VIT_SIZES["base"].keys()
+        reject_unknown_keys(vit or {}, keys, "model.vit")
+        missing = [key for key in keys if key not in (vit or {})]
+        if missing:
+            raise ConfigError(f"model.vit_type is custom, so model.vit needs {', '.join(missing)}.")
+        size = vit
+    else:
+        raise ConfigError(f"model.vit_type is '{vit_type}'; it must be base, large or custom.")
+
+    if image_size % size["patch_size"]:
+        raise ConfigError(
+            f"model.image_size {image_size} is not a multiple of the patch size "
+            f"{size['patch_size']}."
+        )
+    if size["width"] % size["num_heads"]:
+        raise ConfigError(
+            f"model.vit: width {size['width']} is not a multiple of num_heads {size['num_heads']}."
+        )
+    encoder = VisionTransformerEncoder(
+        img_size=image_size,
+        patch_size=size["patch_size"],
+        embed_dim=size["width"],
+        depth=size["depth"],
+        num_heads=size["num_heads"],
+        mlp_ratio=size["mlp_ratio"],
+        drop_path_rate=DROP_PATH[vit_type] if drop_path_rate is None else drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    encoder.vision_width = size["width"]
+    return encoder
+
+
+def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBertEncoder:
+    """LAVIS's text encoder with cross-attention (MED).
+
+    Args:
+        med_config: BERT configuration, as a dict or a JSON file.
+        encoder_width: width of the visual tokens that it attends to.
+
+    Raises:
+        ConfigError: if the file does not exist.
+    """
+    if not isinstance(med_config, dict):
+        if not Path(med_config).is_file():
+            raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+        config = BertConfig.from_json_file(med_config)
+    else:
+        config = BertConfig.from_dict(med_config)
+    config.encoder_width = encoder_width
+    if not hasattr(config, "add_type_embeddings"):
+        config.add_type_embeddings = False
+    return XBertEncoder(config=config, add_pooling_layer=False)

@@ -1,0 +1,201 @@
+"""LAVIS's BERT layers, made aware of the textual and cross-modal adapters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention, XBertEncoder
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lavis_uniadapter.adapters import AdapterSlot, KeyValueSlot
+from lavis_uniadapter.backbone.visual_memory import LayerMemory, VisualMemory
+
+
+def _merge_heads(context: Tensor) -> Tensor:
+    return context.transpose(1, 2).flatten(2)
+
+
+class SdpaSelfAttention(BertSelfAttention):
+    """``lavis.models.med.BertSelfAttention`` over a text's own tokens.
+
+    Attention maps, head masks and relative positions take LAVIS's own path.
+    """
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        head_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_value=None,
+        output_attentions=False,
+    ):
+        if output_attentions or head_mask is not None or self.position_embedding_type != "absolute":
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                head_mask,
+                past_key_value=past_key_value,
+                output_attentions=output_attentions,
+            )
+        query, keys, values = (
+            self.transpose_for_scores(linear(hidden_states))
+            for linear in (self.query, self.key, self.value)
+        )
+        if past_key_value is not None:
+            keys = torch.cat([past_key_value[0], keys], dim=2)
+            values = torch.cat([past_key_value[1], values], dim=2)
+        context = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return _merge_heads(context), (keys, values)
+
+
+class SdpaCrossAttention(BertSelfAttention):
+    """``lavis.models.med.BertSelfAttention`` over the keys and values of a LayerMemory."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        head_mask=None,
+        encoder_hidden_states: LayerMemory | None = None,
+        encoder_attention_mask=None,
+        past_key_value=None,
+        output_attentions=False,
+    ):
+        memory = encoder_hidden_states
+        query = self.transpose_for_scores(self.query(hidden_states))
+        if not (output_attentions or self.save_attention or head_mask is not None):
+            context = memory.attend(query, self.dropout.p if self.training else 0.0)
+            return _merge_heads(context), (memory.keys, memory.values)
+
+        probs, values = memory.attention_map(query)
+        if self.save_attention:
+            self.save_attention_map(probs)
+            probs.register_hook(self.save_attn_gradients)
+        weights = self.dropout(probs)
+        if head_mask is not None:
+            weights = weights * head_mask
+        context = _merge_heads(weights @ values)
+        present = (memory.keys, memory.values)
+        return (context, probs, present) if output_attentions else (context, present)
+
+
+class AdaptedBertLayer(BertLayer):
+    """``lavis.models.med.BertLayer`` with adapters parallel to its FFN.
+
+    With ``a`` the output of self-attention and ``c`` that of cross-attention, both after their
+    LayerNorm: text mode gives ``FFN(a) + A_t(a)``; cross-modal mode ``FFN(c) + A_t(a) + A_c(c)``,
+    where ``A_t(a)`` is the query residual (UniAdapter, section 3.2).
+    """
+
+    adapter_slot: AdapterSlot
+    activation_checkpointing: bool
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        head_mask=None,
+        encoder_hidden_states: VisualMemory | None = None,
+        encoder_attention_mask=None,
+        past_key_value=None,
+        output_attentions=False,
+        mode=None,
+    ):
+        cross_modal = mode in ("multimodal", "fusion") and hasattr(self, "crossattention")
+        if cross_modal and encoder_hidden_states is None:
+            raise ValueError(f"Mode '{mode}' attends to encoder_hidden_states, and none are given.")
+        # Projected here and not inside the checkpointed part: a memory keeps its projections, and
+        # recomputation must find what the first pass found.
+        memory = (
+            encoder_hidden_states.for_layer(self.crossattention.self) if cross_modal else None
+        )
+        arguments = (
+            hidden_states,
+            attention_mask,
+            head_mask,
+            memory,
+            past_key_value,
+            output_attentions,
+        )
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, *arguments, use_reentrant=False)
+        return self._forward(*arguments)
+
+    def _forward(
+        self, hidden_states, attention_mask, head_mask, memory, past_key_value, output_attentions
+    ):
+        self_outputs = self.attention(
+            hidden_states,
+            attention_mask,
+            head_mask,
+            past_key_value=None if past_key_value is None else past_key_value[:2],
+            output_attentions=output_attentions,
+        )
+        after_self = self_outputs[0]
+        attentions, present = self_outputs[1:-1], self_outputs[-1]
+
+        adapter = self.adapter_slot()
+        deltas = [] if adapter is None else [adapter.textual(after_self)]
+        if memory is None:
+            out = self.feed_forward_chunk(after_self)
+        else:
+            cross_outputs = self.crossattention(
+                after_self, attention_mask, head_mask, memory, output_attentions=output_attentions
+            )
+            after_cross = cross_outputs[0]
+            attentions = attentions + cross_outputs[1:-1]
+            out = self.feed_forward_chunk(after_cross)
+            if adapter is not None:
+                deltas.append(adapter.cross_modal(after_cross))
+        for delta in deltas:
+            if delta is not None:
+                out = out + delta
+        return (out, *attentions, present)
+
+
+class AdaptedBertEncoder(BertEncoder):
+    """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory.
+
+    Plain encoder states, which LAVIS's own code passes, become a memory of their own here.
+    """
+
+    key_value_slot: KeyValueSlot
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        head_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        **kwargs,
+    ):
+        if torch.is_tensor(encoder_hidden_states):
+            encoder_hidden_states = VisualMemory(
+                encoder_hidden_states, self.key_value_slot(), encoder_attention_mask
+            )
+        return super().forward(
+            hidden_states,
+            attention_mask=attention_mask,
+            head_mask=head_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            **kwargs,
+        )
+
+
+class AdaptedXBertEncoder(XBertEncoder):
+    """``lavis.models.med.XBertEncoder`` that can project its visual side ahead of any text."""
+
+    def project(self, visual_embeds: Tensor) -> VisualMemory:
+        """Visual memory of (visuals, tokens, width) embeddings, key/value adapter included."""
+        return VisualMemory(visual_embeds, self.encoder.key_value_slot())

@@ -1,0 +1,50 @@
+"""LAVIS's ViT blocks, made aware of the visual adapter."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from lavis.models.vit import Attention, Block
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lavis_uniadapter.adapters import AdapterSlot
+
+
+class SdpaAttention(Attention):
+    """``lavis.models.vit.Attention`` by scaled_dot_product_attention.
+
+    Attention maps (LAVIS's gradcam hook) still take LAVIS's own path, which materialises them.
+    """
+
+    def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
+        if register_hook:
+            return super().forward(x, register_hook=True)
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        dropout = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, width)))
+
+
+class AdaptedBlock(Block):
+    """``lavis.models.vit.Block`` with the visual adapter parallel to its FFN.
+
+    The adapter sees ``x`` before ``norm2`` (it has a norm of its own).
+    """
+
+    adapter_slot: AdapterSlot
+    activation_checkpointing: bool
+
+    def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, register_hook, use_reentrant=False)
+        return self._forward(x, register_hook)
+
+    def _forward(self, x: Tensor, register_hook: bool) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
+        out = x + self.drop_path(self.mlp(self.norm2(x)))
+        adapter = self.adapter_slot()
+        delta = None if adapter is None else adapter.visual(x)
+        return out if delta is None else out + delta

@@ -1,0 +1,233 @@
+"""Start runs: what ``train.py`` and ``evaluate.py`` call, and what Python code may call."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
+import numpy as np
+import torch
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.registry import registry
+from lavis.runners.runner_base import RunnerBase
+from lavis.tasks import setup_task
+from tqdm import tqdm
+
+from lavis_uniadapter.config import load_config
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.distributed import (
+    destroy_process_group,
+    from_main_process,
+    init_process_group,
+)
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.processors import VideoDecodeError
+
+logger = logging.getLogger("lavis_uniadapter")
+
+# Errors whose message is all that a user needs; others keep their traceback.
+USER_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    DatasetError,
+    VideoDecodeError,
+    FileExistsError,
+    FloatingPointError,
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        output_dir: the run folder.
+        metrics: by test split, on the main process; None on the others.
+        runner: with the model, for whoever goes on in Python.
+        seconds: wall-clock time, building included.
+    """
+
+    output_dir: Path
+    metrics: dict[str, dict[str, float]] | None
+    runner: RunnerBase
+    seconds: float
+
+
+def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False) -> RunResult:
+    """Train and test, or only test, what a configuration describes.
+
+    Args:
+        cfg_path: YAML file.
+        options: ``section.key=value`` strings over it.
+        evaluate: test only.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError: before training, naming what is wrong.
+    """
+    started = time.perf_counter()
+    options = [*options, "run.evaluate=True"] if evaluate else list(options)
+    config = load_config(cfg_path, options)
+    init_process_group(config.run_cfg.device)
+    config.config.run.distributed = get_world_size() > 1
+    config.config.run.world_size = get_world_size()
+    set_cache_root(config)
+    seed_everything(int(config.run_cfg.seed) + get_rank())
+
+    job_id = from_main_process(_job_id(config))
+    task = setup_task(config)
+    datasets = task.build_datasets(config)
+    model = task.build_model(config)
+    runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
+    runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
+    log_to_file(Path(runner.output_dir))
+    _report_start(runner, config)
+    if config.run_cfg.evaluate:
+        if config.run_cfg.get("resume_ckpt_path"):
+            model.load_checkpoint(config.run_cfg.resume_ckpt_path)
+        metrics = runner.evaluate(skip_reload=True)
+    else:
+        metrics = runner.train()
+    return RunResult(Path(runner.output_dir), metrics, runner, time.perf_counter() - started)
+
+
+def set_cache_root(config: Config) -> None:
+    """Where LAVIS looks for data with relative paths; its default is a folder of its authors'.
+
+    ``run.cache_root``, else the environment's ``LAVIS_CACHE_ROOT``, else ``./cache``.
+    """
+    root = config.run_cfg.get("cache_root") or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
+    registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _job_id(config: Config) -> str:
+    """The run folder's name: as configured, or the time, made unique."""
+    given = config.run_cfg.get("job_id")
+    if given:
+        return str(given)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    parent = Path.cwd() / config.run_cfg.output_dir
+    taken = sum(1 for _ in parent.glob(f"{now}*")) if parent.is_dir() else 0
+    return f"{now}-{taken}" if taken else now
+
+
+def _report_start(runner: RunnerBase, config: Config) -> None:
+    if not is_main_process():
+        return
+    model = runner._model
+    run_cfg = config.run_cfg
+    lines = [f"run folder {runner.output_dir}"]
+    if not run_cfg.evaluate:
+        batch = (
+            run_cfg.batch_size_train * get_world_size() * int(run_cfg.get("accum_grad_iters", 1))
+        )
+        lines.append(
+            f"{run_cfg.device}, {get_world_size()} process(es), global batch {batch}, "
+            f"queue {getattr(model, 'queue_size', 'none')}"
+        )
+    if hasattr(model, "base_name"):
+        lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
+        if model.randomly_initialised not in ([], ["everything"]):
+            lines.append(f"randomly initialised: {', '.join(model.randomly_initialised)}")
+        lines.extend(model.adapter_summary().splitlines())
+    for line in lines:
+        logger.info("%s", line)
+
+
+# --- console and log files ----------------------------------------------------------------------
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def log_to_console() -> None:
+    """This package's messages on the main process's console; LAVIS's go to the log file."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+def log_to_file(folder: Path) -> None:
+    """Everything that LAVIS and this package log, in ``run.log`` (other ranks: ``run.rankN.log``)."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+    name = "run.log" if is_main_process() else f"run.rank{get_rank()}.log"
+    handler = logging.FileHandler(folder / name)
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    """The metrics of each split, a line a direction."""
+    lines = []
+    for split, values in metrics.items():
+        directions = dict.fromkeys(name.split("_")[0] for name in values if "2" in name)
+        for direction in directions:
+            row = "  ".join(
+                f"{name.split('_', 1)[1]} {value:.2f}"
+                for name, value in values.items()
+                if name.startswith(direction)
+            )
+            lines.append(f"{split} {direction}: {row}")
+        if not directions:
+            lines.append(f"{split}: {values}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
+    """The command line of ``train.py`` and ``evaluate.py``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a model." if evaluate else "Train a model, then test it.",
+    )
+    parser.add_argument("--cfg-path", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="override the file, e.g. run.init_lr=1e-4 model.tuning=full",
+    )
+    if evaluate:
+        parser.add_argument("--adapter", help="folder written by save_adapter to evaluate")
+    args = parser.parse_args(argv)
+    options = list(args.options)
+    if evaluate and args.adapter:
+        options.append(f"model.adapter_ckpt={args.adapter}")
+    log_to_console()
+    try:
+        result = run(args.cfg_path, options, evaluate)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        destroy_process_group()
+    if result.metrics is not None:
+        logger.info("%s", metrics_table(result.metrics))
+        logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
+    return 0

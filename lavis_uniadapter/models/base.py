@@ -1,0 +1,280 @@
+"""What every tuned BLIP has in common: adapters, what trains, and the verbs to handle them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lavis.models.base_model import BaseModel
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import BertTokenizer
+
+from lavis_uniadapter import adapter_files, checkpoint, paths
+from lavis_uniadapter.adapters import AdapterBank, AdapterConfig
+from lavis_uniadapter.backbone import attach_adapters, geometry_of
+from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
+
+DEFAULT_SET = "default"
+
+
+class TunedBlip(BaseModel):
+    """Mixin for LAVIS's BLIP models.
+
+    A subclass builds its encoders and heads under LAVIS's names, loads the base checkpoint and
+    then calls ``attach_tuning``. Attributes it sets:
+
+    ``HEADS``: names of the modules that are trained whole.
+    ``TEXT_ENCODERS``: names of the BERT encoders that have adapters.
+    """
+
+    HEADS: tuple[str, ...] = ()
+    TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+    MODEL_KEYS: tuple[str, ...] = ()
+
+    # --- building -------------------------------------------------------------------------------
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        """Refuse what no code reads, before anything is built.
+
+        Raises:
+            ConfigError: unknown key, unknown tuning, adapter value out of range.
+        """
+        reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
+        tuning_method(cfg.get("tuning", "uniadapter"))
+        AdapterConfig.from_mapping(plain(cfg.get("adapter")))
+
+    @staticmethod
+    def build_tokenizer(name_or_folder: str) -> BertTokenizer:
+        """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
+
+        Args:
+            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
+
+        Raises:
+            ConfigError: if it is neither.
+        """
+        folder = paths.find(name_or_folder)
+        try:
+            tokenizer = BertTokenizer.from_pretrained(
+                str(folder) if folder else name_or_folder, local_files_only=folder is not None
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
+                f"BERT's vocab.txt, or a hub name while online. ({error})"
+            ) from error
+        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
+        tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+        return tokenizer
+
+    def load_base(self, source: str | None) -> None:
+        """Load BLIP's weights (path or URL); None leaves them random.
+
+        Raises:
+            CheckpointError: unless every tensor of the backbone is there and fits.
+        """
+        self.base_name = "random weights" if source is None else os.path.basename(str(source))
+        self.randomly_initialised = [] if source is not None else ["everything"]
+        if source is not None:
+            self.randomly_initialised = checkpoint.load_base_state_dict(
+                self,
+                checkpoint.read_state_dict(source),
+                str(source),
+                may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
+            )
+        self._fingerprint = None
+
+    def attach_tuning(
+        self,
+        tuning: str,
+        adapter_config: AdapterConfig,
+        *,
+        visual_checkpointing_layers: int = 0,
+        textual_checkpointing_layers: int = 0,
+    ) -> None:
+        """Make the encoders adapter-aware, create what trains and freeze the rest.
+
+        Raises:
+            ConfigError: for an unknown method.
+        """
+        method = tuning_method(tuning)
+        self.tuning = tuning
+        self.adapter_config = adapter_config
+        self.adapters = AdapterBank()
+        attach_adapters(
+            self.adapters,
+            self.visual_encoder,
+            self._text_encoders(),
+            visual_checkpointing_layers=visual_checkpointing_layers,
+            textual_checkpointing_layers=textual_checkpointing_layers,
+        )
+        if method.build_set is None:
+            freeze_all_but(self, self)
+        else:
+            self.adapters.add(DEFAULT_SET, self._build_set(tuning, adapter_config))
+            freeze_all_but(self, self.adapters.get(DEFAULT_SET))
+
+    def _text_encoders(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in self.TEXT_ENCODERS}
+
+    def _build_set(self, tuning: str, config: AdapterConfig) -> nn.Module:
+        heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}
+        geometry = geometry_of(self.visual_encoder, self._text_encoders())
+        return TUNING_METHODS[tuning].build_set(heads, config, geometry).to(self.device)
+
+    # --- what trains ----------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name; each once."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def head(self, name: str) -> nn.Module:
+        """A head as it is to be used now: the active adapter's own, or BLIP's."""
+        active = self.adapters.active_set
+        return getattr(self, name) if active is None else active.heads[name]
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters.
+
+        ``adapters`` is the paper's count (bottlenecks alone), ``trainable`` all that is trained,
+        ``backbone`` BLIP's encoders without heads, ``total`` everything.
+        """
+        active = self.adapters.active_set
+        encoders = [self.visual_encoder, *self._text_encoders().values()]
+        return {
+            "adapters": sum(p.numel() for p in active.layer_parameters()) if active else 0,
+            "trainable": sum(p.numel() for p in self.trainable_parameters().values()),
+            "backbone": sum(
+                p.numel() for p in nn.ModuleList(encoders).parameters()
+            ),
+            "total": sum(p.numel() for p in self.parameters()),
+        }
+
+    def adapter_summary(self) -> str:
+        """A table of what is loaded, what is active and what trains; its rows add up."""
+        counts = self.parameter_counts()
+        rows = [("backbone (frozen)" if self.tuning != "full" else "backbone", counts["backbone"])]
+        other = counts["total"] - counts["backbone"]
+        for name in self.adapters.names():
+            adapter_set = self.adapters.get(name)
+            mark = "active" if name == self.adapters.active else "loaded"
+            parts = {
+                "adapters": list(adapter_set.layer_parameters()),
+                "key/value adapters": list(adapter_set.key_value.parameters()),
+                "heads": list(adapter_set.heads.parameters()),
+            }
+            for part, parameters in parts.items():
+                number = sum(p.numel() for p in parameters)
+                other -= number
+                rows.append((f"{name} ({mark}): {part}", number))
+        rows.append(("BLIP's heads" + (" (frozen)" if self.tuning != "full" else ""), other))
+        rows.append(("total", counts["total"]))
+        rows.append(("trained", counts["trainable"]))
+        width = max(len(label) for label, _ in rows)
+        lines = [f"{'':{width}}  {'parameters':>12}  share"]
+        lines += [
+            f"{label:{width}}  {number:>12,}  {100 * number / counts['total']:5.2f}%"
+            for label, number in rows
+        ]
+        if counts["adapters"]:
+            share = 100 * counts["adapters"] / counts["backbone"]
+            lines.append(f"the paper's count: adapters over backbone {share:.2f}%")
+        return "\n".join(lines)
+
+    # --- adapters as things of their own --------------------------------------------------------
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Hash of the frozen BLIP under the adapters, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = checkpoint.fingerprint(self)
+        return self._fingerprint
+
+    def base_changed(self, name: str) -> None:
+        """Tell the model that its BLIP weights have been replaced."""
+        self.base_name = name
+        self._fingerprint = None
+
+    def save_adapter(
+        self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the active adapter: ``adapter.safetensors`` and ``adapter_config.json``.
+
+        Raises:
+            ConfigError: with ``tuning: full``, which has no adapter.
+        """
+        adapter_files.save(self, folder, metrics or {})
+
+    def load_adapter(
+        self, folder: str | os.PathLike, name: str = DEFAULT_SET, force: bool = False
+    ) -> None:
+        """Read an adapter folder into the set ``name`` (made if need be) and activate it.
+
+        Args:
+            force: load although it was trained on another base checkpoint.
+
+        Raises:
+            CheckpointError: if anything about it does not fit this model.
+        """
+        adapter_files.load(self, folder, name, force)
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Make a loaded adapter the one that the model computes with.
+
+        Raises:
+            KeyError: if no adapter has that name.
+        """
+        self.adapters.activate(name)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the BLIP it was built on, heads included."""
+        with self.adapters.disabled():
+            yield
+
+    def reset_momentum(self) -> None:
+        """Restart moving averages, where the model has any, from the present parameters."""
+
+    # --- LAVIS ----------------------------------------------------------------------------------
+
+    def load_checkpoint(self, url_or_filename):
+        """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).
+
+        The frozen backbone may be absent; queues and averages too.
+
+        Raises:
+            CheckpointError: naming what is missing, unexpected or misshapen.
+        """
+        state = checkpoint.read_state_dict(url_or_filename)
+        self.load_trained_state(state, str(url_or_filename))
+
+    def load_trained_state(self, state: Mapping[str, torch.Tensor], source: str) -> None:
+        """Load trained parameters, and whatever else of this model the state holds."""
+        needed = self.trainable_parameters()
+        own = {k: v for k, v in self.state_dict().items() if k in needed or k in state}
+        problems = checkpoint.describe_mismatch(own, state)
+        if problems:
+            raise checkpoint.CheckpointError(
+                f"'{source}' does not fit this {type(self).__name__} with tuning "
+                f"'{self.tuning}': {problems}."
+            )
+        self.load_state_dict(dict(state), strict=False)
+        if not any(key.startswith("momentum_average.") for key in state):
+            self.reset_momentum()
+        self._fingerprint = None
+
+
+def plain(section: Any) -> dict[str, Any] | None:
+    """An OmegaConf section, or a mapping, as a dict."""
+    if OmegaConf.is_config(section):
+        return OmegaConf.to_container(section, resolve=True)
+    return section

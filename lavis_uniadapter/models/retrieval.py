@@ -1,0 +1,483 @@
+"""BLIP retrieval for images and video, tuned by UniAdapter or another method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.common.registry import registry
+from lavis.models.base_model import all_gather_with_grad, concat_all_gather
+from lavis.models.blip_models.blip import BlipBase
+from lavis.models.blip_models.blip_outputs import (
+    BlipIntermediateOutput,
+    BlipOutput,
+    BlipSimilarity,
+)
+from torch import Tensor, nn
+from transformers import BertTokenizer
+
+from lavis_uniadapter import paths
+from lavis_uniadapter.adapters import AdapterConfig
+from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.evaluation.two_stage import two_stage_scores
+from lavis_uniadapter.models.base import TunedBlip, plain
+from lavis_uniadapter.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
+from lavis_uniadapter.models.momentum import MomentumAverage
+
+
+@registry.register_model("blip_uniadapter_retrieval")
+class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
+    """BLIP for image-text and video-text retrieval on a frozen backbone (UniAdapter).
+
+    Model types: ``coco``, ``flickr`` (images, 384 px), ``msrvtt``, ``didemo`` (video, 224 px) and
+    ``shapes`` (the small model of the embedded example).
+
+    Usage:
+        >>> import lavis_uniadapter
+        >>> from lavis.models import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_retrieval", "msrvtt")
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_retrieval_{name}.yaml")
+        for name in ("coco", "flickr", "msrvtt", "didemo", "shapes")
+    }
+    HEADS = ("vision_proj", "text_proj", "itm_head")
+    MODEL_KEYS = (
+        "arch",
+        "model_type",
+        "load_finetuned",
+        "finetuned",
+        "pretrained",
+        "adapter_ckpt",
+        "tokenizer",
+        "vit_type",
+        "vit",
+        "vit_drop_path_rate",
+        "vit_grad_ckpt",
+        "vit_ckpt_layer",
+        "text_ckpt_layer",
+        "med_config_path",
+        "image_size",
+        "embed_dim",
+        "queue_size",
+        "alpha",
+        "momentum",
+        "adapter_momentum",
+        "negative_all_rank",
+        "max_txt_len",
+        "tuning",
+        "adapter",
+    )
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: BertTokenizer,
+        *,
+        queue_size: int = 57600,
+        alpha: float = 0.4,
+        embed_dim: int = 256,
+        momentum: float = 0.995,
+        adapter_momentum: float = 0.990025,
+        negative_all_rank: bool = True,
+        max_txt_len: int = 35,
+    ):
+        """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.visual_encoder = image_encoder
+        self.text_encoder = text_encoder
+        text_width = text_encoder.config.hidden_size
+        self.vision_proj = nn.Linear(image_encoder.vision_width, embed_dim)
+        self.text_proj = nn.Linear(text_width, embed_dim)
+        self.itm_head = nn.Linear(text_width, 2)
+        self.temp = nn.Parameter(0.07 * torch.ones([]))
+        self._init_queue(embed_dim, queue_size)
+        self.alpha = alpha
+        self.momentum = momentum
+        self.adapter_momentum = adapter_momentum
+        self.negative_all_rank = negative_all_rank
+        self.max_txt_len = max_txt_len
+        self.load_base(None)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterRetrieval:
+        """Build from the ``model:`` section of a configuration.
+
+        Raises:
+            ConfigError: unknown key or impossible value, by name.
+            CheckpointError: weights that do not fit, by name.
+        """
+        cls.check_config(cfg)
+        if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
+            raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
+        visual_encoder = build_visual_encoder(
+            cfg.get("vit_type", "base"),
+            cfg.get("image_size", 384),
+            plain(cfg.get("vit")),
+            cfg.get("vit_drop_path_rate"),
+        )
+        med_config_path = cfg.get("med_config_path", "configs/models/med_config.json")
+        text_encoder = build_text_encoder(
+            paths.find(med_config_path) or med_config_path, visual_encoder.vision_width
+        )
+        options = {
+            key: cfg[key]
+            for key in (
+                "queue_size",
+                "alpha",
+                "embed_dim",
+                "momentum",
+                "adapter_momentum",
+                "negative_all_rank",
+                "max_txt_len",
+            )
+            if cfg.get(key) is not None
+        }
+        tokenizer = cls.build_tokenizer(cfg.get("tokenizer", "bert-base-uncased"))
+        if len(tokenizer) > text_encoder.config.vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {len(tokenizer)} tokens and the text encoder's vocab_size is "
+                f"{text_encoder.config.vocab_size}. Check model.tokenizer and med_config_path."
+            )
+        model = cls(visual_encoder, text_encoder, tokenizer, **options)
+        model.load_base(cfg.get("pretrained"))
+        model.attach_tuning(
+            cfg.get("tuning", "uniadapter"),
+            AdapterConfig.from_mapping(plain(cfg.get("adapter"))),
+            visual_checkpointing_layers=(
+                cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
+            ),
+            textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
+        )
+        if cfg.get("load_finetuned", False):
+            model.load_checkpoint(cfg.finetuned)
+        if cfg.get("adapter_ckpt"):
+            model.load_adapter(cfg.adapter_ckpt)
+        return model
+
+    def attach_tuning(self, tuning: str, adapter_config: AdapterConfig, **kwargs) -> None:
+        super().attach_tuning(tuning, adapter_config, **kwargs)
+        trained = self.trainable_parameters()
+        self.momentum_average = MomentumAverage(
+            self,
+            [
+                ([name for name in trained if name.startswith(f"{module}.")], decay)
+                for module, decay in self._averaged_modules()
+            ],
+        )
+
+    def _averaged_modules(self) -> Iterator[tuple[str, float]]:
+        """What contrastive features are computed with, where it trains, and its decay."""
+        for module in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
+            yield module, self.momentum
+        if self.adapters.active is not None:
+            prefix = f"adapters.{self.adapters.active}"
+            for child, _ in self.adapters.active_set.named_children():
+                if child not in ("heads", "key_value"):
+                    yield f"{prefix}.{child}", self.adapter_momentum
+            yield f"{prefix}.heads.vision_proj", self.momentum
+            yield f"{prefix}.heads.text_proj", self.momentum
+
+    def reset_momentum(self) -> None:
+        self.momentum_average.reset()
+
+    def load_adapter(self, folder, name="default", force=False):
+        super().load_adapter(folder, name, force)
+        self.reset_momentum()
+
+    # --- encoding -------------------------------------------------------------------------------
+
+    def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
+        """Encode images or videos.
+
+        Args:
+            samples: a tensor (batch, 3, H, W) or (batch, 3, frames, H, W), or a dict that holds it
+                as ``image`` or ``video``.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        x = samples if torch.is_tensor(samples) else samples.get("video", samples.get("image"))
+        if x is None or x.ndim not in (4, 5) or x.shape[1] != 3:
+            shape = "nothing" if x is None else tuple(x.shape)
+            raise ValueError(
+                "Expected samples['image'] of shape (batch, 3, H, W) or samples['video'] of shape "
+                f"(batch, 3, frames, H, W); got {shape}."
+            )
+        frames = x.unsqueeze(2) if x.ndim == 4 else x
+        batch, _, num_frames, height, width = frames.shape
+        frames = frames.transpose(1, 2).reshape(batch * num_frames, 3, height, width)
+        embeds = self.visual_encoder.forward_features(frames)
+        embeds = embeds.view(batch, num_frames, *embeds.shape[1:])
+        frame_cls = embeds[:, :, 0]
+        project = self.head("vision_proj")
+        return VisualFeatures(
+            embeds=embeds.flatten(1, 2),
+            feat=F.normalize(project(frame_cls.mean(dim=1)), dim=-1),
+            frame_feat=F.normalize(project(frame_cls), dim=-1),
+        )
+
+    def tokenize(self, texts: list[str], padding: str = "longest"):
+        """Token ids and mask, cut at ``max_txt_len``, on the model's device."""
+        return self.tokenizer(
+            list(texts),
+            padding=padding,
+            truncation=True,
+            max_length=self.max_txt_len,
+            return_tensors="pt",
+        ).to(self.device)
+
+    def encode_text(self, texts: list[str] | Any) -> TextFeatures:
+        """Encode texts (strings, or what ``tokenize`` gave) in text mode."""
+        tokens = self.tokenize(texts) if isinstance(texts, list | tuple) else texts
+        embeds = self.text_encoder.forward_text(tokens).last_hidden_state
+        return TextFeatures(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            embeds=embeds,
+            feat=F.normalize(self.head("text_proj")(embeds[:, 0]), dim=-1),
+        )
+
+    def match_hidden(
+        self,
+        texts: TextFeatures,
+        memory: VisualMemory,
+        visual_index: Tensor,
+        frame_feat: Tensor | None,
+    ) -> Tensor:
+        """Hidden states (pairs, length, width) of texts attending to one visual input each.
+
+        Args:
+            texts: one text a pair.
+            memory: the visual inputs, projected.
+            visual_index: (pairs,) which visual input each text is paired with.
+            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read with
+                frame-aware attention only.
+        """
+        weights = None
+        if self.adapter_config.frame_aware and frame_feat is not None and frame_feat.shape[1] > 1:
+            weights = frame_aware_weights(texts.feat, frame_feat[visual_index])
+        input_ids = texts.input_ids.clone()
+        input_ids[:, 0] = self.tokenizer.enc_token_id
+        return self.text_encoder(
+            input_ids,
+            attention_mask=texts.attention_mask,
+            encoder_hidden_states=memory.pairs(visual_index, weights),
+            return_dict=True,
+        ).last_hidden_state
+
+    def match(
+        self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
+    ) -> Tensor:
+        """Matching logits (pairs, 2); column 1 speaks for a match.
+
+        Args:
+            texts: one text a pair.
+            visuals: the visual inputs.
+            visual_index: (pairs,) which visual input each text is paired with; None: the same
+                position.
+        """
+        if visual_index is None:
+            visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
+        memory = self.text_encoder.project(visuals.embeds)
+        hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
+        return self.head("itm_head")(hidden[:, 0])
+
+    # --- training -------------------------------------------------------------------------------
+
+    def forward(self, samples: Mapping[str, Any]) -> BlipOutput:
+        """Contrastive and matching loss of a batch (``lavis`` ``BlipRetrieval.forward``).
+
+        Args:
+            samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W); ``text_input``, B
+                strings; ``image_id`` (B,), equal for items that show the same; ``epoch``,
+                ``iters`` and ``num_iters_per_epoch`` for the ramp-up of ``alpha``.
+
+        Returns:
+            BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        ids = samples["image_id"].view(-1, 1)
+        gathers_texts = self.negative_all_rank and get_world_size() > 1
+        tokens = self.tokenize(
+            samples["text_input"], padding="max_length" if gathers_texts else "longest"
+        )
+        visuals = self.encode_visual(samples)
+        texts = self.encode_text(tokens)
+
+        loss_itc, sims, momentum = self._contrastive_loss(samples, tokens, visuals, texts, ids)
+        loss_itm, itm = self._matching_loss(visuals, texts, ids)
+        return BlipOutput(
+            loss=loss_itc + loss_itm,
+            loss_itc=loss_itc,
+            loss_itm=loss_itm,
+            sims=sims,
+            intermediate_output=BlipIntermediateOutput(
+                image_embeds=visuals.embeds,
+                text_embeds=texts.embeds,
+                image_embeds_m=momentum[0].embeds,
+                text_embeds_m=momentum[1].embeds,
+                itm_logits=itm[0],
+                itm_labels=itm[1],
+            ),
+        )
+
+    def _contrastive_loss(self, samples, tokens, visuals, texts, ids):
+        alpha = self.alpha * self._rampup_factor(
+            samples["epoch"], samples["iters"], samples["num_iters_per_epoch"]
+        )
+        self.momentum_average.update()
+        with self.momentum_average.swapped_in():
+            visuals_m, texts_m = self.encode_visual(samples), self.encode_text(tokens)
+
+        with torch.no_grad():
+            same = torch.eq(ids, torch.cat([ids.t(), self.idx_queue], dim=1)).float()
+            hard_targets = same / same.sum(1, keepdim=True)
+            image_feat_all = torch.cat([visuals_m.feat.t(), self.image_queue], dim=1)
+            text_feat_all = torch.cat([texts_m.feat.t(), self.text_queue], dim=1)
+            sim_i2t_m = visuals_m.feat @ text_feat_all / self.temp
+            sim_t2i_m = texts_m.feat @ image_feat_all / self.temp
+            targets_i2t, targets_t2i = (
+                alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets
+                for sim in (sim_i2t_m, sim_t2i_m)
+            )
+        sim_i2t = visuals.feat @ text_feat_all / self.temp
+        sim_t2i = texts.feat @ image_feat_all / self.temp
+        loss = sum(
+            -(sim.log_softmax(dim=1) * targets).sum(dim=1).mean()
+            for sim, targets in ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
+        )
+        self._dequeue_and_enqueue(visuals_m.feat, texts_m.feat, ids)
+        sims = BlipSimilarity(
+            sim_i2t=sim_i2t,
+            sim_t2i=sim_t2i,
+            sim_i2t_m=sim_i2t_m,
+            sim_t2i_m=sim_t2i_m,
+            sim_i2t_targets=targets_i2t,
+            sim_t2i_targets=targets_t2i,
+        )
+        return loss / 2, sims, (visuals_m, texts_m)
+
+    def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
+        """Positives, a hard negative visual for each text and a hard negative text for each visual.
+
+        The three groups are one batch of pairs over the batch's own visual memory; only negatives
+        from other ranks add visual inputs to it.
+        """
+        batch = len(ids)
+        pool = self._negative_pool(visuals, texts, ids)
+        with torch.no_grad():
+            same = torch.eq(ids, pool.ids.t())
+            negative_visual, has_negative = _sample_negatives(
+                texts.feat @ pool.visuals.feat.t() / self.temp, same
+            )
+            negative_text, _ = _sample_negatives(
+                visuals.feat @ pool.texts.feat.t() / self.temp, same
+            )
+        own = torch.arange(batch, device=ids.device)
+        text_index = torch.cat([own, own[has_negative]])
+        visual_index = torch.cat([own + pool.offset, negative_visual[has_negative]])
+        text_index = torch.cat([text_index + pool.offset, negative_text[has_negative]])
+        visual_index = torch.cat([visual_index, own[has_negative] + pool.offset])
+
+        used, visual_index = torch.unique(visual_index, return_inverse=True)
+        memory = self.text_encoder.project(pool.visuals.embeds[used])
+        pair_texts = TextFeatures(
+            input_ids=pool.texts.input_ids[text_index],
+            attention_mask=pool.texts.attention_mask[text_index],
+            embeds=None,
+            feat=pool.texts.feat[text_index],
+        )
+        hidden = self.match_hidden(
+            pair_texts, memory, visual_index, pool.visuals.frame_feat[used].detach()
+        )
+        logits = self.head("itm_head")(hidden[:, 0])
+        labels = torch.zeros(len(text_index), dtype=torch.long, device=ids.device)
+        labels[:batch] = 1
+        return F.cross_entropy(logits, labels), (logits, labels)
+
+    def _negative_pool(self, visuals, texts, ids) -> _NegativePool:
+        if not self.negative_all_rank or get_world_size() == 1:
+            return _NegativePool(visuals, texts, ids, offset=0)
+        return _NegativePool(
+            visuals=VisualFeatures(
+                embeds=all_gather_with_grad(visuals.embeds.contiguous()),
+                feat=concat_all_gather(visuals.feat.contiguous()),
+                frame_feat=concat_all_gather(visuals.frame_feat.contiguous()),
+            ),
+            texts=TextFeatures(
+                input_ids=concat_all_gather(texts.input_ids),
+                attention_mask=concat_all_gather(texts.attention_mask),
+                embeds=None,
+                feat=concat_all_gather(texts.feat.contiguous()),
+            ),
+            ids=concat_all_gather(ids),
+            offset=get_rank() * len(ids),
+        )
+
+    @staticmethod
+    def _rampup_factor(epoch: int, iters: int, num_iters_per_epoch: int) -> float:
+        """From 0 to 1 over the first two epochs (``lavis`` ``BlipRetrieval``)."""
+        return min(1, (epoch * num_iters_per_epoch + iters) / (2 * num_iters_per_epoch))
+
+    # --- evaluation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
+        """Two-stage scores of a gallery, for LAVIS's ``retrieval`` task and ours.
+
+        See ``lavis_uniadapter.evaluation.two_stage.two_stage_scores``.
+
+        Returns:
+            (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
+        """
+        scores_v2t, scores_t2v = two_stage_scores(
+            self,
+            data_loader,
+            k_test=task_cfg.get("k_test", 128),
+            itc_weight=task_cfg.get("itc_weight", 0.0),
+            rerank_batch=task_cfg.get("rerank_batch", 64),
+        )
+        return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _NegativePool:
+    """What hard negatives are drawn from: this rank's batch, or every rank's.
+
+    ``offset`` is where this rank's items stand in it.
+    """
+
+    visuals: VisualFeatures
+    texts: TextFeatures
+    ids: Tensor
+    offset: int
+
+
+def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw for each row a column that is not the same item, with softmax(logits) probability.
+
+    Args:
+        logits: (rows, columns).
+        same: (rows, columns) True where the column shows what the row shows.
+
+    Returns:
+        (rows,) columns, and (rows,) whether the row has any negative at all. MSR-VTT has 20
+        captions a video, so a small batch may hold one video only.
+    """
+    has_negative = ~same.all(dim=1)
+    weights = logits.masked_fill(same, float("-inf")).softmax(dim=1)
+    weights = torch.where(has_negative[:, None], weights, torch.ones_like(weights))
+    return torch.multinomial(weights, 1).squeeze(1), has_negative

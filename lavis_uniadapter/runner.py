@@ -1,0 +1,420 @@
+"""The runner: LAVIS's ``runner_base``, on CPU and CUDA, in one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import apply_to_sample
+from lavis.runners.runner_base import RunnerBase
+from lavis.tasks.base_task import BaseTask
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from tqdm import tqdm
+
+from lavis_uniadapter.checkpoint import describe_mismatch
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+BEST = "checkpoint_best.pth"
+LATEST = "checkpoint_latest.pth"
+BEST_ADAPTER = "adapter_best"
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@registry.register_runner("runner_uniadapter")
+class RunnerUniAdapter(RunnerBase):
+    """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
+
+    Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
+    over accumulated batches, ``amp: bf16 | fp16 | null``, atomic checkpoints from which training
+    goes on as if it had not stopped, and the best epoch chosen by ``agg_metrics`` of any sign.
+    """
+
+    def __init__(self, cfg, task, model, datasets, job_id):
+        super().__init__(cfg, task, model, datasets, job_id)
+        self.best_metric = float("-inf")
+        self.best_epoch: int | None = None
+        if not self.evaluate_only and not self.train_splits:
+            raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
+
+    # --- set-up ---------------------------------------------------------------------------------
+
+    def setup_output_dir(self) -> None:
+        """``<output_dir>/<job_id>`` under the current folder; the same on every rank."""
+        self.output_dir = Path.cwd() / self.config.run_cfg.output_dir / self.job_id
+        self.result_dir = self.output_dir / "result"
+        self.result_dir.mkdir(parents=True, exist_ok=True)
+        # registry.register_path refuses a second run in the same process.
+        registry.mapping["paths"]["output_dir"] = str(self.output_dir)
+        registry.mapping["paths"]["result_dir"] = str(self.result_dir)
+
+    @property
+    def use_distributed(self) -> bool:
+        return get_world_size() > 1
+
+    @property
+    def model(self):
+        """The model on its device, wrapped for distributed training if there is any."""
+        if self._wrapped_model is None:
+            self._model = self._model.to(self.device)
+            self._wrapped_model = self._model
+            if self.use_distributed:
+                # Queues and averages are computed alike on every rank; nothing to broadcast.
+                self._wrapped_model = DistributedDataParallel(
+                    self._model,
+                    device_ids=[torch.cuda.current_device()] if self.cuda_enabled else None,
+                    broadcast_buffers=False,
+                )
+        return self._wrapped_model
+
+    def unwrap_dist_model(self, model):
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over what trains; weight decay on matrices alone, as in LAVIS."""
+        if self._optimizer is None:
+            run = self.config.run_cfg
+            trained = [
+                p for p in self.unwrap_dist_model(self.model).parameters() if p.requires_grad
+            ]
+            self._optimizer = torch.optim.AdamW(
+                [
+                    {
+                        "params": [p for p in trained if p.ndim >= 2],
+                        "weight_decay": float(run.weight_decay),
+                    },
+                    {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+                ],
+                lr=float(run.init_lr),
+                betas=(0.9, float(run.get("beta2", 0.999))),
+            )
+        return self._optimizer
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        amp = self.config.run_cfg.get("amp") or None
+        amp = "fp16" if amp is True else amp  # LAVIS's True
+        if amp is not None and amp not in AMP_DTYPES:
+            raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
+        return AMP_DTYPES.get(amp)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        if self._scaler is None and self.amp_dtype is torch.float16:
+            self._scaler = torch.amp.GradScaler(self.device.type)
+        return self._scaler
+
+    def _autocast(self):
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def create_loaders(
+        self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None
+    ) -> list[DataLoader]:
+        """One DataLoader a split; samplers are sharded over ranks and seeded by epoch."""
+        loaders = []
+        for dataset, batch_size, is_train, collate_fn in zip(
+            datasets, batch_sizes, is_trains, collate_fns, strict=True
+        ):
+            if isinstance(dataset, list | tuple | IterableDataset):
+                raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
+            sharded = is_train or self.use_dist_eval_sampler
+            sampler = DistributedSampler(
+                dataset,
+                num_replicas=get_world_size() if sharded else 1,
+                rank=get_rank() if sharded else 0,
+                shuffle=is_train,
+                seed=int(self.config.run_cfg.seed),
+                drop_last=is_train,
+            )
+            if is_train and len(sampler) < batch_size:
+                raise ConfigError(
+                    f"The training split gives each process {len(sampler)} items, fewer than "
+                    f"run.batch_size_train {batch_size}. Make the batch smaller."
+                )
+            loaders.append(
+                DataLoader(
+                    dataset,
+                    batch_size=batch_size,
+                    sampler=sampler,
+                    num_workers=num_workers,
+                    collate_fn=collate_fn,
+                    drop_last=is_train,
+                    pin_memory=self.cuda_enabled,
+                )
+            )
+        return loaders
+
+    # --- training -------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, dict[str, float]] | None:
+        """Train and test; returns the metrics of the test splits (main process)."""
+        self.log_config()
+        if self.resume_ckpt_path is not None:
+            self._load_checkpoint(self.resume_ckpt_path)
+        for epoch in range(self.start_epoch, self.max_epoch):
+            started = time.perf_counter()
+            stats = self.train_epoch(epoch)
+            self.log_stats({**stats, "epoch": epoch}, "train")
+            metric = None
+            for split in self.valid_splits:
+                val_log = self.eval_epoch(split_name=split, cur_epoch=epoch)
+                if val_log is not None:
+                    if split == self.valid_splits[0]:
+                        metric = val_log["agg_metrics"]
+                    self.log_stats({**val_log, "epoch": epoch}, split)
+            is_best = metric is not None and metric > self.best_metric
+            if is_best:
+                self.best_metric, self.best_epoch = metric, epoch
+            self._save_checkpoint(epoch, is_best=is_best)
+            self._announce_epoch(epoch, stats, metric, is_best, time.perf_counter() - started)
+            dist.barrier()
+        return self.evaluate(
+            cur_epoch="best" if self.valid_splits else self.max_epoch - 1,
+            skip_reload=not self.valid_splits,
+        )
+
+    def evaluate(self, cur_epoch="best", skip_reload=False):
+        results = {}
+        for split in self.test_splits:
+            started = time.perf_counter()
+            result = self.eval_epoch(split, cur_epoch=cur_epoch, skip_reload=skip_reload)
+            if result is not None:
+                results[split] = result
+                self.log_stats({**result, "seconds": time.perf_counter() - started}, split)
+        return results if is_main_process() else None
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training split; returns mean losses, the rate and the seconds.
+
+        Raises:
+            FloatingPointError: if a loss is not finite.
+        """
+        self.model.train()
+        loader = self.train_loader
+        loader.sampler.set_epoch(epoch)
+        steps, accumulate = len(loader), self.accum_grad_iters
+        totals: dict[str, Tensor] = {}
+        started = time.perf_counter()
+        progress = tqdm(
+            loader,
+            desc=f"epoch {epoch + 1}/{self.max_epoch}",
+            disable=not is_main_process(),
+            leave=False,
+            mininterval=0.5,
+        )
+        for i, samples in enumerate(progress):
+            samples = apply_to_sample(lambda x: x.to(self.device, non_blocking=True), samples)
+            samples.update(epoch=epoch, iters=i, num_iters_per_epoch=steps)
+            self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+            # The last batches of an epoch may be fewer than those that are usually accumulated.
+            first = i - i % accumulate
+            window = min(accumulate, steps - first)
+            updates = i + 1 == first + window
+            with self._no_sync(unless=updates):
+                losses = self._losses(samples)
+                loss = losses["loss"] / window
+                (self.scaler.scale(loss) if self.scaler else loss).backward()
+            if updates:
+                self._update()
+            for name, value in losses.items():
+                value = value.detach().float()
+                totals[name] = totals[name] + value if name in totals else value
+            if i % self.log_freq == 0 or i + 1 == steps:
+                self._require_finite(totals, epoch, i)
+                progress.set_postfix({k: f"{float(v) / (i + 1):.3f}" for k, v in totals.items()})
+        means = torch.stack(list(totals.values())) / steps
+        dist.all_reduce(means)
+        means = (means / get_world_size()).tolist()
+        return {
+            **dict(zip(totals, means, strict=True)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - started,
+        }
+
+    def _losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
+        with self._autocast():
+            if type(self.task).train_step is not BaseTask.train_step:
+                return {"loss": self.task.train_step(model=self.model, samples=samples)}
+            output = self.model(samples)
+        return {name: output[name] for name in output.keys() if name.startswith("loss")}
+
+    def _no_sync(self, unless: bool):
+        if unless or not isinstance(self.model, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _update(self) -> None:
+        max_norm = self.config.run_cfg.get("max_grad_norm")
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        if max_norm is not None:
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, float(max_norm))
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _require_finite(self, totals: dict[str, Tensor], epoch: int, step: int) -> None:
+        for name, value in totals.items():
+            if not torch.isfinite(value):
+                raise FloatingPointError(
+                    f"'{name}' is not finite at or before step {step} of epoch {epoch}. Lower "
+                    "run.init_lr, or set run.amp to null."
+                )
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
+        """Write the latest state, and the best beside it; every rank takes part."""
+        rng_states: list = [None] * get_world_size()
+        dist.all_gather_object(rng_states, _rng_state(self.device))
+        if not is_main_process():
+            return
+        model = self.unwrap_dist_model(self.model)
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        content = {
+            "model": {k: v for k, v in model.state_dict().items() if k not in frozen},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "config": self.config.to_dict(),
+            "epoch": cur_epoch,
+            "best": {"metric": self.best_metric, "epoch": self.best_epoch},
+            "rng": rng_states,
+        }
+        names = [LATEST, BEST] if is_best else [LATEST]
+        for name in names:
+            _save_atomically(content, self.output_dir / name)
+        if is_best and getattr(model, "adapters", None) and model.adapters.active is not None:
+            model.save_adapter(self.output_dir / BEST_ADAPTER, self._best_metrics())
+
+    def _best_metrics(self) -> dict[str, float]:
+        return {"selection": self.best_metric, "epoch": self.best_epoch}
+
+    def _load_checkpoint(self, url_or_filename) -> None:
+        """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""
+        content = self._read_checkpoint(url_or_filename)
+        self._load_model_state(content["model"], url_or_filename)
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.scaler and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        self.start_epoch = content["epoch"] + 1
+        best = content.get("best") or {}
+        self.best_metric = best.get("metric", float("-inf"))
+        self.best_epoch = best.get("epoch")
+        if len(content.get("rng", [])) == get_world_size():
+            _restore_rng(content["rng"][get_rank()], self.device)
+        logger.info("Resumed from %s: epoch %d follows.", url_or_filename, self.start_epoch + 1)
+
+    def _reload_best_model(self, model):
+        path = self.output_dir / BEST
+        if not path.is_file() and self.resume_ckpt_path:
+            path = Path(self.resume_ckpt_path).parent / BEST
+        self._load_model_state(self._read_checkpoint(path)["model"], path)
+        return model
+
+    def _read_checkpoint(self, path) -> dict[str, Any]:
+        if not Path(path).is_file():
+            raise CheckpointError(f"No checkpoint at '{path}' (run.resume_ckpt_path).")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            content["model"], content["optimizer"], content["epoch"]
+        except Exception as error:
+            raise CheckpointError(
+                f"'{path}' is not a whole checkpoint of a runner: {error}"
+            ) from error
+        return content
+
+    def _load_model_state(self, state: dict[str, Tensor], source) -> None:
+        model = self.unwrap_dist_model(self.model)
+        if hasattr(model, "load_trained_state"):
+            model.load_trained_state(state, str(source))
+            return
+        # One of LAVIS's own models: what it froze is not in its checkpoints.
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        own = {k: v for k, v in model.state_dict().items() if k in trained or k in state}
+        if problems := describe_mismatch(own, state):
+            raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
+        model.load_state_dict(state, strict=False)
+
+    # --- telling people -------------------------------------------------------------------------
+
+    def _announce_epoch(self, epoch, stats, metric, is_best, seconds) -> None:
+        if not is_main_process():
+            return
+        losses = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
+        chosen = "" if metric is None else f", {self._metric_name()} {metric:.2f}"
+        logger.info(
+            "epoch %d/%d: %s%s%s (%.0f s)",
+            epoch + 1,
+            self.max_epoch,
+            losses,
+            chosen,
+            " (best so far)" if is_best else "",
+            seconds,
+        )
+
+    def _metric_name(self) -> str:
+        return f"{self.valid_splits[0]} {getattr(self.task, 'selection_metric', 'agg_metrics')}"
+
+    @main_process
+    def log_stats(self, stats, split_name) -> None:
+        """Add a JSON line to ``log.txt``, keys prefixed by the split as in LAVIS."""
+        line = {f"{split_name}_{key}": value for key, value in stats.items()}
+        with open(self.output_dir / "log.txt", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @main_process
+    def log_config(self) -> None:
+        (self.output_dir / "config.json").write_text(
+            json.dumps(self.config.to_dict(), indent=2) + "\n"
+        )
+
+
+def _save_atomically(content: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, torch.tensor(internal), gauss],
+    }
+
+
+def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss))

@@ -1,0 +1,102 @@
+"""The retrieval task, for images and video."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from lavis.common.dist_utils import is_main_process
+from lavis.common.registry import registry
+from lavis.tasks.retrieval import RetrievalTask
+
+from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
+from lavis_uniadapter.errors import ConfigError, nearest
+from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
+
+logger = logging.getLogger(__name__)
+
+
+@registry.register_task("uniadapter_retrieval")
+class UniAdapterRetrievalTask(RetrievalTask):
+    """Text-visual retrieval: R@1, R@5, R@10, median and mean rank, both ways.
+
+    Metrics are called ``t2v_r1``, ``v2t_medr`` and so on for video, ``t2i_…`` and ``i2t_…`` for
+    images. ``run.selection_metric`` names the one that picks the best epoch: any of these, or
+    ``mean_recall``, the mean of the six recalls.
+    """
+
+    TASK_KEYS = ("k_test", "itc_weight", "rerank_batch", "selection_metric")
+    LOWER_IS_BETTER = ("medr", "meanr")
+
+    @classmethod
+    def setup_task(cls, cfg):
+        return cls(cfg=cfg.run_cfg)
+
+    def build_datasets(self, cfg):
+        """LAVIS's datasets, checked before and after they are built.
+
+        Raises:
+            DatasetError: naming what is missing or malformed.
+        """
+        for builder_config in cfg.datasets_cfg.values():
+            check_annotations(builder_config)
+        datasets = super().build_datasets(cfg)
+        for splits in datasets.values():
+            for split, dataset in splits.items():
+                check_dataset(dataset, split)
+        visual = visual_kind(next(iter(next(iter(datasets.values())).values())))
+        self.check_selection_metric(visual)
+        return datasets
+
+    @property
+    def selection_metric(self) -> str:
+        return self.cfg.get("selection_metric", "mean_recall")
+
+    def check_selection_metric(self, visual: str) -> None:
+        known = ["mean_recall", *_metric_names(visual)]
+        if self.selection_metric not in known:
+            raise ConfigError(
+                f"run.selection_metric is '{self.selection_metric}'."
+                f"{nearest(self.selection_metric, known)} Known: {', '.join(known)}."
+            )
+
+    def evaluation(self, model, data_loader, **kwargs):
+        """Metrics of a split, on the main process; None on the others."""
+        scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
+        if not is_main_process():
+            return None
+        dataset = data_loader.dataset
+        metrics = retrieval_metrics(
+            scores_v2t, scores_t2v, dataset.txt2img, dataset.img2txt, visual_kind(dataset)
+        )
+        recalls = [metrics[name] for name in metrics if name.split("_")[1] in ("r1", "r5", "r10")]
+        metrics["mean_recall"] = sum(recalls) / len(recalls)
+        selected = metrics[self.selection_metric]
+        # LAVIS's runners keep the epoch with the highest agg_metrics above 0.
+        lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
+        return {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
+
+    def after_evaluation(self, val_result, split_name, epoch, **kwargs):
+        """Write the metrics to the run's ``result`` folder."""
+        if val_result is not None:
+            folder = registry.get_path("result_dir")
+            path = Path(folder) / f"metrics_{split_name}_epoch_{epoch}.json"
+            path.write_text(json.dumps(val_result, indent=2) + "\n")
+            logger.info("%s, epoch %s: %s", split_name, epoch, json.dumps(val_result))
+        return val_result
+
+
+
+def _metric_names(visual: str) -> list[str]:
+    v = visual[0]
+    return [
+        f"{direction}_{name}"
+        for direction in (f"t2{v}", f"{v}2t")
+        for name in ("r1", "r5", "r10", "medr", "meanr")
+    ]
+
+
+def visual_kind(dataset) -> str:
+    """``video`` or ``image``: what a LAVIS retrieval dataset shows, by its annotation."""
+    return "video" if "video" in dataset.annotation[0] else "image"

@@ -1,0 +1,77 @@
+"""Small models and data that tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+import lavis_uniadapter  # noqa: F401
+
+torch.set_num_threads(2)
+
+SMALL = {
+    "image_size": 32,
+    "vit_type": "custom",
+    "vit": {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2},
+    "embed_dim": 16,
+    "queue_size": 12,
+    "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "frame_aware": True},
+}
+
+
+@pytest.fixture(scope="session")
+def small_med_config(tmp_path_factory) -> str:
+    """A two-layer text encoder of width 32, as a JSON file."""
+    import json
+
+    from lavis_uniadapter.paths import PACKAGE_ROOT
+
+    config = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
+    config.update(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+    path = tmp_path_factory.mktemp("med") / "med.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture
+def build_model(small_med_config):
+    """Build a small retrieval model from its real configuration file, with overrides."""
+
+    def build(seed: int = 0, **overrides):
+        cls = registry.get_model_class("blip_uniadapter_retrieval")
+        cfg = OmegaConf.load(cls.default_config_path("shapes")).model
+        cfg = OmegaConf.merge(
+            cfg, {"vit": None}, {**SMALL, "med_config_path": small_med_config}, overrides
+        )
+        torch.manual_seed(seed)
+        return cls.from_config(cfg)
+
+    return build
+
+
+CAPTIONS = [
+    "a red circle on the left",
+    "a blue square at the bottom and then a green star",
+    "yellow",
+    "a cyan cross appears at the top",
+]
+
+
+@pytest.fixture
+def video_batch():
+    """A training batch of four videos of three frames, with distinct ids."""
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "video": torch.randn(4, 3, 3, 32, 32, generator=generator),
+        "text_input": list(CAPTIONS),
+        "image_id": torch.arange(4),
+        "epoch": 0,
+        "iters": 3,
+        "num_iters_per_epoch": 10,
+    }

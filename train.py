@@ -1,0 +1,8 @@
+"""Train a model: ``python train.py --cfg-path projects/uniadapter/train/<name>.yaml``."""
+
+import sys
+
+from lavis_uniadapter.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main())
