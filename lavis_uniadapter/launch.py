@@ -168,6 +168,8 @@ def log_to_console() -> None:
     handler.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    # LAVIS calls logging.info, which would otherwise give the root logger a console of its own.
+    logging.getLogger().addHandler(logging.NullHandler())
 
 
 def log_to_file(folder: Path) -> None:

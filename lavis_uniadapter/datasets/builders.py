@@ -30,7 +30,9 @@ from lavis_uniadapter.errors import ConfigError
 _CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "datasets" / "shapes"
 
 
-class _ShapesBuilder(BaseDatasetBuilder):
+class ShapesBuilder(BaseDatasetBuilder):
+    """A builder that generates its files, on first use and from a seed."""
+
     generate_config_cls: type[ShapesConfig]
     ensure: Callable[[Any, Path], None]
 
@@ -64,7 +66,7 @@ class _ShapesBuilder(BaseDatasetBuilder):
 
 
 @registry.register_builder("shapes_image_retrieval")
-class ShapesStillsBuilder(_ShapesBuilder):
+class ShapesStillsBuilder(ShapesBuilder):
     """Captioned stills of one coloured shape."""
 
     train_dataset_cls = RetrievalDataset
@@ -76,7 +78,7 @@ class ShapesStillsBuilder(_ShapesBuilder):
 
 
 @registry.register_builder("shapes_retrieval")
-class ShapesClipsBuilder(_ShapesBuilder):
+class ShapesClipsBuilder(ShapesBuilder):
     """Captioned clips of two coloured shapes, each visible for a few frames."""
 
     train_dataset_cls = VideoRetrievalDataset

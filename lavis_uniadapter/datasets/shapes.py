@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MARKER = "generated.json"
 ANNOTATIONS = "annotations"
 SPLITS = ("train", "val", "test")
@@ -408,7 +408,10 @@ def _write_still(
     }
     if split == "train":
         caption = _pick(rng, STILL_TEMPLATES).format(**words)
-        return [{"image": path.name, "image_id": name, "caption": caption, "objects": shown}]
+        # Stills that show the same share an id: a text matches all of them, and none of them may
+        # be drawn as a negative of another.
+        content_id = f"{size} {colour} {shape} {position}"
+        return [{"image": path.name, "image_id": content_id, "caption": caption, "objects": shown}]
     caption = STILL_TEMPLATES[0].format(**words)
     return [{"image": path.name, "caption": [caption], "objects": shown}]
 

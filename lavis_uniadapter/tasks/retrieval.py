@@ -10,7 +10,7 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
+from lavis_uniadapter.datasets.building import build_checked_datasets
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
 
@@ -39,12 +39,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
         Raises:
             DatasetError: naming what is missing or malformed.
         """
-        for builder_config in cfg.datasets_cfg.values():
-            check_annotations(builder_config)
-        datasets = super().build_datasets(cfg)
-        for splits in datasets.values():
-            for split, dataset in splits.items():
-                check_dataset(dataset, split)
+        datasets = build_checked_datasets(cfg.datasets_cfg)
         visual = visual_kind(next(iter(next(iter(datasets.values())).values())))
         self.check_selection_metric(visual)
         return datasets
