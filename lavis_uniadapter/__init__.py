@@ -13,14 +13,14 @@ from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.checkpoint import load_released_checkpoint
 from lavis_uniadapter.errors import CheckpointError, ConfigError
 from lavis_uniadapter.models import BlipUniAdapterRetrieval
-
-__version__ = "0.1.0"
+from lavis_uniadapter.version import __version__
 
 # LAVIS lists its models and data sets once, when imported; list them again with ours.
 model_zoo.model_zoo = ModelZoo().model_zoo
 dataset_zoo.dataset_zoo = DatasetZoo().dataset_zoo
 
 __all__ = [
+    "__version__",
     "AdapterConfig",
     "BlipUniAdapterRetrieval",
     "CheckpointError",

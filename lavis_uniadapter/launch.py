@@ -173,7 +173,7 @@ def log_to_console() -> None:
 
 
 def log_to_file(folder: Path) -> None:
-    """Everything that LAVIS and this package log, in ``run.log`` (other ranks: ``run.rankN.log``)."""
+    """All that LAVIS and this package log, in ``run.log`` (``run.rankN.log`` of other ranks)."""
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
         root.removeHandler(handler)

@@ -115,9 +115,7 @@ class AdaptedBertLayer(BertLayer):
             raise ValueError(f"Mode '{mode}' attends to encoder_hidden_states, and none are given.")
         # Projected here and not inside the checkpointed part: a memory keeps its projections, and
         # recomputation must find what the first pass found.
-        memory = (
-            encoder_hidden_states.for_layer(self.crossattention.self) if cross_modal else None
-        )
+        memory = encoder_hidden_states.for_layer(self.crossattention.self) if cross_modal else None
         arguments = (
             hidden_states,
             attention_mask,

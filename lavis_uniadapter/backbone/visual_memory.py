@@ -165,9 +165,7 @@ class VisualMemory:
         """Project for one cross-attention (LAVIS's BertSelfAttention), or reuse what was."""
         if attention not in self._projected:
             projections = []
-            for linear, delta in zip(
-                (attention.key, attention.value), self._deltas, strict=True
-            ):
+            for linear, delta in zip((attention.key, attention.value), self._deltas, strict=True):
                 projected = linear(self.states)
                 if delta is not None:
                     projected = projected + delta

@@ -79,7 +79,7 @@ class ShapesStillsBuilder(ShapesBuilder):
 
 @registry.register_builder("shapes_retrieval")
 class ShapesClipsBuilder(ShapesBuilder):
-    """Captioned clips of two coloured shapes, each visible for a few frames."""
+    """Captioned clips of a coloured shape, visible for a few frames."""
 
     train_dataset_cls = VideoRetrievalDataset
     eval_dataset_cls = VideoRetrievalEvalDataset

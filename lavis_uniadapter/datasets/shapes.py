@@ -1,8 +1,7 @@
 """The embedded data set "shapes": captioned stills and clips, drawn on first use from a seed.
 
-Stills show one coloured shape on a light background. Clips show two coloured shapes, each in a
-short run of frames, on a dark textured background; the other frames hold grey distractors, which
-no caption mentions, or nothing.
+Stills show one coloured shape on a plain background. Clips show one in a short run of frames, on a
+blotched background; the other frames hold grey distractors, which no caption mentions, or nothing.
 
 A generated folder holds ``annotations/{train,val,test}.json`` in LAVIS's retrieval layout, the
 visual files in ``images/`` or ``videos/``, and ``generated.json``, which records what it was drawn
@@ -73,7 +72,6 @@ SHAPES = {
 
 # Radii, centres and jitter are fractions of the image's side.
 SIZES = {"small": 0.1, "large": 0.19}
-CLIP_RADII = (0.13, 0.19)
 JITTER = 0.04
 CENTRES = {
     "left": (0.25, 0.5),
@@ -99,12 +97,15 @@ STILL_TEMPLATES = (
     "{place} there is {thing}",
 )
 CLIP_TEMPLATES = (
-    "{first} appears {first_place} and then {second} appears {second_place}",
-    "{first} {first_place} followed by {second} {second_place}",
-    "first {first} {first_place} and later {second} {second_place}",
-    "the clip shows {first} {first_place} and then {second} {second_place}",
-    "{second} appears {second_place} after {first} {first_place}",
+    "{thing} appears {place}",
+    "for a moment {thing} comes up {place}",
+    "{place} we watch {thing} come and go",
+    "the clip briefly shows {thing} {place}",
+    "someone holds up {thing} {place}",
 )
+
+# Combinations of colour, shape and position (of 240) kept for evaluation, whatever the counts.
+RESERVED_COMBINATIONS = {"val": 50, "test": 50}
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -134,7 +135,9 @@ class ShapesConfig:
 
     visual_folder: ClassVar[str]
     suffix: ClassVar[str]
-    max_evaluation: ClassVar[Mapping[str, int]]
+    max_evaluation: ClassVar[Mapping[str, int]] = {
+        split: combinations * len(SIZES) for split, combinations in RESERVED_COMBINATIONS.items()
+    }
     _stream: ClassVar[int]
 
     def __post_init__(self) -> None:
@@ -180,14 +183,11 @@ class ShapesConfig:
         return np.random.default_rng([self.seed, self._stream, SPLITS.index(split), index])
 
     def shuffling_rng(self) -> np.random.Generator:
-        """The random source that deals contents out to the splits."""
-        return np.random.default_rng([self.seed, self._stream, len(SPLITS), 0])
+        """The random source that deals contents out to the splits.
 
-
-# Contents kept for evaluation, whatever the counts: combinations of colour, shape and position
-# for stills (of 240), unordered pairs of coloured shapes for clips (of 1128).
-RESERVED_COMBINATIONS = {"val": 50, "test": 50}
-RESERVED_PAIRS = {"val": 150, "test": 300}
+        The same for stills and clips: what clips are tested on, no training still shows.
+        """
+        return np.random.default_rng([self.seed, len(SPLITS)])
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,6 @@ class StillsConfig(ShapesConfig):
 
     visual_folder: ClassVar[str] = "images"
     suffix: ClassVar[str] = ".png"
-    max_evaluation: ClassVar[Mapping[str, int]] = {
-        split: combinations * len(SIZES) for split, combinations in RESERVED_COMBINATIONS.items()
-    }
     _stream: ClassVar[int] = 0
 
 
@@ -214,24 +211,23 @@ class ClipsConfig(ShapesConfig):
     Attributes:
         num_frames: frames of a clip.
         fps: frames per second.
-        visible_frames: length in frames of the run in which each described object is visible.
+        visible_frames: length in frames of the run in which the described object is visible.
         distractors: grey shapes of a clip, each shown for as many frames; none beside an object.
         captions_per_train_clip: training records of a clip, each with another wording.
     """
 
     num_train: int = 800
     num_val: int = 100
-    num_test: int = 200
+    num_test: int = 100
     noise: float = 8.0
     num_frames: int = 16
     fps: int = 8
-    visible_frames: int = 3
+    visible_frames: int = 4
     distractors: int = 3
     captions_per_train_clip: int = 2
 
     visual_folder: ClassVar[str] = "videos"
     suffix: ClassVar[str] = ".mp4"
-    max_evaluation: ClassVar[Mapping[str, int]] = RESERVED_PAIRS
     _stream: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -239,9 +235,9 @@ class ClipsConfig(ShapesConfig):
         self._require(self.fps >= 1, "fps", "at least 1")
         self._require(self.distractors >= 0, "distractors", "at least 0")
         self._require(
-            1 <= self.visible_frames <= self.num_frames // 2,
+            1 <= self.visible_frames <= self.num_frames,
             "visible_frames",
-            f"from 1 to num_frames / 2 = {self.num_frames // 2}",
+            f"from 1 to num_frames = {self.num_frames}",
         )
         self._require(
             1 <= self.captions_per_train_clip <= len(CLIP_TEMPLATES),
@@ -250,9 +246,8 @@ class ClipsConfig(ShapesConfig):
         )
 
 
-# What an item shows, as far as the splits differ in it: (colour, shape, position, size) of a
-# still, two (colour, shape) of a clip.
-Content = tuple
+# What an item shows: (colour, shape, position, size).
+Content = tuple[str, str, str, str]
 ItemWriter = Callable[[Any, str, int, Content, Path], list]
 
 
@@ -262,7 +257,7 @@ def ensure_stills(config: StillsConfig, folder: Path) -> None:
     Raises:
         FileExistsError: `folder` holds something else, or stills of another configuration.
     """
-    _ensure(config, folder, deal_stills, _write_still)
+    _ensure(config, folder, _write_still)
 
 
 def ensure_clips(config: ClipsConfig, folder: Path) -> None:
@@ -271,15 +266,10 @@ def ensure_clips(config: ClipsConfig, folder: Path) -> None:
     Raises:
         FileExistsError: `folder` holds something else, or clips of another configuration.
     """
-    _ensure(config, folder, deal_clips, _write_clip)
+    _ensure(config, folder, _write_clip)
 
 
-def _ensure(
-    config: ShapesConfig,
-    folder: Path,
-    deal: Callable[[Any], dict[str, list[Content]]],
-    write_item: ItemWriter,
-) -> None:
+def _ensure(config: ShapesConfig, folder: Path, write_item: ItemWriter) -> None:
     if _holds(config, folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +279,7 @@ def _ensure(
         unfinished = Path(workplace) / folder.name
         (unfinished / ANNOTATIONS).mkdir(parents=True)
         (unfinished / config.visual_folder).mkdir()
-        contents = deal(config)
+        contents = deal_contents(config)
         for split in SPLITS:
             records = []
             progress = tqdm(contents[split], desc=f"shapes {config.visual_folder}, {split}")
@@ -335,10 +325,11 @@ def _holds(config: ShapesConfig, folder: Path) -> bool:
     return True
 
 
-def deal_stills(config: StillsConfig) -> dict[str, list[Content]]:
-    """The (colour, shape, position, size) of every still, by split.
+def deal_contents(config: ShapesConfig) -> dict[str, list[Content]]:
+    """The (colour, shape, position, size) of every still or clip, by split.
 
-    No (colour, shape, position) is in two splits; the evaluation splits repeat nothing.
+    No (colour, shape, position) is in two splits, not even in one of the stills and another of
+    the clips of the same seed; the evaluation splits repeat nothing.
     """
     rng = config.shuffling_rng()
     combinations = list(itertools.product(COLOURS, SHAPES, CENTRES))
@@ -349,17 +340,6 @@ def deal_stills(config: StillsConfig) -> dict[str, list[Content]]:
         sized = _shuffled([(*kind, size) for kind in pool for size in SIZES], rng)
         contents[split] = _cycle(sized, config.count(split))
     return contents
-
-
-def deal_clips(config: ClipsConfig) -> dict[str, list[Content]]:
-    """The unordered pair of (colour, shape) of every clip, by split.
-
-    No pair is in two splits; the evaluation splits repeat nothing.
-    """
-    objects = itertools.product(COLOURS, SHAPES)
-    pairs = list(itertools.combinations(objects, 2))
-    pools = _partition(pairs, RESERVED_PAIRS, config.shuffling_rng())
-    return {split: _cycle(pool, config.count(split)) for split, pool in pools.items()}
 
 
 T = TypeVar("T")
@@ -421,75 +401,52 @@ def _write_clip(
 ) -> list[dict[str, Any]]:
     """Draw and encode one clip into `folder`; returns its annotation records."""
     rng = config.rng(split, index)
-    # The dealt pair is unordered; which object comes first is drawn here.
-    shown = [
-        {
-            "colour": colour,
-            "shape": shape,
-            "position": _pick(rng, tuple(CENTRES)),
-            "frames": frames,
-        }
-        for (colour, shape), frames in zip(
-            _shuffled(content, rng), _two_runs(config, rng), strict=True
-        )
-    ]
-    frames = _clip_frames(config, rng, shown)
+    colour, shape, position, size = content
+    start = int(rng.integers(config.num_frames - config.visible_frames + 1))
+    thing = {
+        "colour": colour,
+        "shape": shape,
+        "position": position,
+        "size": size,
+        "frames": list(range(start, start + config.visible_frames)),
+    }
     path = folder / config.visual_folder / f"{split}_{index:05d}{config.suffix}"
-    _write_mp4(path, frames, config.fps)
+    _write_mp4(path, _clip_frames(config, rng, thing), config.fps)
 
-    first, second = shown
     words = {
-        "first": _with_article(f"{first['colour']} {first['shape']}"),
-        "first_place": POSITION_PHRASES[first["position"]],
-        "second": _with_article(f"{second['colour']} {second['shape']}"),
-        "second_place": POSITION_PHRASES[second["position"]],
+        "thing": _with_article(f"{size} {colour} {shape}"),
+        "place": POSITION_PHRASES[position],
     }
     if split == "train":
         wordings = _shuffled(CLIP_TEMPLATES, rng)[: config.captions_per_train_clip]
         return [
-            {"video": path.name, "caption": wording.format(**words), "objects": shown}
+            {"video": path.name, "caption": wording.format(**words), "objects": [thing]}
             for wording in wordings
         ]
     caption = CLIP_TEMPLATES[0].format(**words)
-    return [{"video": path.name, "caption": [caption], "objects": shown}]
-
-
-def _two_runs(config: ClipsConfig, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Two disjoint runs of visible frames, the earlier one first."""
-    length = config.visible_frames
-    # Two starts in the clip with both runs squeezed to one frame, then stretched again.
-    starts = np.sort(rng.choice(config.num_frames - 2 * length + 2, size=2, replace=False))
-    first, second = int(starts[0]), int(starts[1]) + length - 1
-    return list(range(first, first + length)), list(range(second, second + length))
+    return [{"video": path.name, "caption": [caption], "objects": [thing]}]
 
 
 def _clip_frames(
-    config: ClipsConfig, rng: np.random.Generator, shown: Sequence[Mapping[str, Any]]
+    config: ClipsConfig, rng: np.random.Generator, thing: Mapping[str, Any]
 ) -> np.ndarray:
     """RGB frames of a clip, uint8 of shape (num_frames, image_size, image_size, 3)."""
     side = config.image_size
     frames = np.repeat(_clip_background(config, rng)[None], config.num_frames, axis=0)
-    described = {frame for thing in shown for frame in thing["frames"]}
     for _ in range(config.distractors):
-        mask = _object_mask(
-            rng, side, _pick(rng, tuple(SHAPES)), _pick(rng, tuple(CENTRES)), _clip_radius(rng)
-        )
+        shape, position, size = (_pick(rng, tuple(kind)) for kind in (SHAPES, CENTRES, SIZES))
+        mask = _object_mask(rng, side, shape, position, SIZES[size])
         grey = np.full(3, rng.uniform(140.0, 245.0))
         start = int(rng.integers(config.num_frames - config.visible_frames + 1))
         for frame in range(start, start + config.visible_frames):
-            if frame not in described:
+            if frame not in thing["frames"]:
                 frames[frame] = _paint(frames[frame], mask, grey)
-    for thing in shown:
-        mask = _object_mask(rng, side, thing["shape"], thing["position"], _clip_radius(rng))
-        colour = _jittered_colour(rng, thing["colour"])
-        for frame in thing["frames"]:
-            frames[frame] = _paint(frames[frame], mask, colour)
+    mask = _object_mask(rng, side, thing["shape"], thing["position"], SIZES[thing["size"]])
+    colour = _jittered_colour(rng, thing["colour"])
+    for frame in thing["frames"]:
+        frames[frame] = _paint(frames[frame], mask, colour)
     # The same noise on all channels: the codec would smear noisy chroma into false colours.
     return _to_bytes(frames + rng.normal(0.0, config.noise, (*frames.shape[:3], 1)))
-
-
-def _clip_radius(rng: np.random.Generator) -> float:
-    return float(rng.uniform(*CLIP_RADII))
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
@@ -506,8 +463,8 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def _still_background(config: StillsConfig, rng: np.random.Generator) -> np.ndarray:
-    """A plain light ground, float of shape (image_size, image_size, 3)."""
-    tone = rng.uniform(215.0, 240.0) + rng.uniform(-6.0, 6.0, 3)
+    """A plain ground, dark to light, float of shape (image_size, image_size, 3)."""
+    tone = rng.uniform(80.0, 240.0) + rng.uniform(-8.0, 8.0, 3)
     return np.tile(tone, (config.image_size, config.image_size, 1))
 
 

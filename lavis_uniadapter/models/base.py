@@ -152,9 +152,7 @@ class TunedBlip(BaseModel):
         return {
             "adapters": sum(p.numel() for p in active.layer_parameters()) if active else 0,
             "trainable": sum(p.numel() for p in self.trainable_parameters().values()),
-            "backbone": sum(
-                p.numel() for p in nn.ModuleList(encoders).parameters()
-            ),
+            "backbone": sum(p.numel() for p in nn.ModuleList(encoders).parameters()),
             "total": sum(p.numel() for p in self.parameters()),
         }
 

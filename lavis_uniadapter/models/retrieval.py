@@ -27,8 +27,8 @@ from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, build_vi
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import two_stage_scores
-from lavis_uniadapter.models.base import TunedBlip, plain
 from lavis_uniadapter.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.models.base import TunedBlip, plain
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 

@@ -82,7 +82,6 @@ class UniAdapterRetrievalTask(RetrievalTask):
         return val_result
 
 
-
 def _metric_names(visual: str) -> list[str]:
     v = visual[0]
     return [

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Run the test suite; further arguments go to pytest.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

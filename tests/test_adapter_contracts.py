@@ -1,0 +1,430 @@
+"""What every tuning method must keep, whatever it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lavis_uniadapter.adapters import AdapterConfig, BackboneGeometry, UniAdapterSet
+from lavis_uniadapter.checkpoint import base_state_dict
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+
+METHODS = ("uniadapter", "linear", "full")
+BLIP_BASE = BackboneGeometry(768, 12, 768, 12, {"text_encoder": 768})
+
+
+def perturb(module, seed=1, by=0.1):
+    """Move every parameter off its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * by)
+
+
+def outputs(model, batch):
+    """All that a retrieval model computes for a batch, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        visuals = model.encode_visual(batch)
+        texts = model.encode_text(batch["text_input"])
+        logits = model.match(texts, visuals, torch.tensor([1, 2, 3, 0]))
+    return {
+        "visual embeds": visuals.embeds,
+        "visual feat": visuals.feat,
+        "text embeds": texts.embeds,
+        "text feat": texts.feat,
+        "matching logits": logits,
+    }
+
+
+def assert_same(one, other):
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def assert_differ(one, other, but=()):
+    for name, value in one.items():
+        if name not in but:
+            assert not torch.allclose(value, other[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("bottleneck, expected", [(128, 4_784_640), (512, 18_945_024)])
+def test_parameter_count_of_the_paper(bottleneck, expected):
+    adapter_set = UniAdapterSet({}, AdapterConfig(bottleneck=bottleneck), BLIP_BASE)
+    assert sum(p.numel() for p in adapter_set.layer_parameters()) == expected
+
+
+def test_blip_base_built_for_real(build_model):
+    model = build_model(
+        vit_type="base",
+        vit=None,
+        image_size=224,
+        med_config_path="configs/models/med_config.json",
+        embed_dim=256,
+        adapter={"bottleneck": 128, "kv_bottleneck": 64},
+    )
+    counts = model.parameter_counts()
+    assert counts["adapters"] == 4_784_640
+    assert counts["backbone"] == 223_057_152
+    assert "2.1" in model.adapter_summary().splitlines()[-1]
+
+
+def test_vit_large_shares_nothing_between_widths():
+    geometry = BackboneGeometry(1024, 24, 768, 12, {"text_encoder": 1024})
+    adapter_set = UniAdapterSet({}, AdapterConfig(), geometry)
+    assert len(adapter_set.visual_layers) == 24 and len(adapter_set.text_layers) == 12
+    assert adapter_set.layer("visual", 23).down.in_features == 1024
+    assert adapter_set.layer("text", 11).down.in_features == 768
+    assert adapter_set.layer("text", 12) is None
+    assert adapter_set.layer("visual", 0).up_textual is None
+    assert adapter_set.layer("text", 0).up_visual is None
+    assert adapter_set.key_value["text_encoder"].key.down.in_features == 1024
+    assert adapter_set.key_value["text_encoder"].key.up.out_features == 768
+
+
+@pytest.mark.parametrize("depth, width", [(3, 32), (1, 32), (3, 48)])
+def test_any_depth_and_width_trains(build_model, video_batch, depth, width):
+    model = build_model(vit={"width": width, "depth": depth})
+    model.train()
+    model(video_batch).loss.backward()
+    for name, p in model.trainable_parameters().items():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+
+
+@pytest.mark.parametrize("frame_aware", [False, True])
+def test_fresh_identity_model_is_blip_bit_for_bit(build_model, video_batch, frame_aware):
+    model = build_model(adapter={"frame_aware": frame_aware})
+    enabled = outputs(model, video_batch)
+    with model.disable_adapter():
+        assert_same(enabled, outputs(model, video_batch))
+
+
+def test_released_init_zeroes_the_textual_up_projection_alone(build_model):
+    layer = build_model(adapter={"init": "released"}).adapters.get("default").layers[0]
+    assert not layer.up_textual.weight.any()
+    for module in (layer.up_visual, layer.up_cross_modal):
+        assert module.weight.any() and module.bias.any()
+    assert torch.equal(layer.norm_cross_modal.weight, torch.ones(32))
+
+
+def test_gradients_of_the_first_step_are_not_extreme(build_model, video_batch):
+    model = build_model().train()
+    model(video_batch).loss.backward()
+    largest = {name: p.grad.abs().max().item() for name, p in model.trainable_parameters().items()}
+    heads = max(value for name, value in largest.items() if ".heads." in name)
+    for name, value in largest.items():
+        assert value <= 10 * heads, name
+
+
+def test_trainable_set_is_the_declared_one(build_model):
+    uniadapter = build_model(tuning="uniadapter")
+    assert set(uniadapter.trainable_parameters()) == {
+        f"adapters.default.{name}"
+        for name, _ in uniadapter.adapters.get("default").named_parameters()
+    }
+    linear = build_model(tuning="linear")
+    assert set(linear.trainable_parameters()) == {
+        f"adapters.default.heads.{head}.{leaf}"
+        for head in ("vision_proj", "text_proj", "itm_head")
+        for leaf in ("weight", "bias")
+    }
+    full = build_model(tuning="full")
+    assert set(full.trainable_parameters()) == {name for name, _ in full.named_parameters()}
+    assert not any(name.startswith("adapters.") for name in full.trainable_parameters())
+
+
+@pytest.mark.parametrize("tuning", METHODS)
+def test_only_what_is_declared_changes(build_model, video_batch, tuning):
+    model = build_model(tuning=tuning).train()
+    trained = model.trainable_parameters()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
+    for _ in range(3):
+        model(video_batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in trained), name
+
+
+@pytest.mark.parametrize("tuning", METHODS)
+def test_momentum_follows_the_average_once_a_step(build_model, video_batch, tuning):
+    model = build_model(tuning=tuning, momentum=0.9, adapter_momentum=0.8).train()
+    state = model.momentum_average.state_dict()
+    # Whatever contrastive features depend on, and nothing else, is averaged.
+    assert {n for n in state if "itm_head" in n or "key_value" in n} == set()
+    assert any("text_proj" in n for n in state) and any("vision_proj" in n for n in state)
+    assert set(state) <= set(model.trainable_parameters())
+    expected = {name: value.clone() for name, value in state.items()}
+    optimizer = torch.optim.SGD(model.trainable_parameters().values(), lr=0.1)
+    for _ in range(3):
+        for name, p in model.trainable_parameters().items():
+            if name in expected:
+                adapter = name.startswith("adapters.") and ".heads." not in name
+                decay = 0.8 if adapter else 0.9
+                expected[name] = decay * expected[name] + (1 - decay) * p.detach()
+        model(video_batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in model.momentum_average.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_momentum_needs_no_second_backbone(build_model):
+    model = build_model(tuning="uniadapter")
+    averaged = sum(b.numel() for b in model.momentum_average.buffers())
+    assert averaged < model.parameter_counts()["trainable"]
+    assert not hasattr(model, "visual_encoder_m")
+
+
+def test_features_under_momentum_are_the_averages(build_model, video_batch):
+    model = build_model().eval()
+    online = outputs(model, video_batch)
+    perturb(model.adapters)
+    moved = outputs(model, video_batch)
+    with model.momentum_average.swapped_in():
+        under_momentum = outputs(model, video_batch)
+    assert torch.equal(under_momentum["visual embeds"], online["visual embeds"])
+    assert not torch.allclose(moved["visual embeds"], online["visual embeds"])
+    assert_same(moved, outputs(model, video_batch))
+
+
+@pytest.mark.parametrize("branch", ["visual", "textual", "cross_modal", "query residual"])
+def test_every_branch_sends_gradient_to_the_shared_down_projection(
+    build_model, video_batch, branch
+):
+    kinds = {"query residual": "textual"}
+    kind = kinds.get(branch, branch)
+    only = {name: name == kind for name in ("visual", "textual", "cross_modal")}
+    model = build_model(adapter={**only, "kv_bottleneck": 0})
+    perturb(model.adapters)
+    visuals = model.encode_visual(video_batch)
+    texts = model.encode_text(video_batch["text_input"])
+    if branch == "visual":
+        visuals.embeds.square().sum().backward()
+    elif branch == "textual":
+        texts.embeds.square().sum().backward()
+    else:
+        model.match(texts, visuals).square().sum().backward()
+    for layer in model.adapters.get("default").layers:
+        assert layer.down.weight.grad.abs().max() > 0
+
+
+def test_down_projection_is_one_tensor_for_vision_and_text(build_model):
+    model = build_model()
+    for block, layer in zip(
+        model.visual_encoder.blocks, model.text_encoder.encoder.layer, strict=True
+    ):
+        assert block.adapter_slot().down.weight is layer.adapter_slot().down.weight
+    names = [name for name in model.state_dict() if "down.weight" in name]
+    assert len(names) == len({model.state_dict()[n].data_ptr() for n in names})
+    assert all(name.startswith(("adapters.", "momentum_average.")) for name in names)
+
+
+def test_backbone_keys_are_lavis_own(build_model):
+    from lavis.models.med import XBertEncoder
+    from lavis.models.vit import VisionTransformer
+
+    model = build_model()
+    visual = VisionTransformer(32, 16, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2)
+    text = XBertEncoder(model.text_encoder.config, add_pooling_layer=False)
+    assert model.visual_encoder.state_dict().keys() == visual.state_dict().keys()
+    assert model.text_encoder.state_dict().keys() == text.state_dict().keys()
+
+
+@pytest.mark.parametrize("frame_aware", [False, True])
+def test_activation_checkpointing_gives_equal_gradients(build_model, video_batch, frame_aware):
+    gradients = []
+    for layers in (0, 2):
+        model = build_model(
+            vit_grad_ckpt=bool(layers),
+            vit_ckpt_layer=layers,
+            text_ckpt_layer=layers,
+            adapter={"frame_aware": frame_aware},
+        ).train()
+        perturb(model.adapters)
+        torch.manual_seed(3)  # the draw of negatives
+        model(video_batch).loss.backward()
+        gradients.append({n: p.grad for n, p in model.trainable_parameters().items()})
+    largest = max(g.abs().max() for g in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(
+            gradient, gradients[1][name], rtol=1e-5, atol=1e-6 * largest.item()
+        )
+
+
+# --- adapters as things of their own ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["uniadapter", "linear"])
+def test_save_and_load_under_another_seed(build_model, video_batch, tmp_path, tuning):
+    model = build_model(seed=0, tuning=tuning)
+    perturb(model.adapters)
+    tuned = outputs(model, video_batch)
+    same = ("visual embeds", "text embeds") if tuning == "linear" else ()
+    with model.disable_adapter():
+        assert_differ(tuned, outputs(model, video_batch), but=same)
+    model.save_adapter(tmp_path / "adapter", {"t2v_r1": 12.5})
+
+    other = build_model(seed=9, tuning=tuning)
+    other.load_state_dict(base_state_dict(model), strict=False)
+    other.base_changed("the same BLIP")
+    assert_differ(tuned, outputs(other, video_batch), but=same)
+    other.load_adapter(tmp_path / "adapter")
+    assert_same(tuned, outputs(other, video_batch))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["metrics"] == {"t2v_r1": 12.5}
+    assert config["method"] == tuning
+
+
+def test_saved_adapter_holds_no_backbone_queue_or_average(build_model, tmp_path):
+    from safetensors.torch import load_file
+
+    model = build_model()
+    model.save_adapter(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert sum(t.numel() for t in saved.values()) == model.parameter_counts()["trainable"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_full_tuning_has_no_adapter_to_save(build_model, tmp_path):
+    with pytest.raises(ConfigError, match="full"):
+        build_model(tuning="full").save_adapter(tmp_path / "adapter")
+
+
+def rewrite(folder, change):
+    """Change the tensors of an adapter folder and keep its checksum right."""
+    import hashlib
+
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "adapter.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    content = (folder / "adapter.safetensors").read_bytes()
+    config["blake2b"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("harm", ["deleted", "extra", "reshaped"])
+def test_tensors_that_do_not_fit_are_named(build_model, tmp_path, harm):
+    model = build_model()
+    model.save_adapter(tmp_path / "adapter")
+    name = "layers.1.down.weight"
+
+    def change(tensors):
+        if harm == "deleted":
+            del tensors[name]
+        elif harm == "extra":
+            tensors["layers.7.down.weight"] = torch.zeros(2)
+        else:
+            tensors[name] = tensors[name][:, 1:].contiguous()
+
+    rewrite(tmp_path / "adapter", change)
+    expected = "layers.7.down.weight" if harm == "extra" else name
+    with pytest.raises(CheckpointError, match=expected.replace(".", r"\.")):
+        model.load_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("harm", ["flipped byte", "cut short", "no tensors", "no config"])
+def test_damaged_folder_never_loads(build_model, tmp_path, harm):
+    model = build_model()
+    model.save_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter.safetensors"
+    content = bytearray(path.read_bytes())
+    if harm == "flipped byte":
+        content[-5] ^= 1
+        path.write_bytes(content)
+    elif harm == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    elif harm == "no tensors":
+        path.unlink()
+    else:
+        (tmp_path / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="adapter"):
+        model.load_adapter(tmp_path / "adapter")
+
+
+def test_adapter_of_another_base_needs_force(build_model, video_batch, tmp_path):
+    model, other = build_model(seed=0), build_model(seed=1)
+    perturb(model.adapters)
+    model.save_adapter(tmp_path / "adapter")
+    before = outputs(other, video_batch)
+    with pytest.raises(CheckpointError, match="another base checkpoint"):
+        other.load_adapter(tmp_path / "adapter")
+    assert_same(before, outputs(other, video_batch))
+    other.load_adapter(tmp_path / "adapter", force=True)
+    assert_differ(before, outputs(other, video_batch))
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ({"tuning": "linear"}, "'uniadapter'"),
+        ({"adapter": {"bottleneck": 4}}, "bottleneck: 8"),
+        ({"adapter": {"kv_bottleneck": 0}}, "kv_bottleneck: 4"),
+    ],
+)
+def test_adapter_of_another_method_or_size_is_refused(build_model, tmp_path, overrides, expected):
+    build_model().save_adapter(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=expected):
+        build_model(**overrides).load_adapter(tmp_path / "adapter")
+
+
+def test_disabling_gives_blip_and_survives_an_exception(build_model, video_batch):
+    model = build_model()
+    blip = outputs(model, video_batch)
+    perturb(model.adapters)
+    tuned = outputs(model, video_batch)
+    assert_differ(tuned, blip)
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        assert_same(blip, outputs(model, video_batch))
+        raise ZeroDivisionError
+    assert_same(tuned, outputs(model, video_batch))
+
+
+def test_two_named_adapters_do_not_interfere(build_model, video_batch, tmp_path):
+    model = build_model()
+    expected = {}
+    for name, seed in (("flickr", 1), ("msrvtt", 2)):
+        perturb(model.adapters.get("default"), seed)
+        model.save_adapter(tmp_path / name)
+        expected[name] = outputs(model, video_batch)
+    for name in expected:
+        model.load_adapter(tmp_path / name, name=name)
+    assert_differ(expected["flickr"], expected["msrvtt"])
+    for name in ("flickr", "msrvtt", "flickr"):
+        model.set_adapter(name)
+        assert_same(expected[name], outputs(model, video_batch))
+    with pytest.raises(KeyError, match="coco"):
+        model.set_adapter("coco")
+
+
+@pytest.mark.parametrize(
+    "adapter, key",
+    [
+        ({"bottleneck": 0}, "bottleneck"),
+        ({"bottleneck": 1.5}, "bottleneck"),
+        ({"kv_bottleneck": -1}, "kv_bottleneck"),
+        ({"scale": 0}, "scale"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"init": "zeros"}, "init"),
+        ({"visual": 1}, "visual"),
+        ({"bottelneck": 8}, "bottelneck"),
+    ],
+)
+def test_impossible_adapter_configuration_is_named(adapter, key):
+    with pytest.raises(ConfigError, match=key):
+        AdapterConfig.from_mapping(adapter)
+
+
+def test_summary_adds_up(build_model):
+    lines = build_model().adapter_summary().splitlines()
+    numbers = [int(line.split("  ")[-2].strip().replace(",", "")) for line in lines[1:-1]]
+    *parts, total, trained = numbers
+    assert sum(parts) == total
+    assert trained == sum(n for n, line in zip(parts, lines[1:], strict=False) if "active" in line)
+    assert len(lines) <= 24

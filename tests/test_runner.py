@@ -1,0 +1,395 @@
+"""Whole runs through the runner: training, evaluation, resuming, several processes, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_uniadapter import launch
+from lavis_uniadapter.adapter_files import TENSORS
+from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.runner import BEST, BEST_ADAPTER, LATEST
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "projects/uniadapter/train"
+TINY_CLIPS = (
+    "datasets.shapes_retrieval.generate.num_train=10",
+    "datasets.shapes_retrieval.generate.num_val=4",
+    "datasets.shapes_retrieval.generate.num_test=5",
+    "datasets.shapes_retrieval.generate.num_frames=6",
+)
+TINY_STILLS = (
+    "datasets.shapes_image_retrieval.generate.num_train=12",
+    "datasets.shapes_image_retrieval.generate.num_val=4",
+    "datasets.shapes_image_retrieval.generate.num_test=4",
+)
+TINY_RUN = (
+    "run.max_epoch=2",
+    "run.batch_size_train=4",
+    "run.batch_size_eval=3",
+    "run.num_workers=0",
+    "run.k_test=3",
+    "run.warmup_steps=2",
+    "run.device=cpu",
+    "model.vit.depth=1",
+    "model.queue_size=10",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory):
+    """One cache of generated data for all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cache, monkeypatch):
+    """Run a configuration in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name="shapes_retrieval", *options, evaluate=False):
+        tiny = TINY_STILLS if name == "shapes_pretrain" else TINY_CLIPS
+        cache = f"run.cache_root={tiny_cache}"
+        return launch.run(TRAIN / f"{name}.yaml", [*tiny, *TINY_RUN, cache, *options], evaluate)
+
+    yield start
+    launch.destroy_process_group()
+
+
+def trained_state(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_train_pretrain_evaluate_end_to_end(run, tmp_path):
+    stills = run("shapes_pretrain", "run.job_id=stills")
+    assert set(stills.metrics) == {"test"}
+    assert {"t2i_r1", "i2t_r10", "t2i_medr", "i2t_meanr", "mean_recall"} <= set(
+        stills.metrics["test"]
+    )
+    base = f"model.pretrained={stills.output_dir / BEST}"
+    clips = run("shapes_retrieval", base, "run.job_id=clips")
+    assert clips.output_dir == tmp_path / "output/shapes_retrieval/clips"
+    for name in (BEST, LATEST, "log.txt", "config.json", "run.log", f"{BEST_ADAPTER}/{TENSORS}"):
+        assert (clips.output_dir / name).is_file(), name
+    log = [json.loads(line) for line in (clips.output_dir / "log.txt").read_text().splitlines()]
+    assert [line["train_epoch"] for line in log if "train_epoch" in line] == [0, 1]
+    assert [line["val_epoch"] for line in log if "val_epoch" in line] == [0, 1]
+    metrics = json.loads((clips.output_dir / "result/metrics_test_epoch_best.json").read_text())
+    assert metrics == clips.metrics["test"]
+    # the frozen backbone is not written again with each checkpoint
+    assert not any(k.startswith("visual_encoder") for k in trained_state(clips.output_dir / BEST))
+
+    again = run(
+        "shapes_retrieval",
+        base,
+        f"model.adapter_ckpt={clips.output_dir / BEST_ADAPTER}",
+        evaluate=True,
+    )
+    assert again.metrics["test"] == clips.metrics["test"]
+    from_checkpoint = run(
+        "shapes_retrieval",
+        base,
+        f"run.resume_ckpt_path={clips.output_dir / BEST}",
+        evaluate=True,
+    )
+    assert from_checkpoint.metrics["test"] == clips.metrics["test"]
+
+
+@pytest.mark.parametrize("tuning", ["uniadapter", "full"])
+def test_resume_equals_not_stopping(run, tuning):
+    """Bit for bit on CPU, with dropout and a random draw of frames in play."""
+    options = (
+        f"model.tuning={tuning}",
+        "model.adapter.dropout=0.1",
+        "run.max_epoch=3",
+        "run.test_splits=[]",
+        "run.num_workers=1",
+    )
+    whole = run("shapes_retrieval", *options, "run.job_id=whole")
+    run("shapes_retrieval", *options, "run.job_id=first", "run.max_epoch=1")
+    # The schedule must be that of the whole run, so only the number of epochs differs.
+    first = torch.load("output/shapes_retrieval/first/checkpoint_latest.pth", weights_only=True)
+    assert first["epoch"] == 0
+    resumed = run(
+        "shapes_retrieval",
+        *options,
+        "run.job_id=resumed",
+        "run.seed=42",
+        f"run.resume_ckpt_path={Path('output/shapes_retrieval/first').resolve() / LATEST}",
+    )
+    ended, expected = (
+        torch.load(r.output_dir / LATEST, weights_only=True) for r in (resumed, whole)
+    )
+    assert ended["epoch"] == expected["epoch"] == 2
+    for name, value in expected["model"].items():
+        assert torch.equal(ended["model"][name], value), name
+    assert ended["best"] == expected["best"]
+    moments = expected["optimizer"]["state"]
+    for index, state in moments.items():
+        assert torch.equal(ended["optimizer"]["state"][index]["exp_avg"], state["exp_avg"])
+
+
+def test_accumulated_gradients_equal_a_larger_batch(run):
+    """For a loss that is a mean over items; an incomplete last window included."""
+    runner = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]").runner
+    weight = torch.nn.Parameter(torch.ones(3))
+
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, samples):
+            return {"loss": (samples["x"] * self.weight).sum(dim=1).mean()}
+
+    items = torch.arange(18.0).view(6, 3)
+    gradients = []
+    for size, accumulate in ((6, 1), (3, 2), (2, 3), (2, 2)):
+        runner._model = runner._wrapped_model = Mean()
+        runner._optimizer = torch.optim.SGD([weight], lr=0.0)
+        runner.config.config.run.accum_grad_iters = accumulate
+        seen = []
+        runner._update = lambda seen=seen: (seen.append(weight.grad.clone()), weight.grad.zero_())
+        batches = [{"x": part} for part in items.split(size)]
+        runner._dataloaders["train"] = FixedLoader(batches)
+        runner.train_epoch(0)
+        gradients.append(torch.stack(seen).mean(dim=0) if len(seen) == 1 else seen)
+    whole, halves, thirds, uneven = gradients
+    torch.testing.assert_close(whole, items.mean(dim=0))
+    torch.testing.assert_close(halves, whole)
+    torch.testing.assert_close(thirds, whole)
+    # the last window holds one batch, and is divided by one
+    torch.testing.assert_close(uneven[0], items[:4].mean(dim=0))
+    torch.testing.assert_close(uneven[1], items[4:].mean(dim=0))
+
+
+class FixedLoader(list):
+    """A list of batches with a sampler that does nothing."""
+
+    class sampler:
+        @staticmethod
+        def set_epoch(epoch):
+            return None
+
+
+def test_not_a_number_stops_the_run(run):
+    with pytest.raises(FloatingPointError, match="loss"):
+        run("shapes_retrieval", "run.init_lr=1e30", "run.warmup_lr=1e30", "run.max_epoch=3")
+
+
+@pytest.mark.parametrize("amp", ["bf16"])
+def test_mixed_precision_trains(run, amp):
+    result = run("shapes_retrieval", f"run.amp={amp}", "run.max_epoch=1", "run.test_splits=[]")
+    stats = json.loads((result.output_dir / "log.txt").read_text().splitlines()[0])
+    assert stats["train_loss"] > 0
+
+
+def test_lavis_own_task_runs_on_our_runner(run):
+    result = run("shapes_retrieval", "run.task=retrieval", "run.max_epoch=1")
+    assert {"txt_r1", "img_r1"} <= set(result.metrics["test"])
+
+
+def test_two_runs_never_share_a_folder(run):
+    options = ("run.max_epoch=1", "run.test_splits=[]", "run.valid_splits=[]")
+    folders = {run("shapes_retrieval", *options).output_dir for _ in range(2)}
+    assert len(folders) == 2
+
+
+@pytest.mark.parametrize("tear", ["cut", "empty"])
+def test_torn_checkpoint_is_refused(run, tear, tmp_path):
+    path = tmp_path / "torn.pth"
+    torch.save({"model": {"x": torch.zeros(1000)}, "optimizer": {}, "epoch": 0}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if tear == "cut" else b"")
+    with pytest.raises(CheckpointError, match="torn.pth"):
+        run("shapes_retrieval", f"run.resume_ckpt_path={path}")
+
+
+def test_checkpoint_of_another_tuning_is_refused_by_name(run):
+    linear = run("shapes_retrieval", "model.tuning=linear", "run.max_epoch=1", "run.test_splits=[]")
+    with pytest.raises(CheckpointError, match=r"adapters\.default\.layers"):
+        run("shapes_retrieval", f"run.resume_ckpt_path={linear.output_dir / LATEST}")
+
+
+# --- several processes --------------------------------------------------------------------------
+
+
+def torchrun(number, script, options, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", f"--nproc_per_node={number}", str(ROOT / script)),
+        *("--cfg-path", str(TRAIN / "shapes_retrieval.yaml"), "--options", *options),
+    ]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("dist_eval_sampler", [True, False])
+def test_two_processes_evaluate_as_one(run, tmp_path, tiny_cache, dist_eval_sampler):
+    """An odd gallery, so the shares are uneven; the loader sharded or whole on each rank."""
+    options = [
+        *(*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"),
+        "run.job_id=several",
+        f"run.use_dist_eval_sampler={dist_eval_sampler}",
+    ]
+    alone = run("shapes_retrieval", evaluate=True).metrics["test"]
+    torchrun(2, "evaluate.py", options, tmp_path)
+    folder = tmp_path / "output/shapes_retrieval/several"
+    together = json.loads((folder / "result/metrics_test_epoch_best.json").read_text())
+    assert together == alone
+
+
+def test_two_processes_train_in_one_folder(tmp_path, tiny_cache):
+    options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.batch_size_train=2"]
+    done = torchrun(2, "train.py", options, tmp_path)
+    (folder,) = (tmp_path / "output/shapes_retrieval").iterdir()
+    assert (folder / LATEST).is_file() and (folder / BEST_ADAPTER).is_dir()
+    assert len(torch.load(folder / LATEST, weights_only=True)["rng"]) == 2
+    assert done.stdout.count("epoch 1/2:") == 1
+
+
+def test_script_says_what_it_does(tmp_path, tiny_cache):
+    """A plain ``python train.py`` without torchrun."""
+    options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.max_epoch=1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train.py")),
+            *("--cfg-path", str(TRAIN / "shapes_retrieval.yaml"), "--options", *options),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for expected in ("run folder", "trained", "epoch 1/1: loss", "test t2v: r1", "results in"):
+        assert expected in done.stdout
+
+
+# --- errors before training ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def fails(tmp_path, tiny_cache, monkeypatch, capsys):
+    """The command line's message for options that cannot work; no training may start."""
+    monkeypatch.chdir(tmp_path)
+
+    def attempt(*options, cache=tiny_cache, name="shapes_retrieval"):
+        status = launch.main(
+            [
+                *("--cfg-path", str(TRAIN / f"{name}.yaml"), "--options"),
+                *(*TINY_CLIPS, *TINY_RUN, f"run.cache_root={cache}", *options),
+            ]
+        )
+        captured = capsys.readouterr()
+        assert status == 2
+        assert "Traceback" not in captured.err
+        assert "epoch 1" not in captured.out
+        return captured.err
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("run.init_rl=1", "Unknown configuration key 'run.init_rl'. Did you mean 'init_lr'?"),
+        ("model.tunning=full", "Unknown configuration key 'model.tunning'. Did you mean 'tuning'?"),
+        ("model.adapter.bottelneck=8", "Did you mean 'bottleneck'?"),
+        ("model.adapter.bottleneck=0", "model.adapter.bottleneck is 0"),
+        ("model.tuning=unidapter", "model.tuning is 'unidapter'. Did you mean 'uniadapter'?"),
+        ("model.vit_type=huge", "model.vit_type is 'huge'"),
+        ("model.tokenizer=no/such/folder", "no tokenizer at 'no/such/folder'"),
+        ("model.med_config_path=no/such.json", "no file 'no/such.json'"),
+        ("model.pretrained=no/such.pth", "No checkpoint at 'no/such.pth'"),
+        ("model.adapter_ckpt=no/such", "'no/such' is not an adapter folder"),
+        ("model.arch=blip_uniadapter_retrival", "Did you mean 'blip_uniadapter_retrieval'?"),
+        ("model.model_type=shape", "model.model_type is 'shape'"),
+        ("datasets.shape_retrieval.data_type=videos", "Unknown dataset 'shape_retrieval'"),
+        ("datasets.shapes_retrieval.vis_procesor=1", "Did you mean 'vis_processor'?"),
+        ("datasets.shapes_retrieval.vis_processor.eval.name=blip_video", "'blip_video'"),
+        ("datasets.shapes_retrieval.vis_processor.eval.frames=8", "frames"),
+        ("run.task=retreival", "Did you mean 'retrieval'?"),
+        ("run.selection_metric=t2v_r2", "Did you mean 't2v_r1'?"),
+        ("run.batch_size_train=0", "run.batch_size_train is 0"),
+        ("run.batch_size_train=500", "run.batch_size_train 500"),
+        ("run.device=tpu", "run.device is 'tpu'"),
+        ("run.amp=fp8", "run.amp is 'fp8'"),
+        ("run.k_test=-1", "run.k_test is -1"),
+        ("run.init_lr", "Option 'run.init_lr' has no '='"),
+    ],
+)
+def test_wrong_configuration_ends_in_one_clear_error(fails, option, expected):
+    assert expected in fails(option)
+
+
+@pytest.fixture
+def own_data(run, tmp_path, tiny_cache):
+    """A configuration for LAVIS's own MSR-VTT builder over a folder in LAVIS's layout."""
+    import shutil
+
+    run("shapes_retrieval", evaluate=True)  # generates the clips
+    shutil.copytree(tiny_cache / "shapes/clips", tmp_path / "data")
+    config = OmegaConf.load(TRAIN / "shapes_retrieval.yaml")
+    section = config.datasets.shapes_retrieval
+    section.build_info = {
+        "annotations": {
+            split: {"storage": str(tmp_path / f"data/annotations/{split}.json"), "url": None}
+            for split in ("train", "val", "test")
+        },
+        "videos": {"storage": str(tmp_path / "data/videos")},
+    }
+    config.datasets = {"msrvtt_retrieval": section}
+    OmegaConf.update(
+        config, "run", OmegaConf.from_dotlist([o for o in TINY_RUN if "run." in o]).run
+    )
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    return tmp_path
+
+
+def test_lavis_own_builder_trains_on_a_folder_in_place(own_data):
+    result = launch.run(own_data / "own.yaml", ["run.max_epoch=1"])
+    builder = registry.get_builder_class("msrvtt_retrieval")
+    assert builder.__module__.startswith("lavis.")
+    assert "t2v_r1" in result.metrics["test"]
+
+
+@pytest.mark.parametrize("harm", ["no videos", "no annotation", "caption no list", "truncated mp4"])
+def test_broken_data_end_in_one_clear_error(own_data, harm, capsys):
+    data = own_data / "data"
+    test = data / "annotations/test.json"
+    if harm == "no videos":
+        (data / "videos").rename(data / "elsewhere")
+        expected = str(data / "videos")
+    elif harm == "no annotation":
+        test.unlink()
+        expected = str(test)
+    elif harm == "caption no list":
+        records = json.loads(test.read_text())
+        records[2]["caption"] = records[2]["caption"][0]
+        test.write_text(json.dumps(records))
+        expected = "record 2"
+    else:
+        video = sorted((data / "videos").iterdir())[0]
+        video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+        expected = video.name
+    status = launch.main(["--cfg-path", str(own_data / "own.yaml")])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert expected in captured.err
+    assert "epoch 1" not in captured.out
+
+
+def test_configuration_error_is_raised_to_python_callers(tmp_path):
+    with pytest.raises(ConfigError, match="No configuration file"):
+        launch.run(tmp_path / "none.yaml")

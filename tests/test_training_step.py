@@ -1,0 +1,80 @@
+"""Odd batches in training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis_uniadapter.models.retrieval import _sample_negatives
+
+
+def test_negatives_are_never_the_same_item_and_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
+    same = torch.tensor([[False, False, False, True]]).repeat(4000, 1)
+    torch.manual_seed(0)
+    drawn, has_negative = _sample_negatives(logits, same)
+    assert has_negative.all()
+    share = torch.bincount(drawn, minlength=4) / 4000
+    expected = torch.tensor([0.0, 1.0, 2.0]).softmax(dim=0)
+    assert share[3] == 0
+    assert (share[:3] - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("negative_all_rank", [True, False])
+def test_batch_of_one_video_has_no_negatives_and_still_trains(
+    build_model, video_batch, negative_all_rank
+):
+    model = build_model(negative_all_rank=negative_all_rank).train()
+    video_batch["image_id"] = torch.zeros(4, dtype=torch.long)
+    output = model(video_batch)
+    assert torch.isfinite(output.loss)
+    assert len(output.intermediate_output.itm_labels) == 4
+    output.loss.backward()
+    assert all(p.grad is not None for p in model.trainable_parameters().values())
+
+
+def test_item_without_negatives_beside_others(build_model, video_batch):
+    model = build_model().train()
+    video_batch["image_id"] = torch.tensor([0, 0, 0, 1])
+    labels = model(video_batch).intermediate_output.itm_labels
+    assert labels.sum() == 4 and len(labels) == 12
+
+
+def test_queue_that_the_batch_does_not_divide_wraps_around(build_model, video_batch):
+    model = build_model(queue_size=6).train()
+    for step, expected in ((1, 4), (2, 2), (3, 0)):
+        video_batch["image_id"] = torch.arange(4) + 10 * step
+        model(video_batch)
+        assert int(model.queue_ptr) == expected
+    assert sorted(model.idx_queue[0].tolist()) == [22, 23, 30, 31, 32, 33]
+
+
+def test_batch_larger_than_the_queue(build_model, video_batch):
+    model = build_model(queue_size=3).train()
+    model(video_batch)
+    assert sorted(model.idx_queue[0].tolist()) == [1, 2, 3]
+
+
+def test_queue_of_none(build_model, video_batch):
+    assert torch.isfinite(build_model(queue_size=0).train()(video_batch).loss)
+
+
+def test_images_and_one_frame_videos_are_the_same(build_model, video_batch):
+    model = build_model().eval()
+    frame = video_batch["video"][:, :, 0]
+    image = model.encode_visual({"image": frame})
+    video = model.encode_visual({"video": frame[:, :, None]})
+    assert torch.equal(image.embeds, video.embeds) and torch.equal(image.feat, video.feat)
+
+
+def test_alpha_ramps_up_over_two_epochs(build_model):
+    model = build_model()
+    assert [
+        model._rampup_factor(e, i, 10) for e, i in ((0, 0), (0, 5), (1, 0), (2, 0), (7, 1))
+    ] == [
+        0.0,
+        0.25,
+        0.5,
+        1,
+        1,
+    ]

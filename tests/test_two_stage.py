@@ -1,0 +1,136 @@
+"""Fast evaluation against the plain one."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from lavis.tasks.retrieval import RetrievalTask
+from omegaconf import OmegaConf
+from test_adapter_contracts import perturb
+from test_lavis_parity import Gallery
+from torch.utils.data import DataLoader
+
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.evaluation.two_stage import OUTSIDE_SHORTLIST, two_stage_scores
+
+
+def slow_scores(model, gallery, k_test, itc_weight):
+    """One pair at a time, padded as the released code pads, keys and values anew for each."""
+    model.eval()
+    with torch.no_grad():
+        visuals = [model.encode_visual(x[None]) for x in gallery.visuals]
+        texts = [model.encode_text(model.tokenize([t], "max_length")) for t in gallery.text]
+        sims = (
+            torch.stack([v.feat[0] for v in visuals]) @ torch.stack([t.feat[0] for t in texts]).t()
+        )
+        matching = torch.tensor([[model.match(t, v)[0, 1].item() for t in texts] for v in visuals])
+    scores = []
+    for s, m in ((sims, matching), (sims.t(), matching.t())):
+        out = OUTSIDE_SHORTLIST + s
+        for row in range(len(s)):
+            for column in s[row].argsort(descending=True)[:k_test]:
+                out[row, column] = m[row, column] + itc_weight * s[row, column]
+        scores.append(out)
+    return scores
+
+
+def build_selective(build_model, **overrides):
+    """A model whose attention is far from uniform, so that what it looks at matters."""
+    model = build_model(**overrides)
+    perturb(model.adapters)
+    for layer in model.text_encoder.encoder.layer:
+        perturb(layer.crossattention, by=0.5)
+    return model
+
+
+@pytest.fixture
+def model(build_model):
+    return build_selective(build_model)
+
+
+@pytest.mark.parametrize("frames", [None, 3])
+@pytest.mark.parametrize("k_test, rerank_batch", [(2, 3), (5, 1), (100, 64)])
+@pytest.mark.parametrize("frame_aware", [True, False])
+def test_fast_equals_slow(build_model, frames, k_test, rerank_batch, frame_aware):
+    model = build_selective(build_model, adapter={"frame_aware": frame_aware})
+    gallery = Gallery(5, texts_each=2, frames=frames)
+    gallery.text[3] = "red"  # one token
+    expected = slow_scores(model, gallery, k_test, itc_weight=0.5)
+    actual = two_stage_scores(
+        model,
+        DataLoader(gallery, batch_size=2),
+        k_test=k_test,
+        itc_weight=0.5,
+        rerank_batch=rerank_batch,
+    )
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_frame_aware_attention_acts_in_evaluation(build_model):
+    scores = {}
+    for frame_aware in (True, False):
+        model = build_selective(build_model, adapter={"frame_aware": frame_aware})
+        loader = DataLoader(Gallery(4, frames=3), batch_size=2)
+        scores[frame_aware] = two_stage_scores(
+            model, loader, k_test=9, itc_weight=0.0, rerank_batch=9
+        )[0]
+    assert (scores[True] - scores[False]).abs().max() > 1e-2
+
+
+def test_gallery_of_one(model):
+    loader = DataLoader(Gallery(1), batch_size=2)
+    scores, _ = two_stage_scores(model, loader, k_test=1, itc_weight=0.0, rerank_batch=2)
+    assert scores.shape == (1, 1) and scores.item() > -50
+
+
+def test_contrastive_only(model):
+    loader = DataLoader(Gallery(3), batch_size=2)
+    v2t, t2v = two_stage_scores(model, loader, k_test=0, itc_weight=0.0, rerank_batch=2)
+    assert torch.equal(v2t, t2v.t()) and v2t.abs().max() <= 1.0001
+
+
+def test_k_above_the_gallery_is_clamped_with_a_notice(model, caplog):
+    with caplog.at_level(logging.INFO):
+        two_stage_scores(
+            model, DataLoader(Gallery(3), batch_size=2), k_test=9, itc_weight=0, rerank_batch=2
+        )
+    assert "k_test 9 exceeds the gallery's 3 texts" in caplog.text
+
+
+@pytest.mark.parametrize("k_test, rerank_batch", [(-1, 4), (2, 0)])
+def test_impossible_settings_are_refused(model, k_test, rerank_batch):
+    with pytest.raises(ConfigError, match="rerank_batch"):
+        two_stage_scores(
+            model,
+            DataLoader(Gallery(2), batch_size=2),
+            k_test=k_test,
+            itc_weight=0,
+            rerank_batch=rerank_batch,
+        )
+
+
+def test_loader_that_misses_part_of_the_gallery_is_refused(model):
+    loader = DataLoader(Gallery(4), batch_size=2, sampler=[0, 1, 3])
+    with pytest.raises(RuntimeError, match="index 2"):
+        two_stage_scores(model, loader, k_test=1, itc_weight=0, rerank_batch=2)
+
+
+def test_training_mode_is_restored(model):
+    model.train()
+    two_stage_scores(
+        model, DataLoader(Gallery(2), batch_size=2), k_test=1, itc_weight=0, rerank_batch=2
+    )
+    assert model.training
+
+
+def test_lavis_own_retrieval_task_works(model, tmp_path, monkeypatch):
+    from lavis.common.registry import registry
+
+    monkeypatch.setitem(registry.mapping["paths"], "output_dir", str(tmp_path))
+    task = RetrievalTask(OmegaConf.create({"k_test": 4}))
+    metrics = task.evaluation(model, DataLoader(Gallery(6, texts_each=2), batch_size=4))
+    assert {"txt_r1", "img_r1", "agg_metrics"} <= set(metrics)
+    assert 0 <= metrics["img_r1"] <= metrics["img_r5"] <= 100
