@@ -50,6 +50,11 @@ class RunnerUniAdapter(RunnerBase):
         self.best_epoch: int | None = None
         if not self.evaluate_only and not self.train_splits:
             raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
+        amp = cfg.run_cfg.get("amp") or None
+        # LAVIS's True is fp16.
+        self.amp = "fp16" if amp is True else amp
+        if self.amp not in (None, *AMP_DTYPES):
+            raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -106,23 +111,15 @@ class RunnerUniAdapter(RunnerBase):
         return self._optimizer
 
     @property
-    def amp_dtype(self) -> torch.dtype | None:
-        amp = self.config.run_cfg.get("amp") or None
-        amp = "fp16" if amp is True else amp  # LAVIS's True
-        if amp is not None and amp not in AMP_DTYPES:
-            raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
-        return AMP_DTYPES.get(amp)
-
-    @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        if self._scaler is None and self.amp_dtype is torch.float16:
+        if self._scaler is None and self.amp == "fp16":
             self._scaler = torch.amp.GradScaler(self.device.type)
         return self._scaler
 
     def _autocast(self):
-        if self.amp_dtype is None:
+        if self.amp is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+        return torch.autocast(self.device.type, dtype=AMP_DTYPES[self.amp])
 
     def create_loaders(
         self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None

@@ -350,9 +350,7 @@ def own_data(run, tmp_path, tiny_cache):
         "videos": {"storage": str(tmp_path / "data/videos")},
     }
     config.datasets = {"msrvtt_retrieval": section}
-    OmegaConf.update(
-        config, "run", OmegaConf.from_dotlist([o for o in TINY_RUN if "run." in o]).run
-    )
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(TINY_RUN)))
     OmegaConf.save(config, tmp_path / "own.yaml")
     return tmp_path
 

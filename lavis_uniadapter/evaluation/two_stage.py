@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # so that they rank below the shortlist and among themselves as the first stage ranked them.
 OUTSIDE_SHORTLIST = -100.0
 TEXT_BATCH = 256
+# Defaults of the settings.
+K_TEST = 128
+RERANK_BATCH = 64
 
 
 @dataclass
@@ -47,6 +50,15 @@ class _Visuals:
     embeds: dict[int, Tensor]
     frame_feat: dict[int, Tensor]
     feat: Tensor
+
+
+def check_settings(k_test: int, rerank_batch: int) -> None:
+    """Raise ConfigError for a negative k_test or a rerank_batch below 1."""
+    if k_test < 0 or rerank_batch < 1:
+        raise ConfigError(
+            f"run.k_test is {k_test} and must be >= 0; run.rerank_batch is {rerank_batch} and "
+            "must be >= 1."
+        )
 
 
 @torch.no_grad()
@@ -70,11 +82,7 @@ def two_stage_scores(
         ConfigError: for a negative k_test or a rerank_batch below 1.
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
-    if k_test < 0 or rerank_batch < 1:
-        raise ConfigError(
-            f"run.k_test is {k_test} and must be >= 0; run.rerank_batch is {rerank_batch} and "
-            "must be >= 1."
-        )
+    check_settings(k_test, rerank_batch)
     was_training = model.training
     model.eval()
     try:

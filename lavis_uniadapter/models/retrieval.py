@@ -26,7 +26,7 @@ from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, build_visual_encoder
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import two_stage_scores
+from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, two_stage_scores
 from lavis_uniadapter.features import TextFeatures, VisualFeatures
 from lavis_uniadapter.models.base import TunedBlip, plain
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
@@ -446,9 +446,9 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         scores_v2t, scores_t2v = two_stage_scores(
             self,
             data_loader,
-            k_test=task_cfg.get("k_test", 128),
+            k_test=task_cfg.get("k_test", K_TEST),
             itc_weight=task_cfg.get("itc_weight", 0.0),
-            rerank_batch=task_cfg.get("rerank_batch", 64),
+            rerank_batch=task_cfg.get("rerank_batch", RERANK_BATCH),
         )
         return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
 

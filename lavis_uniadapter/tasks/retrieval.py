@@ -13,6 +13,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from lavis_uniadapter.datasets.building import build_checked_datasets
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
+from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,9 @@ class UniAdapterRetrievalTask(RetrievalTask):
 
     @classmethod
     def setup_task(cls, cfg):
-        return cls(cfg=cfg.run_cfg)
+        run = cfg.run_cfg
+        check_settings(run.get("k_test", K_TEST), run.get("rerank_batch", RERANK_BATCH))
+        return cls(cfg=run)
 
     def build_datasets(self, cfg):
         """LAVIS's datasets, checked before and after they are built.
