@@ -21,10 +21,12 @@ from lavis_uniadapter.runner import BEST, BEST_ADAPTER, LATEST
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "projects/uniadapter/train"
 TINY_CLIPS = (
-    "datasets.shapes_retrieval.generate.num_train=10",
+    "datasets.shapes_retrieval.generate.num_train=6",
     "datasets.shapes_retrieval.generate.num_val=4",
     "datasets.shapes_retrieval.generate.num_test=5",
     "datasets.shapes_retrieval.generate.num_frames=6",
+    "datasets.shapes_retrieval.vis_processor.train.n_frms=2",
+    "datasets.shapes_retrieval.vis_processor.eval.n_frms=2",
 )
 TINY_STILLS = (
     "datasets.shapes_image_retrieval.generate.num_train=12",

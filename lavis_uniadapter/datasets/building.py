@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch.distributed as dist
 from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
@@ -13,16 +13,22 @@ from lavis_uniadapter.datasets.builders import ShapesBuilder
 from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
 
 
-def build_checked_datasets(datasets_cfg: Mapping) -> dict[str, dict]:
+def build_checked_datasets(datasets_cfg: Mapping, splits: Collection[str]) -> dict[str, dict]:
     """Datasets by name and split, from the ``datasets:`` section of a configuration.
 
     The main process checks for all: every problem of a dataset is named before training starts.
+
+    Args:
+        datasets_cfg: a node a dataset, as LAVIS's builders take it.
+        splits: those that the run uses; whoever only evaluates needs no training data.
 
     Raises:
         DatasetError: listing what is missing or malformed.
     """
     built = {}
     for name, config in datasets_cfg.items():
+        for split in set(config.build_info.annotations) - set(splits):
+            del config.build_info.annotations[split]
         builder = registry.get_builder_class(name)(config)
         if isinstance(builder, ShapesBuilder):
             if is_main_process():

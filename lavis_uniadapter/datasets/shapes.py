@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MARKER = "generated.json"
 ANNOTATIONS = "annotations"
 SPLITS = ("train", "val", "test")
@@ -464,7 +464,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
 
 def _still_background(config: StillsConfig, rng: np.random.Generator) -> np.ndarray:
     """A plain ground, dark to light, float of shape (image_size, image_size, 3)."""
-    tone = rng.uniform(80.0, 240.0) + rng.uniform(-8.0, 8.0, 3)
+    tone = rng.uniform(40.0, 240.0) + rng.uniform(-8.0, 8.0, 3)
     return np.tile(tone, (config.image_size, config.image_size, 1))
 
 

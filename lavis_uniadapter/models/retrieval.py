@@ -306,6 +306,9 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
 
         Returns:
             BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
+
+        Raises:
+            FloatingPointError: if the contrastive loss is not finite.
         """
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
@@ -318,6 +321,11 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         texts = self.encode_text(tokens)
 
         loss_itc, sims, momentum = self._contrastive_loss(samples, tokens, visuals, texts, ids)
+        if not torch.isfinite(loss_itc):  # negatives cannot be drawn from such similarities
+            raise FloatingPointError(
+                f"loss_itc is not finite at step {samples['iters']} of epoch {samples['epoch']}. "
+                "Lower run.init_lr, or set run.amp to null."
+            )
         loss_itm, itm = self._matching_loss(visuals, texts, ids)
         return BlipOutput(
             loss=loss_itc + loss_itm,

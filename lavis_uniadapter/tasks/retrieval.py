@@ -42,7 +42,12 @@ class UniAdapterRetrievalTask(RetrievalTask):
         Raises:
             DatasetError: naming what is missing or malformed.
         """
-        datasets = build_checked_datasets(cfg.datasets_cfg)
+        run = cfg.run_cfg
+        kinds = (
+            ("test_splits",) if run.evaluate else ("train_splits", "valid_splits", "test_splits")
+        )
+        splits = {split for kind in kinds for split in run.get(kind) or ()}
+        datasets = build_checked_datasets(cfg.datasets_cfg, splits)
         visual = visual_kind(next(iter(next(iter(datasets.values())).values())))
         self.check_selection_metric(visual)
         return datasets
