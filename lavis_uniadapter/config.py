@@ -103,7 +103,7 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     reject_unknown_keys(given.keys(), SECTIONS, "configuration")
     _check_model(given.model)
     _check_datasets(given.datasets)
-    _check_run(given.run)
+    _check_run(given.run, registry.get_model_class(given.model.arch))
     given.run.device = choose_device(given.run.get("device", "auto"))
     given.run.seed = given.run.get("seed", 42)
     given.run.evaluate = given.run.get("evaluate", False)
@@ -147,7 +147,7 @@ def _check_datasets(datasets: Mapping) -> None:
                     )
 
 
-def _check_run(run: Mapping) -> None:
+def _check_run(run: Mapping, model_cls: type) -> None:
     for key, names in (
         ("task", registry.list_tasks()),
         ("runner", registry.list_runners()),
@@ -159,8 +159,9 @@ def _check_run(run: Mapping) -> None:
                     f"run.{key} is '{run.get(key)}'.{nearest(str(run.get(key)), names)} "
                     f"Known: {', '.join(names)}."
                 )
-    task_keys = getattr(registry.get_task_class(run.task), "TASK_KEYS", ())
-    reject_unknown_keys(run.keys(), (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *task_keys), "run")
+    task_keys = getattr(registry.get_task_class(run.task), "RUN_KEYS", ())
+    model_keys = getattr(model_cls, "RUN_KEYS", ())
+    reject_unknown_keys(run.keys(), (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *task_keys, *model_keys), "run")
     for key in ("batch_size_train", "batch_size_eval", "max_epoch"):
         if key in run and (not isinstance(run[key], int) or run[key] < 1):
             raise ConfigError(f"run.{key} is {run[key]!r}; it must be a whole number >= 1.")

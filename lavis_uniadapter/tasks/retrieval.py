@@ -27,7 +27,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
     ``mean_recall``, the mean of the six recalls.
     """
 
-    TASK_KEYS = ("k_test", "itc_weight", "rerank_batch", "selection_metric")
+    RUN_KEYS = ("selection_metric",)
     LOWER_IS_BETTER = ("medr", "meanr")
 
     @classmethod
