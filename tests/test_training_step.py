@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import SMALL
+from omegaconf import OmegaConf
+from test_adapter_contracts import perturb
 
 from lavis_uniadapter.models.retrieval import _sample_negatives
 
@@ -71,3 +79,51 @@ def test_alpha_ramps_up_over_two_epochs(build_model):
     model = build_model()
     steps = ((0, 0), (0, 5), (1, 0), (2, 0), (7, 1))
     assert [model._rampup_factor(e, i, 10) for e, i in steps] == [0, 0.25, 0.5, 1, 1]
+
+
+def test_negatives_from_other_ranks_equal_those_of_one_batch(
+    build_model, video_batch, tmp_path, small_med_config
+):
+    """Two ranks with an item each: the hard negatives are certain, and come from the other rank.
+
+    Loss and gradients, averaged over ranks, are those of one process with both items.
+    """
+    model = build_model(negative_all_rank=True).train()
+    perturb(model.adapters)
+    batch = {"video": video_batch["video"][:2], "text_input": video_batch["text_input"][:2]}
+    visuals = model.encode_visual(batch)
+    texts = model.encode_text(batch["text_input"])
+    loss, _ = model._matching_loss(visuals, texts, torch.arange(2).view(2, 1))
+    loss.backward()
+    expected = {n: p.grad for n, p in model.trainable_parameters().items() if p.grad is not None}
+
+    cls = type(model)
+    config = OmegaConf.merge(
+        OmegaConf.load(cls.default_config_path("shapes")).model,
+        {"vit": None},
+        {**SMALL, "med_config_path": small_med_config},
+    )
+    torch.save(
+        {"config": OmegaConf.to_container(config), "state": model.state_dict(), **batch},
+        tmp_path / "model.pth",
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", str(root / "tests/matching_loss_over_ranks.py")),
+            *(str(tmp_path / "model.pth"), str(tmp_path / "result.pth")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "result.pth", weights_only=True)
+    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-7)
+    assert set(result["gradients"]) == set(expected)
+    largest = max(g.abs().max().item() for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            result["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest
+        )
