@@ -15,8 +15,6 @@ from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
 
-logger = logging.getLogger(__name__)
-
 
 @registry.register_task("uniadapter_retrieval")
 class UniAdapterRetrievalTask(RetrievalTask):
@@ -86,7 +84,8 @@ class UniAdapterRetrievalTask(RetrievalTask):
             folder = registry.get_path("result_dir")
             path = Path(folder) / f"metrics_{split_name}_epoch_{epoch}.json"
             path.write_text(json.dumps(val_result, indent=2) + "\n")
-            logger.info("%s, epoch %s: %s", split_name, epoch, json.dumps(val_result))
+            # root logger: to the log file, as LAVIS does, and not to the console
+            logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(val_result))
         return val_result
 
 
