@@ -18,7 +18,8 @@ from torch import nn
 
 from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.checkpoint import describe_mismatch
-from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.errors import CheckpointError, ConfigError, name_some
+from lavis_uniadapter.tuning import TUNING_METHODS
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
@@ -36,6 +37,16 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
         )
     tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
     folder = Path(folder)
+    strangers = (
+        [path.name for path in folder.iterdir() if path.name not in (TENSORS, CONFIG)]
+        if folder.is_dir()
+        else [folder.name] * folder.exists()
+    )
+    if strangers:
+        raise ConfigError(
+            f"'{folder}' is not an adapter folder to be replaced: it holds {name_some(strangers)}. "
+            "Name a new folder."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -76,7 +87,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
     theirs = AdapterConfig.from_mapping(config["adapter"]).to_dict()
     ours = model.adapter_config.to_dict()
     different = [k for k in ours if ours[k] != theirs[k] and k not in TRAINING_FIELDS]
-    if different:
+    if different and TUNING_METHODS[model.tuning].has_adapters:
         changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
         raise CheckpointError(
             f"'{folder}' has another adapter configuration than the model: {changes}. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -133,10 +133,16 @@ def describe_mismatch(
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the frozen BLIP under the adapters: names, shapes and bytes."""
+def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
+    """Hash of the frozen BLIP under the adapters: names, shapes and bytes.
+
+    Args:
+        leave_out: tensors that the checkpoint did not have; they differ from run to run.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for key, value in sorted(base_state_dict(model).items()):
+        if key in leave_out:
+            continue
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -228,8 +234,17 @@ def load_released_checkpoint(
             "Build it with tuning: uniadapter."
         )
     incoming = released_to_ours(state, model.adapters.active)
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    active = f"adapters.{model.adapters.active}."
+    own = {
+        k: v
+        for k, v in model.state_dict().items()
+        if not k.endswith("position_ids") and (not k.startswith("adapters.") or active in k)
+    }
     incoming = {k: v for k, v in incoming.items() if not k.endswith("position_ids")}
+    if "visual_encoder.pos_embed" in incoming:
+        incoming["visual_encoder.pos_embed"] = interpolate_pos_embed(
+            incoming["visual_encoder.pos_embed"], model.visual_encoder
+        )
     for name in QUEUE_BUFFERS:
         if name in incoming and (name not in own or incoming[name].shape != own[name].shape):
             logger.warning("%s: %s has another length and is left aside.", source, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_uniadapter.distributed import choose_device
 from lavis_uniadapter.errors import ConfigError, nearest, reject_unknown_keys
 
-SECTIONS = ("model", "datasets", "run", "preprocess")
+SECTIONS = ("model", "datasets", "run")
 DATASET_KEYS = (
     "type",
     "data_type",
@@ -25,6 +26,8 @@ DATASET_KEYS = (
     "text_processor",
     "generate",
 )
+BUILD_INFO_KEYS = ("annotations", "images", "videos", "features")
+ANNOTATION_KEYS = ("url", "storage", "md5")
 # What LAVIS's runner_base and its tasks read.
 LAVIS_RUN_KEYS = (
     "runner",
@@ -38,8 +41,6 @@ LAVIS_RUN_KEYS = (
     "weight_decay",
     "beta2",
     "max_epoch",
-    "max_iters",
-    "iters_per_inner_epoch",
     "accum_grad_iters",
     "num_workers",
     "batch_size_train",
@@ -47,7 +48,6 @@ LAVIS_RUN_KEYS = (
     "train_splits",
     "valid_splits",
     "test_splits",
-    "train_dataset_ratios",
     "device",
     "world_size",
     "dist_url",
@@ -72,6 +72,25 @@ LAVIS_RUN_KEYS = (
     "report_metric",
 )
 RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm")
+# Read by LAVIS's other runner alone.
+RUNNER_ITER_KEYS = ("max_iters", "iters_per_inner_epoch", "train_dataset_ratios")
+# (least, whole): what a number must be; a run that only evaluates may leave it out.
+RUN_NUMBERS = {
+    "batch_size_train": (1, True),
+    "batch_size_eval": (1, True),
+    "max_epoch": (1, True),
+    "num_workers": (0, True),
+    "accum_grad_iters": (1, True),
+    "log_freq": (1, True),
+    "seed": (0, True),
+    "k_test": (0, True),
+    "warmup_steps": (0, True),
+    "init_lr": (0, False),
+    "min_lr": (0, False),
+    "weight_decay": (0, False),
+}
+NEEDED = ("num_workers", "batch_size_eval", "output_dir")
+NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
 
 
 def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
@@ -103,6 +122,7 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     reject_unknown_keys(given.keys(), SECTIONS, "configuration")
     _check_model(given.model)
     _check_datasets(given.datasets)
+    given.datasets = {name: section or {} for name, section in given.datasets.items()}
     _check_run(given.run, registry.get_model_class(given.model.arch))
     given.run.device = choose_device(given.run.get("device", "auto"))
     given.run.seed = given.run.get("seed", 42)
@@ -136,15 +156,27 @@ def _check_datasets(datasets: Mapping) -> None:
     for name, section in datasets.items():
         if name not in names:
             raise ConfigError(f"Unknown dataset '{name}'.{nearest(name, names)}")
-        reject_unknown_keys((section or {}).keys(), DATASET_KEYS, f"datasets.{name}")
+        section, where = section or {}, f"datasets.{name}"
+        reject_unknown_keys(section, DATASET_KEYS, where)
         for kind in ("vis_processor", "text_processor"):
-            for processor in ((section or {}).get(kind) or {}).values():
-                known = registry.list_processors()
-                if processor is not None and processor.get("name") not in known:
-                    raise ConfigError(
-                        f"datasets.{name}.{kind}: unknown processor '{processor.get('name')}'."
-                        f"{nearest(str(processor.get('name')), known)}"
-                    )
+            reject_unknown_keys(section.get(kind) or {}, ("train", "eval"), f"{where}.{kind}")
+            for mode, processor in (section.get(kind) or {}).items():
+                if processor is not None:
+                    _check_processor(processor, f"{where}.{kind}.{mode}")
+        build_info = section.get("build_info") or {}
+        reject_unknown_keys(build_info, BUILD_INFO_KEYS, f"{where}.build_info")
+        for split, info in (build_info.get("annotations") or {}).items():
+            reject_unknown_keys(info, ANNOTATION_KEYS, f"{where}.build_info.annotations.{split}")
+
+
+def _check_processor(processor: Mapping, where: str) -> None:
+    known = registry.list_processors()
+    name = processor.get("name")
+    if name not in known:
+        raise ConfigError(f"{where}: unknown processor '{name}'.{nearest(str(name), known)}")
+    # LAVIS's processors hand every option that they read to their constructor, by its name.
+    options = inspect.signature(registry.get_processor_class(name).__init__).parameters
+    reject_unknown_keys(processor, ("name", *(o for o in options if o != "self")), where)
 
 
 def _check_run(run: Mapping, model_cls: type) -> None:
@@ -161,7 +193,24 @@ def _check_run(run: Mapping, model_cls: type) -> None:
                 )
     task_keys = getattr(registry.get_task_class(run.task), "RUN_KEYS", ())
     model_keys = getattr(model_cls, "RUN_KEYS", ())
-    reject_unknown_keys(run.keys(), (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *task_keys, *model_keys), "run")
-    for key in ("batch_size_train", "batch_size_eval", "max_epoch"):
-        if key in run and (not isinstance(run[key], int) or run[key] < 1):
-            raise ConfigError(f"run.{key} is {run[key]!r}; it must be a whole number >= 1.")
+    iter_keys = RUNNER_ITER_KEYS if run.get("runner") == "runner_iter" else ()
+    known = (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *iter_keys, *task_keys, *model_keys)
+    reject_unknown_keys(run.keys(), known, "run")
+    for key, (least, whole) in RUN_NUMBERS.items():
+        if key in run:
+            _check_number(f"run.{key}", run[key], least, whole)
+    for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
+        if run.get(key) is None:
+            raise ConfigError(f"run.{key} is missing.")
+    if run.get("evaluate") and not run.get("test_splits"):
+        raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
+
+
+def _check_number(name: str, value: object, least: float, whole: bool) -> None:
+    try:
+        number = float(value)  # YAML reads 1e-4 as a string
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not number >= least or (whole and not isinstance(value, int)):
+        kind = "whole number" if whole else "number"
+        raise ConfigError(f"{name} is {value!r}; it must be a {kind} >= {least}.")

@@ -50,7 +50,10 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
 
     say("\n2/3  Evaluate it on captioned clips as it is (zero-shot).")
     zero_shot = launch.run(
-        ADAPT, [*common, base, f"run.job_id=zero-shot-seed{seed}"], evaluate=True
+        ADAPT,
+        # full: no adapter at all, plain BLIP
+        [*common, base, "model.tuning=full", f"run.job_id=zero-shot-seed{seed}"],
+        evaluate=True,
     )
 
     say("\n3/3  Freeze it and adapt it to the clips by UniAdapter.")

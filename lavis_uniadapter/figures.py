@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -48,7 +48,7 @@ def plot_curves(log: Path, picture: Path, title: str) -> None:
 
 
 def plot_top_matches(
-    clips: Sequence[Tensor],
+    clips: Mapping[int, Tensor],
     queries: Sequence[str],
     ranking: np.ndarray,
     right_answers: Sequence[int],
@@ -58,7 +58,7 @@ def plot_top_matches(
     """A sheet of text queries with their best-ranked clips, the right one framed.
 
     Args:
-        clips: per gallery index (3, frames, H, W), values in 0..1.
+        clips: by gallery index, (3, frames, H, W) with values in 0..1.
         queries: one text a row.
         ranking: (queries, shown) gallery indices, best first.
         right_answers: the right gallery index of each query.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import random
@@ -15,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
+import lavis.runners  # noqa: F401  (registers LAVIS's runners)
 import numpy as np
 import torch
 from lavis.common.config import Config
@@ -82,12 +84,15 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     config.config.run.distributed = get_world_size() > 1
     config.config.run.world_size = get_world_size()
     set_cache_root(config)
-    seed_everything(int(config.run_cfg.seed) + get_rank())
+    seed = int(config.run_cfg.seed)
+    # Alike on every rank while the model is built; apart when batches and negatives are drawn.
+    seed_everything(seed)
 
-    job_id = from_main_process(_job_id(config))
+    job_id = from_main_process(_job_id(config) if is_main_process() else None)
     task = setup_task(config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
+    seed_everything(seed + get_rank())
     runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     log_to_file(Path(runner.output_dir))
@@ -117,14 +122,18 @@ def seed_everything(seed: int) -> None:
 
 
 def _job_id(config: Config) -> str:
-    """The run folder's name: as configured, or the time, made unique."""
+    """The run folder's name: as configured, or the time; the latter is made here, so unique."""
     given = config.run_cfg.get("job_id")
     if given:
         return str(given)
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    parent = Path.cwd() / config.run_cfg.output_dir
-    taken = sum(1 for _ in parent.glob(f"{now}*")) if parent.is_dir() else 0
-    return f"{now}-{taken}" if taken else now
+    for suffix in itertools.count():
+        job_id = f"{now}-{suffix}" if suffix else now
+        try:
+            (Path.cwd() / config.run_cfg.output_dir / job_id).mkdir(parents=True)
+            return job_id
+        except FileExistsError:
+            continue  # another run took the name
 
 
 def _report_start(runner: RunnerBase, config: Config) -> None:
@@ -225,7 +234,8 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
     try:
         result = run(args.cfg_path, options, evaluate)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # every rank finds the same
+            print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         destroy_process_group()

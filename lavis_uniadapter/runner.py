@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from lavis_uniadapter.checkpoint import describe_mismatch
-from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.errors import CheckpointError, ConfigError, nearest
 
 logger = logging.getLogger(__name__)
 
 BEST = "checkpoint_best.pth"
 LATEST = "checkpoint_latest.pth"
 BEST_ADAPTER = "adapter_best"
+SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,8 +48,11 @@ class RunnerUniAdapter(RunnerBase):
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
+        # The selection metric's value as it is, and as agg_metrics, of which more is better.
+        self.best_value: float | None = None
         self.best_metric = float("-inf")
         self.best_epoch: int | None = None
+        self._check_splits()
         if not self.evaluate_only and not self.train_splits:
             raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
         amp = cfg.run_cfg.get("amp") or None
@@ -55,6 +60,17 @@ class RunnerUniAdapter(RunnerBase):
         self.amp = "fp16" if amp is True else amp
         if self.amp not in (None, *AMP_DTYPES):
             raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
+
+    def _check_splits(self) -> None:
+        kinds = ("test_splits",) if self.evaluate_only else SPLIT_KINDS
+        available = sorted({split for splits in self.datasets.values() for split in splits})
+        for kind in kinds:
+            for split in self.config.run_cfg.get(kind) or ():
+                if split not in available:
+                    raise ConfigError(
+                        f"run.{kind} names '{split}', and the datasets have "
+                        f"{', '.join(available)}.{nearest(split, available)}"
+                    )
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -78,7 +94,9 @@ class RunnerUniAdapter(RunnerBase):
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
             if self.use_distributed:
-                # Queues and averages are computed alike on every rank; nothing to broadcast.
+                # Queues and averages start alike, and every rank then computes them alike.
+                for buffer in self._model.buffers():
+                    dist.broadcast(buffer, src=0)
                 self._wrapped_model = DistributedDataParallel(
                     self._model,
                     device_ids=[torch.cuda.current_device()] if self.cuda_enabled else None,
@@ -162,25 +180,25 @@ class RunnerUniAdapter(RunnerBase):
 
     def train(self) -> dict[str, dict[str, float]] | None:
         """Train and test; returns the metrics of the test splits (main process)."""
-        self.log_config()
+        self._start_log()
         if self.resume_ckpt_path is not None:
             self._load_checkpoint(self.resume_ckpt_path)
         for epoch in range(self.start_epoch, self.max_epoch):
             started = time.perf_counter()
             stats = self.train_epoch(epoch)
             self.log_stats({**stats, "epoch": epoch}, "train")
-            metric = None
+            first_log = None
             for split in self.valid_splits:
                 val_log = self.eval_epoch(split_name=split, cur_epoch=epoch)
                 if val_log is not None:
-                    if split == self.valid_splits[0]:
-                        metric = val_log["agg_metrics"]
+                    first_log = first_log or val_log
                     self.log_stats({**val_log, "epoch": epoch}, split)
-            is_best = metric is not None and metric > self.best_metric
+            is_best = first_log is not None and first_log["agg_metrics"] > self.best_metric
             if is_best:
-                self.best_metric, self.best_epoch = metric, epoch
+                self.best_metric, self.best_epoch = first_log["agg_metrics"], epoch
+                self.best_value = first_log[self._metric_name]
             self._save_checkpoint(epoch, is_best=is_best)
-            self._announce_epoch(epoch, stats, metric, is_best, time.perf_counter() - started)
+            self._announce_epoch(epoch, stats, first_log, is_best, time.perf_counter() - started)
             dist.barrier()
         return self.evaluate(
             cur_epoch="best" if self.valid_splits else self.max_epoch - 1,
@@ -188,6 +206,8 @@ class RunnerUniAdapter(RunnerBase):
         )
 
     def evaluate(self, cur_epoch="best", skip_reload=False):
+        if self.evaluate_only:
+            self._start_log()
         results = {}
         for split in self.test_splits:
             started = time.perf_counter()
@@ -196,6 +216,23 @@ class RunnerUniAdapter(RunnerBase):
                 results[split] = result
                 self.log_stats({**result, "seconds": time.perf_counter() - started}, split)
         return results if is_main_process() else None
+
+    @torch.no_grad()
+    def eval_epoch(self, split_name, cur_epoch, skip_reload=False):
+        """Metrics of a split on the main process (``RunnerBase.eval_epoch``, on any device)."""
+        loader = self.dataloaders[split_name]  # which also sorts self.datasets by split
+        model = self.unwrap_dist_model(self.model)
+        if not skip_reload and cur_epoch == "best":
+            model = self._reload_best_model(model)
+        model.eval()
+        self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
+        with self._autocast():
+            results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
+        if results is None:
+            return None
+        return self.task.after_evaluation(
+            val_result=results, split_name=split_name, epoch=cur_epoch
+        )
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training split; returns mean losses, the rate and the seconds.
@@ -295,17 +332,19 @@ class RunnerUniAdapter(RunnerBase):
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": self.config.to_dict(),
             "epoch": cur_epoch,
-            "best": {"metric": self.best_metric, "epoch": self.best_epoch},
+            "best": {
+                "metric": self.best_metric,
+                "value": self.best_value,
+                "epoch": self.best_epoch,
+            },
             "rng": rng_states,
         }
         names = [LATEST, BEST] if is_best else [LATEST]
         for name in names:
             _save_atomically(content, self.output_dir / name)
         if is_best and getattr(model, "adapters", None) and model.adapters.active is not None:
-            model.save_adapter(self.output_dir / BEST_ADAPTER, self._best_metrics())
-
-    def _best_metrics(self) -> dict[str, float]:
-        return {"selection": self.best_metric, "epoch": self.best_epoch}
+            metrics = {f"val_{self._metric_name}": self.best_value, "epoch": self.best_epoch}
+            model.save_adapter(self.output_dir / BEST_ADAPTER, metrics)
 
     def _load_checkpoint(self, url_or_filename) -> None:
         """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""
@@ -317,15 +356,27 @@ class RunnerUniAdapter(RunnerBase):
         self.start_epoch = content["epoch"] + 1
         best = content.get("best") or {}
         self.best_metric = best.get("metric", float("-inf"))
+        self.best_value = best.get("value")
         self.best_epoch = best.get("epoch")
+        self._take_over_best(Path(url_or_filename).parent)
         if len(content.get("rng", [])) == get_world_size():
             _restore_rng(content["rng"][get_rank()], self.device)
         logger.info("Resumed from %s: epoch %d follows.", url_or_filename, self.start_epoch + 1)
 
+    @main_process
+    def _take_over_best(self, folder: Path) -> None:
+        """Copy the best so far from the resumed run's folder: this run may not improve on it."""
+        if folder.resolve() == self.output_dir.resolve():
+            return
+        if (folder / BEST).is_file():
+            shutil.copy2(folder / BEST, self.output_dir / BEST)
+        if (folder / BEST_ADAPTER).is_dir():
+            shutil.copytree(
+                folder / BEST_ADAPTER, self.output_dir / BEST_ADAPTER, dirs_exist_ok=True
+            )
+
     def _reload_best_model(self, model):
         path = self.output_dir / BEST
-        if not path.is_file() and self.resume_ckpt_path:
-            path = Path(self.resume_ckpt_path).parent / BEST
         self._load_model_state(self._read_checkpoint(path)["model"], path)
         return model
 
@@ -355,11 +406,13 @@ class RunnerUniAdapter(RunnerBase):
 
     # --- telling people -------------------------------------------------------------------------
 
-    def _announce_epoch(self, epoch, stats, metric, is_best, seconds) -> None:
-        if not is_main_process():
-            return
+    @main_process
+    def _announce_epoch(self, epoch, stats, val_log, is_best, seconds) -> None:
         losses = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
-        chosen = "" if metric is None else f", {self._metric_name()} {metric:.2f}"
+        chosen = ""
+        if val_log is not None:
+            name = self._metric_name
+            chosen = f", {self.valid_splits[0]} {name} {val_log[name]:.2f}"
         logger.info(
             "epoch %d/%d: %s%s%s (%.0f s)",
             epoch + 1,
@@ -370,8 +423,9 @@ class RunnerUniAdapter(RunnerBase):
             seconds,
         )
 
+    @property
     def _metric_name(self) -> str:
-        return f"{self.valid_splits[0]} {getattr(self.task, 'selection_metric', 'agg_metrics')}"
+        return getattr(self.task, "selection_metric", "agg_metrics")
 
     @main_process
     def log_stats(self, stats, split_name) -> None:
@@ -381,7 +435,10 @@ class RunnerUniAdapter(RunnerBase):
             file.write(json.dumps(line) + "\n")
 
     @main_process
-    def log_config(self) -> None:
+    def _start_log(self) -> None:
+        """Note the configuration; a run that does not go on from a checkpoint starts anew."""
+        if self.resume_ckpt_path is None:
+            (self.output_dir / "log.txt").unlink(missing_ok=True)
         (self.output_dir / "config.json").write_text(
             json.dumps(self.config.to_dict(), indent=2) + "\n"
         )

@@ -20,21 +20,20 @@ class TuningMethod:
     Attributes:
         build_set: makes the set of modules that is trained beside a frozen backbone, given copies
             of the model's heads. None: no such set, the whole model is trained.
-        description: one line for people.
+        has_adapters: whether ``model.adapter`` decides anything for it.
     """
 
     build_set: BuildSet | None
-    description: str
+    has_adapters: bool
 
 
 TUNING_METHODS = {
-    "uniadapter": TuningMethod(
-        UniAdapterSet, "adapters shared by vision, text and fusion, and the heads"
-    ),
-    "linear": TuningMethod(
-        lambda heads, config, geometry: AdapterSet(heads), "the heads, on a frozen backbone"
-    ),
-    "full": TuningMethod(None, "every parameter of BLIP, no adapter"),
+    # adapters shared by vision, text and fusion, and the heads
+    "uniadapter": TuningMethod(UniAdapterSet, has_adapters=True),
+    # the heads, on a frozen backbone
+    "linear": TuningMethod(lambda heads, config, geometry: AdapterSet(heads), has_adapters=False),
+    # every parameter of BLIP
+    "full": TuningMethod(None, has_adapters=False),
 }
 
 

@@ -93,12 +93,30 @@ def test_any_depth_and_width_trains(build_model, video_batch, depth, width):
         assert p.grad is not None and torch.isfinite(p.grad).all(), name
 
 
-@pytest.mark.parametrize("frame_aware", [False, True])
-def test_fresh_identity_model_is_blip_bit_for_bit(build_model, video_batch, frame_aware):
-    model = build_model(adapter={"frame_aware": frame_aware})
+def test_fresh_identity_model_is_blip_bit_for_bit(build_model, video_batch):
+    model = build_model(adapter={"frame_aware": False})
     enabled = outputs(model, video_batch)
     with model.disable_adapter():
         assert_same(enabled, outputs(model, video_batch))
+
+
+def test_frame_aware_attention_is_all_that_a_fresh_model_adds(build_model, video_batch):
+    """It has no parameters to start at zero with; features know nothing of it."""
+    model = build_model(adapter={"frame_aware": True})
+    enabled = outputs(model, video_batch)
+    with model.disable_adapter():
+        blip = outputs(model, video_batch)
+    assert not torch.equal(enabled.pop("matching logits"), blip["matching logits"])
+    assert_same(enabled, blip)
+
+
+@pytest.mark.parametrize("tuning", ["full", "linear"])
+def test_methods_without_adapters_are_plain_blip(build_model, video_batch, tuning):
+    models = [
+        build_model(tuning=tuning, adapter={"frame_aware": frame_aware})
+        for frame_aware in (True, False)
+    ]
+    assert_same(*(outputs(model, video_batch) for model in models))
 
 
 def test_released_init_zeroes_the_textual_up_projection_alone(build_model):
@@ -153,7 +171,7 @@ def test_only_what_is_declared_changes(build_model, video_batch, tuning):
 def test_momentum_follows_the_average_once_a_step(build_model, video_batch, tuning):
     model = build_model(tuning=tuning, momentum=0.9, adapter_momentum=0.8).train()
     state = model.momentum_average.state_dict()
-    # Whatever contrastive features depend on, and nothing else, is averaged.
+    # Neither the matching head nor what only matching reads of the key/value adapter.
     assert {n for n in state if "itm_head" in n or "key_value" in n} == set()
     assert any("text_proj" in n for n in state) and any("vision_proj" in n for n in state)
     assert set(state) <= set(model.trainable_parameters())
@@ -235,7 +253,20 @@ def test_backbone_keys_are_lavis_own(build_model):
 
 
 @pytest.mark.parametrize("frame_aware", [False, True])
-def test_activation_checkpointing_gives_equal_gradients(build_model, video_batch, frame_aware):
+def test_activation_checkpointing_gives_equal_gradients(
+    build_model, video_batch, frame_aware, monkeypatch
+):
+    import lavis_uniadapter.backbone.text as text
+    import lavis_uniadapter.backbone.vision as vision
+
+    calls = []
+
+    def counting(function, *args, **kwargs):
+        calls.append(function.__self__)
+        return torch.utils.checkpoint.checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(text, "checkpoint", counting)
+    monkeypatch.setattr(vision, "checkpoint", counting)
     gradients = []
     for layers in (0, 2):
         model = build_model(
@@ -248,6 +279,7 @@ def test_activation_checkpointing_gives_equal_gradients(build_model, video_batch
         torch.manual_seed(3)  # the draw of negatives
         model(video_batch).loss.backward()
         gradients.append({n: p.grad for n, p in model.trainable_parameters().items()})
+    assert set(calls) == {*model.visual_encoder.blocks, *model.text_encoder.encoder.layer}
     largest = max(g.abs().max() for g in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(
@@ -360,6 +392,54 @@ def test_adapter_of_another_base_needs_force(build_model, video_batch, tmp_path)
     assert_differ(before, outputs(other, video_batch))
 
 
+def test_saving_replaces_an_adapter_and_nothing_else(build_model, tmp_path):
+    model = build_model()
+    model.save_adapter(tmp_path / "adapter", {"epoch": 1})
+    model.save_adapter(tmp_path / "adapter", {"epoch": 2})
+    assert '"epoch": 2' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("years")
+    with pytest.raises(ConfigError, match="thesis.tex"):
+        model.save_adapter(tmp_path / "work")
+    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+
+
+def test_adapter_fits_a_base_whose_random_heads_differ(build_model, tmp_path):
+    """Heads that the base checkpoint lacks differ from run to run, and the adapter has its own."""
+    base = base_state_dict(build_model())
+    base = {k: v for k, v in base.items() if not k.startswith("itm_head")}
+    torch.save(base, tmp_path / "base.pth")
+    models = [build_model(seed=seed, pretrained=str(tmp_path / "base.pth")) for seed in (1, 2)]
+    assert not torch.equal(models[0].itm_head.weight, models[1].itm_head.weight)
+    models[0].save_adapter(tmp_path / "adapter")
+    models[1].load_adapter(tmp_path / "adapter")
+
+
+def test_another_adapter_leaves_training_state_alone(build_model, video_batch, tmp_path):
+    model = build_model().train()
+    model.save_adapter(tmp_path / "other")
+    perturb(model.adapters)
+    model.momentum_average.update()
+    before = {k: v.clone() for k, v in model.momentum_average.state_dict().items()}
+    model.load_adapter(tmp_path / "other", name="other")
+    for name, value in model.momentum_average.state_dict().items():
+        assert torch.equal(value, before[name])
+    with pytest.raises(ValueError, match="'other' is not the one that trains"):
+        model(video_batch)
+    model.set_adapter("default")
+    model(video_batch).loss.backward()
+
+
+def test_checkpoint_with_another_queue_length_loads_for_evaluation(
+    build_model, video_batch, tmp_path
+):
+    model, other = build_model(seed=0, queue_size=12), build_model(seed=0, queue_size=8)
+    perturb(model.adapters)
+    torch.save({"model": model.state_dict()}, tmp_path / "run.pth")
+    other.load_checkpoint(str(tmp_path / "run.pth"))
+    assert_same(outputs(model, video_batch), outputs(other, video_batch))
+
+
 @pytest.mark.parametrize(
     "overrides, expected",
     [
@@ -376,7 +456,8 @@ def test_adapter_of_another_method_or_size_is_refused(build_model, tmp_path, ove
 
 def test_disabling_gives_blip_and_survives_an_exception(build_model, video_batch):
     model = build_model()
-    blip = outputs(model, video_batch)
+    with model.disable_adapter():
+        blip = outputs(model, video_batch)
     perturb(model.adapters)
     tuned = outputs(model, video_batch)
     assert_differ(tuned, blip)

@@ -54,6 +54,6 @@ def test_demo_leaves_table_pictures_and_adapter(tiny_demo, capsys):
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_project_configuration_is_accepted(path):
-    config = load_config(path)
+    config = load_config(path, [f"run.evaluate={path.parent.name == 'eval'}"])
     assert config.model_cfg.arch == "blip_uniadapter_retrieval"
     assert config.run_cfg.device in ("cpu", "cuda")

@@ -139,6 +139,44 @@ def test_resume_equals_not_stopping(run, tuning):
         assert torch.equal(ended["optimizer"]["state"][index]["exp_avg"], state["exp_avg"])
 
 
+def test_best_epoch_survives_resuming_twice(run, monkeypatch):
+    """Later epochs that do not improve must not lose what was found before them."""
+    from lavis_uniadapter.tasks import UniAdapterRetrievalTask
+
+    values = iter([50.0, 40.0, 30.0])
+    original = UniAdapterRetrievalTask.evaluation
+
+    def worse_and_worse(task, model, data_loader, **kwargs):
+        metrics = original(task, model, data_loader, **kwargs)
+        return {**metrics, "agg_metrics": next(values, 0.0)}
+
+    monkeypatch.setattr(UniAdapterRetrievalTask, "evaluation", worse_and_worse)
+    folder = None
+    for epochs in (1, 2, 3):
+        resume = [] if folder is None else [f"run.resume_ckpt_path={folder / LATEST}"]
+        tests = "run.test_splits=[]" if epochs < 3 else 'run.test_splits=["test"]'
+        result = run("shapes_retrieval", f"run.max_epoch={epochs}", tests, *resume)
+        folder = result.output_dir
+    assert torch.load(folder / BEST, weights_only=True)["epoch"] == 0
+    assert (folder / BEST_ADAPTER / TENSORS).is_file()
+    assert "test" in result.metrics
+
+
+def test_same_folder_again_starts_a_new_log(run):
+    for _ in range(2):
+        result = run("shapes_retrieval", "run.job_id=again", "run.max_epoch=1")
+    log = [json.loads(line) for line in (result.output_dir / "log.txt").read_text().splitlines()]
+    assert sum("train_epoch" in line for line in log) == 1
+
+
+def test_rank_metrics_are_reported_as_they_are(run):
+    result = run("shapes_retrieval", "run.selection_metric=t2v_medr", "run.max_epoch=1")
+    log = [json.loads(line) for line in (result.output_dir / "log.txt").read_text().splitlines()]
+    median = next(line["val_t2v_medr"] for line in log if "val_t2v_medr" in line)
+    config = json.loads((result.output_dir / BEST_ADAPTER / "adapter_config.json").read_text())
+    assert config["metrics"] == {"val_t2v_medr": median, "epoch": 0}
+
+
 def test_accumulated_gradients_equal_a_larger_batch(run):
     """For a loss that is a mean over items; an incomplete last window included."""
     runner = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]").runner
@@ -187,11 +225,15 @@ def test_not_a_number_stops_the_run(run):
         run("shapes_retrieval", "run.init_lr=1e30", "run.warmup_lr=1e30", "run.max_epoch=3")
 
 
-@pytest.mark.parametrize("amp", ["bf16"])
-def test_mixed_precision_trains(run, amp):
-    result = run("shapes_retrieval", f"run.amp={amp}", "run.max_epoch=1", "run.test_splits=[]")
-    stats = json.loads((result.output_dir / "log.txt").read_text().splitlines()[0])
-    assert stats["train_loss"] > 0
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_is_near_full_precision_and_not_it(run, amp):
+    losses = []
+    for value in ("null", amp):
+        result = run("shapes_retrieval", f"run.amp={value}", "run.max_epoch=1")
+        log = (result.output_dir / "log.txt").read_text().splitlines()
+        losses.append(json.loads(log[0])["train_loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_lavis_own_task_runs_on_our_runner(run, tmp_path):
@@ -263,6 +305,22 @@ def test_two_processes_train_in_one_folder(tmp_path, tiny_cache):
     assert done.stdout.count("epoch 1/2:") == 1
 
 
+def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path, tiny_cache):
+    """Averages and queues of every rank included; the checkpoint holds them once."""
+    options = [
+        *(*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.batch_size_train=2"),
+        *("run.test_splits=[]", "run.valid_splits=[]"),
+    ]
+    folder = tmp_path / "output/shapes_retrieval"
+    torchrun(2, "train.py", [*options, "run.job_id=whole"], tmp_path)
+    torchrun(2, "train.py", [*options, "run.job_id=first", "run.max_epoch=1"], tmp_path)
+    resume = f"run.resume_ckpt_path={folder / 'first' / LATEST}"
+    torchrun(2, "train.py", [*options, "run.job_id=resumed", resume], tmp_path)
+    expected, actual = (trained_state(folder / name / LATEST) for name in ("whole", "resumed"))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_script_says_what_it_does(tmp_path, tiny_cache):
     """A plain ``python train.py`` without torchrun."""
     options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.max_epoch=1"]
@@ -331,6 +389,22 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.device=tpu", "run.device is 'tpu'"),
         ("run.amp=fp8", "run.amp is 'fp8'"),
         ("run.k_test=-1", "run.k_test is -1"),
+        ("run.init_lr=fast", "run.init_lr is 'fast'"),
+        ("run.weight_decay=null", "run.weight_decay is None"),
+        ("run.accum_grad_iters=0", "run.accum_grad_iters is 0"),
+        ("run.num_workers=-1", "run.num_workers is -1"),
+        ("run.output_dir=null", "run.output_dir is missing"),
+        ("run.max_iters=10", "Unknown configuration key 'run.max_iters'"),
+        ("run.valid_splits=[vall]", "run.valid_splits names 'vall'"),
+        ("run.test_splits=[tset]", "run.test_splits names 'tset'"),
+        ("run.train_splits=[trian]", "run.train_splits names 'trian'"),
+        ("model.queue_size=-1", "model.queue_size is -1"),
+        ("model.momentum=2", "model.momentum is 2"),
+        ("model.max_txt_len=0", "model.max_txt_len is 0"),
+        ("datasets.shapes_retrieval.vis_processor.trian.name=x", "Did you mean 'train'?"),
+        ("datasets.shapes_retrieval.text_processor.train.promtp=x", "Did you mean 'prompt'?"),
+        ("datasets.shapes_retrieval.build_info.vidoes.storage=x", "Did you mean 'videos'?"),
+        ("preprocess.x=1", "Unknown configuration key 'configuration.preprocess'"),
         ("run.init_lr", "Option 'run.init_lr' has no '='"),
     ],
 )

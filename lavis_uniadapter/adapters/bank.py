@@ -38,7 +38,12 @@ class AdapterSet(nn.Module):
 
     Args:
         heads: the modules that are trained whole, by their names in the model.
+
+    Attributes:
+        frame_aware: whether matching weighs the frames of a video (PFA) while this set is active.
     """
+
+    frame_aware = False
 
     def __init__(self, heads: Mapping[str, nn.Module]):
         super().__init__()
@@ -65,7 +70,7 @@ class UniAdapterSet(AdapterSet):
         self, heads: Mapping[str, nn.Module], config: AdapterConfig, geometry: BackboneGeometry
     ):
         super().__init__(heads)
-        self.config = config
+        self.frame_aware = config.frame_aware
 
         def build(width: int, visual: bool, textual: bool) -> UniAdapter:
             return UniAdapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from lavis_uniadapter.adapters import AdapterBank, AdapterConfig
 from lavis_uniadapter.backbone import attach_adapters, geometry_of
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SET = "default"
 
@@ -141,6 +144,10 @@ class TunedBlip(BaseModel):
         active = self.adapters.active_set
         return getattr(self, name) if active is None else active.heads[name]
 
+    def _trains(self, name: str) -> bool:
+        """Whether a named adapter set is the one that training changes."""
+        return any(p.requires_grad for p in self.adapters.get(name).parameters())
+
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters.
 
@@ -193,7 +200,7 @@ class TunedBlip(BaseModel):
     def base_fingerprint(self) -> str:
         """Hash of the frozen BLIP under the adapters, computed once."""
         if self._fingerprint is None:
-            self._fingerprint = checkpoint.fingerprint(self)
+            self._fingerprint = checkpoint.fingerprint(self, self.randomly_initialised)
         return self._fingerprint
 
     def base_changed(self, name: str) -> None:
@@ -247,12 +254,17 @@ class TunedBlip(BaseModel):
     def load_checkpoint(self, url_or_filename):
         """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).
 
-        The frozen backbone may be absent; queues and averages too.
+        The frozen backbone may be absent; averages and queues too, or queues of another length.
 
         Raises:
             CheckpointError: naming what is missing, unexpected or misshapen.
         """
         state = checkpoint.read_state_dict(url_or_filename)
+        own = self.state_dict()
+        for key in checkpoint.QUEUE_BUFFERS:
+            if key in state and (key not in own or own[key].shape != state[key].shape):
+                logger.warning("'%s': %s has another length; left aside.", url_or_filename, key)
+                del state[key]
         self.load_trained_state(state, str(url_or_filename))
 
     def load_trained_state(self, state: Mapping[str, torch.Tensor], source: str) -> None:

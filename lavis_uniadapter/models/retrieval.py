@@ -28,9 +28,19 @@ from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, two_stage_scores
 from lavis_uniadapter.features import TextFeatures, VisualFeatures
-from lavis_uniadapter.models.base import TunedBlip, plain
+from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip, plain
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
+
+# (least, most) of each number in the ``model:`` section.
+MODEL_NUMBERS = {
+    "queue_size": (0, float("inf")),
+    "embed_dim": (1, float("inf")),
+    "max_txt_len": (2, 512),
+    "alpha": (0, 1),
+    "momentum": (0, 1),
+    "adapter_momentum": (0, 1),
+}
 
 
 @registry.register_model("blip_uniadapter_retrieval")
@@ -111,6 +121,16 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         self.negative_all_rank = negative_all_rank
         self.max_txt_len = max_txt_len
         self.load_base(None)
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        super().check_config(cfg)
+        for key, (least, most) in MODEL_NUMBERS.items():
+            value = cfg.get(key, least)
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise ConfigError(
+                    f"model.{key} is {value!r}; it must be a number from {least} to {most}."
+                )
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterRetrieval:
@@ -196,7 +216,8 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
 
     def load_adapter(self, folder, name="default", force=False):
         super().load_adapter(folder, name, force)
-        self.reset_momentum()
+        if self._trains(name):
+            self.reset_momentum()
 
     # --- encoding -------------------------------------------------------------------------------
 
@@ -256,7 +277,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         texts: TextFeatures,
         memory: VisualMemory,
         visual_index: Tensor,
-        frame_feat: Tensor | None,
+        frame_feat: Tensor,
     ) -> Tensor:
         """Hidden states (pairs, length, width) of texts attending to one visual input each.
 
@@ -264,11 +285,12 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             texts: one text a pair.
             memory: the visual inputs, projected.
             visual_index: (pairs,) which visual input each text is paired with.
-            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read with
-                frame-aware attention only.
+            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only where the
+                active adapter has frame-aware attention.
         """
         weights = None
-        if self.adapter_config.frame_aware and frame_feat is not None and frame_feat.shape[1] > 1:
+        active = self.adapters.active_set
+        if active is not None and active.frame_aware and frame_feat.shape[1] > 1:
             weights = frame_aware_weights(texts.feat, frame_feat[visual_index])
         input_ids = texts.input_ids.clone()
         input_ids[:, 0] = self.tokenizer.enc_token_id
@@ -312,6 +334,11 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Raises:
             FloatingPointError: if the contrastive loss is not finite.
         """
+        if self.training and self.adapters.active and not self._trains(self.adapters.active):
+            raise ValueError(
+                f"The active adapter '{self.adapters.active}' is not the one that trains. "
+                f"Call set_adapter('{DEFAULT_SET}') first."
+            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         ids = samples["image_id"].view(-1, 1)
