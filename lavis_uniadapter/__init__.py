@@ -12,7 +12,7 @@ from lavis_uniadapter import datasets, models, processors, runner, tasks
 from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.checkpoint import load_released_checkpoint
 from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.models import BlipUniAdapterRetrieval
+from lavis_uniadapter.models import BlipUniAdapterRetrieval, BlipUniAdapterVQA
 from lavis_uniadapter.version import __version__
 
 # LAVIS lists its models and data sets once, when imported; list them again with ours.
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "AdapterConfig",
     "BlipUniAdapterRetrieval",
+    "BlipUniAdapterVQA",
     "CheckpointError",
     "ConfigError",
     "datasets",

@@ -166,6 +166,8 @@ def _canonical_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     canonical: dict[str, Tensor] = {}
     for key, value in state.items():
         parts = key.split(".")
+        if parts[0] == "adapters_dec":  # built by the released VQA model and never used
+            continue
         suffix = "_m" if parts[0].endswith("_m") else ""
         if "adapter" in parts:  # visual_encoder.blocks.3.adapter.X, text_encoder….layer.3.adapter.X
             at = parts.index("adapter")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -36,3 +39,23 @@ class TextFeatures:
     attention_mask: Tensor
     embeds: Tensor | None
     feat: Tensor
+
+
+def visual_input(samples: Mapping[str, Any] | Tensor) -> Tensor:
+    """The images or videos of a batch.
+
+    Args:
+        samples: a tensor (batch, 3, H, W) or (batch, 3, frames, H, W), or a dict that holds it
+            as ``image`` or ``video``.
+
+    Raises:
+        ValueError: for another shape.
+    """
+    x = samples if torch.is_tensor(samples) else samples.get("video", samples.get("image"))
+    if x is None or x.ndim not in (4, 5) or x.shape[1] != 3:
+        shape = "nothing" if x is None else tuple(x.shape)
+        raise ValueError(
+            "Expected samples['image'] of shape (batch, 3, H, W) or samples['video'] of shape "
+            f"(batch, 3, frames, H, W); got {shape}."
+        )
+    return x

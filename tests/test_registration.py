@@ -15,6 +15,7 @@ TYPES = ("coco", "flickr", "msrvtt", "didemo", "shapes")
 
 def test_model_zoo_lists_the_types():
     assert dict(model_zoo)["blip_uniadapter_retrieval"] == list(TYPES)
+    assert dict(model_zoo)["blip_uniadapter_vqa"] == ["vqav2", "msrvtt_qa", "msvd_qa"]
     assert "blip_uniadapter_retrieval" in str(model_zoo)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from lavis.models.med import XBertEncoder
+from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
 from lavis.models.vit import VisionTransformerEncoder
 from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
@@ -84,13 +84,28 @@ def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBe
     Raises:
         ConfigError: if the file does not exist.
     """
-    if not isinstance(med_config, dict):
-        if not Path(med_config).is_file():
-            raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+    config = _read_med_config(med_config)
+    config.encoder_width = encoder_width
+    return XBertEncoder(config=config, add_pooling_layer=False)
+
+
+def build_text_decoder(med_config: dict | str | Path) -> XBertLMHeadDecoder:
+    """LAVIS's text decoder, which attends to states as wide as its own, such as a question's.
+
+    Args, raises: as for build_text_encoder.
+    """
+    config = _read_med_config(med_config)
+    config.encoder_width = config.hidden_size
+    return XBertLMHeadDecoder(config=config)
+
+
+def _read_med_config(med_config: dict | str | Path) -> BertConfig:
+    if isinstance(med_config, dict):
+        config = BertConfig.from_dict(med_config)
+    elif Path(med_config).is_file():
         config = BertConfig.from_json_file(med_config)
     else:
-        config = BertConfig.from_dict(med_config)
-    config.encoder_width = encoder_width
+        raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
     if not hasattr(config, "add_type_embeddings"):
         config.add_type_embeddings = False
-    return XBertEncoder(config=config, add_pooling_layer=False)
+    return config

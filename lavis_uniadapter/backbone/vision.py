@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lavis.models.vit import Attention, Block
+from lavis.models.vit import Attention, Block, VisionTransformerEncoder
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lavis_uniadapter.adapters import AdapterSlot
+
+
+def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> Tensor:
+    """Encode images or videos, frame by frame.
+
+    Args:
+        visual: (batch, 3, H, W) images or (batch, 3, frames, H, W) videos.
+
+    Returns:
+        (batch, frames, tokens, width); an image is a video of one frame.
+    """
+    frames = visual.unsqueeze(2) if visual.ndim == 4 else visual
+    batch, channels, number, height, width = frames.shape
+    frames = frames.transpose(1, 2).reshape(batch * number, channels, height, width)
+    embeds = visual_encoder.forward_features(frames)
+    return embeds.view(batch, number, *embeds.shape[1:])
 
 
 class SdpaAttention(Attention):

@@ -2,5 +2,6 @@
 
 from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
+from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
 
-__all__ = ["BlipUniAdapterRetrieval", "TunedBlip"]
+__all__ = ["BlipUniAdapterRetrieval", "BlipUniAdapterVQA", "TunedBlip"]

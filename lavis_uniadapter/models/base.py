@@ -17,7 +17,12 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter import adapter_files, checkpoint, paths
 from lavis_uniadapter.adapters import AdapterBank, AdapterConfig
-from lavis_uniadapter.backbone import attach_adapters, geometry_of
+from lavis_uniadapter.backbone import (
+    attach_adapters,
+    build_text_encoder,
+    build_visual_encoder,
+    geometry_of,
+)
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
 
@@ -38,7 +43,26 @@ class TunedBlip(BaseModel):
 
     HEADS: tuple[str, ...] = ()
     TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
-    MODEL_KEYS: tuple[str, ...] = ()
+    MODEL_KEYS: tuple[str, ...] = (
+        "arch",
+        "model_type",
+        "load_finetuned",
+        "finetuned",
+        "pretrained",
+        "adapter_ckpt",
+        "tokenizer",
+        "vit_type",
+        "vit",
+        "vit_drop_path_rate",
+        "vit_grad_ckpt",
+        "vit_ckpt_layer",
+        "text_ckpt_layer",
+        "med_config_path",
+        "image_size",
+        "max_txt_len",
+        "tuning",
+        "adapter",
+    )
 
     # --- building -------------------------------------------------------------------------------
 
@@ -52,6 +76,56 @@ class TunedBlip(BaseModel):
         reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
         tuning_method(cfg.get("tuning", "uniadapter"))
         AdapterConfig.from_mapping(plain(cfg.get("adapter")))
+        if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
+            raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
+
+    @classmethod
+    def build_encoders(cls, cfg: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, BertTokenizer]:
+        """LAVIS's visual encoder and text encoder, and the tokenizer, of a configuration.
+
+        Raises:
+            ConfigError: naming what cannot be built.
+        """
+        visual_encoder = build_visual_encoder(
+            cfg.get("vit_type", "base"),
+            cfg.get("image_size", 384),
+            plain(cfg.get("vit")),
+            cfg.get("vit_drop_path_rate"),
+        )
+        text_encoder = build_text_encoder(cls.med_config(cfg), visual_encoder.vision_width)
+        tokenizer = cls.build_tokenizer(cfg.get("tokenizer", "bert-base-uncased"))
+        if len(tokenizer) > text_encoder.config.vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {len(tokenizer)} tokens and the text encoder's vocab_size is "
+                f"{text_encoder.config.vocab_size}. Check model.tokenizer and med_config_path."
+            )
+        return visual_encoder, text_encoder, tokenizer
+
+    @staticmethod
+    def med_config(cfg: Mapping[str, Any]) -> str:
+        """Path of the BERT configuration that a model configuration names."""
+        path = cfg.get("med_config_path", "configs/models/med_config.json")
+        return str(paths.find(path) or path)
+
+    def finish_building(self, cfg: Mapping[str, Any]) -> None:
+        """Load the base checkpoint, attach what trains, load what was trained.
+
+        Raises:
+            CheckpointError: weights that do not fit, by name.
+        """
+        self.load_base(cfg.get("pretrained"))
+        self.attach_tuning(
+            cfg.get("tuning", "uniadapter"),
+            AdapterConfig.from_mapping(plain(cfg.get("adapter"))),
+            visual_checkpointing_layers=(
+                cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
+            ),
+            textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
+        )
+        if cfg.get("load_finetuned", False):
+            self.load_checkpoint(cfg["finetuned"])
+        if cfg.get("adapter_ckpt"):
+            self.load_adapter(cfg["adapter_ckpt"])
 
     @staticmethod
     def build_tokenizer(name_or_folder: str) -> BertTokenizer:

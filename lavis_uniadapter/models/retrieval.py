@@ -23,12 +23,12 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter import paths
 from lavis_uniadapter.adapters import AdapterConfig
-from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, two_stage_scores
-from lavis_uniadapter.features import TextFeatures, VisualFeatures
-from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip, plain
+from lavis_uniadapter.features import TextFeatures, VisualFeatures, visual_input
+from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
@@ -64,30 +64,13 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
     RUN_KEYS = ("k_test", "itc_weight", "rerank_batch")
     MODEL_KEYS = (
-        "arch",
-        "model_type",
-        "load_finetuned",
-        "finetuned",
-        "pretrained",
-        "adapter_ckpt",
-        "tokenizer",
-        "vit_type",
-        "vit",
-        "vit_drop_path_rate",
-        "vit_grad_ckpt",
-        "vit_ckpt_layer",
-        "text_ckpt_layer",
-        "med_config_path",
-        "image_size",
+        *TunedBlip.MODEL_KEYS,
         "embed_dim",
         "queue_size",
         "alpha",
         "momentum",
         "adapter_momentum",
         "negative_all_rank",
-        "max_txt_len",
-        "tuning",
-        "adapter",
     )
 
     def __init__(
@@ -141,18 +124,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             CheckpointError: weights that do not fit, by name.
         """
         cls.check_config(cfg)
-        if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
-            raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
-        visual_encoder = build_visual_encoder(
-            cfg.get("vit_type", "base"),
-            cfg.get("image_size", 384),
-            plain(cfg.get("vit")),
-            cfg.get("vit_drop_path_rate"),
-        )
-        med_config_path = cfg.get("med_config_path", "configs/models/med_config.json")
-        text_encoder = build_text_encoder(
-            paths.find(med_config_path) or med_config_path, visual_encoder.vision_width
-        )
+        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
         options = {
             key: cfg[key]
             for key in (
@@ -166,26 +138,8 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             )
             if cfg.get(key) is not None
         }
-        tokenizer = cls.build_tokenizer(cfg.get("tokenizer", "bert-base-uncased"))
-        if len(tokenizer) > text_encoder.config.vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens and the text encoder's vocab_size is "
-                f"{text_encoder.config.vocab_size}. Check model.tokenizer and med_config_path."
-            )
         model = cls(visual_encoder, text_encoder, tokenizer, **options)
-        model.load_base(cfg.get("pretrained"))
-        model.attach_tuning(
-            cfg.get("tuning", "uniadapter"),
-            AdapterConfig.from_mapping(plain(cfg.get("adapter"))),
-            visual_checkpointing_layers=(
-                cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
-            ),
-            textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
-        )
-        if cfg.get("load_finetuned", False):
-            model.load_checkpoint(cfg.finetuned)
-        if cfg.get("adapter_ckpt"):
-            model.load_adapter(cfg.adapter_ckpt)
+        model.finish_building(cfg)
         return model
 
     def attach_tuning(self, tuning: str, adapter_config: AdapterConfig, **kwargs) -> None:
@@ -231,18 +185,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Raises:
             ValueError: for another shape.
         """
-        x = samples if torch.is_tensor(samples) else samples.get("video", samples.get("image"))
-        if x is None or x.ndim not in (4, 5) or x.shape[1] != 3:
-            shape = "nothing" if x is None else tuple(x.shape)
-            raise ValueError(
-                "Expected samples['image'] of shape (batch, 3, H, W) or samples['video'] of shape "
-                f"(batch, 3, frames, H, W); got {shape}."
-            )
-        frames = x.unsqueeze(2) if x.ndim == 4 else x
-        batch, _, num_frames, height, width = frames.shape
-        frames = frames.transpose(1, 2).reshape(batch * num_frames, 3, height, width)
-        embeds = self.visual_encoder.forward_features(frames)
-        embeds = embeds.view(batch, num_frames, *embeds.shape[1:])
+        embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
         project = self.head("vision_proj")
         return VisualFeatures(

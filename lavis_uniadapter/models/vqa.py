@@ -1,0 +1,178 @@
+"""BLIP visual question answering for images and video, tuned by UniAdapter or another method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.blip_models.blip import BlipBase
+from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from torch import nn
+from transformers import BertTokenizer
+
+from lavis_uniadapter import paths
+from lavis_uniadapter.backbone import build_text_decoder, encode_frames
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.features import visual_input
+from lavis_uniadapter.models.base import TunedBlip
+
+
+@registry.register_model("blip_uniadapter_vqa")
+class BlipUniAdapterVQA(TunedBlip, BlipVQA):
+    """BLIP VQA and VideoQA on a frozen backbone (UniAdapter).
+
+    Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
+    encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
+    by LAVIS's ``BlipVQA``.
+
+    Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px).
+
+    Usage:
+        >>> import lavis_uniadapter
+        >>> from lavis.models import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_vqa", "msrvtt_qa")
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
+        for name in ("vqav2", "msrvtt_qa", "msvd_qa")
+    }
+
+    def __init__(
+        self,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
+        text_decoder: nn.Module,
+        tokenizer: BertTokenizer,
+        *,
+        max_txt_len: int = 35,
+    ):
+        """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
+        BlipBase.__init__(self)  # BlipVQA's own asks the hub for its tokenizer
+        self.tokenizer = tokenizer
+        self.visual_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.text_decoder = text_decoder
+        self.max_txt_len = max_txt_len
+        self.load_base(None)
+
+    @classmethod
+    def check_config(cls, cfg: Mapping[str, Any]) -> None:
+        super().check_config(cfg)
+        if (cfg.get("adapter") or {}).get("frame_aware", False):
+            raise ConfigError(
+                "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
+                "contrastive features, which BLIP's VQA model has none of. Set it to False."
+            )
+        if cfg.get("tuning") == "linear":
+            raise ConfigError("model.tuning is 'linear', and BLIP's VQA model has no heads.")
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterVQA:
+        """Build from the ``model:`` section of a configuration.
+
+        Raises:
+            ConfigError: unknown key or impossible value, by name.
+            CheckpointError: weights that do not fit, by name.
+        """
+        cls.check_config(cfg)
+        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
+        text_decoder = build_text_decoder(cls.med_config(cfg))
+        model = cls(
+            visual_encoder,
+            text_encoder,
+            text_decoder,
+            tokenizer,
+            max_txt_len=cfg.get("max_txt_len", 35),
+        )
+        model.finish_building(cfg)
+        return model
+
+    def _text_encoders(self) -> dict[str, nn.Module]:
+        return {"text_encoder": self.text_encoder, "text_decoder": self.text_decoder.bert}
+
+    def forward(self, samples: dict[str, Any]) -> BlipOutput:
+        """Weighted answer loss of a batch (``lavis`` ``BlipVQA.forward``).
+
+        Args:
+            samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W); ``text_input``, B
+                questions; ``answer``, all answers of all questions in turn; ``n_answers`` (B,),
+                how many each question has; ``weight`` (sum of n_answers,).
+        """
+        encoder_output, visual_embeds = self.forward_encoder(samples)
+        loss, decoder_output, labels = self.forward_decoder(samples, encoder_output)
+        return BlipOutput(
+            loss=loss,
+            intermediate_output=BlipIntermediateOutput(
+                image_embeds=visual_embeds,
+                encoder_output=encoder_output,
+                decoder_output=decoder_output,
+                decoder_labels=labels,
+            ),
+        )
+
+    def forward_encoder(self, samples: dict[str, Any]):
+        """Questions that have looked at their visual inputs, and the visual tokens.
+
+        Adds ``tokenized_text`` to samples, as LAVIS's does.
+        """
+        questions = self.tokenizer(
+            samples["text_input"],
+            padding="longest",
+            truncation=True,
+            max_length=self.max_txt_len,
+            return_tensors="pt",
+        ).to(self.device)
+        questions["input_ids"][:, 0] = self.tokenizer.enc_token_id
+        samples["tokenized_text"] = questions
+        visual_embeds = encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
+        encoder_output = self.text_encoder(
+            questions.input_ids,
+            attention_mask=questions.attention_mask,
+            encoder_hidden_states=self.text_encoder.project(visual_embeds),
+            return_dict=True,
+        )
+        return encoder_output, visual_embeds
+
+    def forward_decoder(self, samples: dict[str, Any], encoder_out, **kwargs):
+        """Loss of the answers given the questions, summed over tokens and averaged over frames.
+
+        Over images, that is, as in LAVIS, or over all frames of all videos, as in the authors'
+        released code; the scale is one that AdamW does not see.
+        """
+        answers = self.tokenizer(samples["answer"], padding="longest", return_tensors="pt")
+        answers = answers.to(self.device)
+        answers["input_ids"][:, 0] = self.tokenizer.bos_token_id
+        targets = answers.input_ids.masked_fill(
+            answers.input_ids == self.tokenizer.pad_token_id, -100
+        )
+        counts = torch.as_tensor(samples["n_answers"], device=self.device)
+        output = self.text_decoder(
+            answers.input_ids,
+            attention_mask=answers.attention_mask,
+            encoder_hidden_states=encoder_out.last_hidden_state.repeat_interleave(counts, dim=0),
+            encoder_attention_mask=samples["tokenized_text"].attention_mask.repeat_interleave(
+                counts, dim=0
+            ),
+            labels=targets,
+            return_dict=True,
+            reduction="none",
+        )
+        visual = visual_input(samples)
+        num_frames = len(visual) * (1 if visual.ndim == 4 else visual.shape[2])
+        loss = (samples["weight"] * output.loss).sum() / num_frames
+        return loss, output, targets
+
+    def predict_answers(self, samples: dict[str, Any], **kwargs) -> list[str]:
+        """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
+
+        Args:
+            samples: ``image`` or ``video`` and ``text_input``, as in forward.
+            kwargs: ``inference_method`` ("rank", "generate"), ``answer_list``,
+                ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``.
+        """
+        # LAVIS's asks samples["image"] for the batch size, which a video has as well.
+        return super().predict_answers({**samples, "image": visual_input(samples)}, **kwargs)

@@ -1,0 +1,142 @@
+"""The question answering model beside LAVIS's, and its odd inputs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from omegaconf import OmegaConf
+from test_adapter_contracts import perturb
+
+from lavis_uniadapter.backbone import (
+    build_text_decoder,
+    build_text_encoder,
+    build_visual_encoder,
+)
+from lavis_uniadapter.checkpoint import load_base_state_dict
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.paths import PACKAGE_ROOT
+
+VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
+ANSWERS = ["red", "blue", "a green star", "left", "square", "top"]
+
+
+@pytest.fixture
+def vqa_config(tmp_path):
+    med = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
+    med.update(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
+    (tmp_path / "med.json").write_text(json.dumps(med))
+    cls = registry.get_model_class("blip_uniadapter_vqa")
+    config = OmegaConf.load(cls.default_config_path("msrvtt_qa")).model
+    small = {
+        "pretrained": None,
+        "tokenizer": "configs/tokenizers/shapes",
+        "vit_type": "custom",
+        "vit": VIT,
+        "image_size": 32,
+        "med_config_path": str(tmp_path / "med.json"),
+        "adapter": {"bottleneck": 8, "kv_bottleneck": 4},
+    }
+    return OmegaConf.merge(config, small)
+
+
+def build(config, seed=0, **overrides):
+    torch.manual_seed(seed)
+    cls = registry.get_model_class("blip_uniadapter_vqa")
+    return cls.from_config(OmegaConf.merge(config, overrides))
+
+
+@pytest.fixture
+def questions():
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "image": torch.randn(2, 3, 32, 32, generator=generator),
+        "text_input": ["there is a circle on the left", "a star"],
+        "answer": ["red", "a green star", "left"],
+        "n_answers": torch.tensor([2, 1]),
+        "weight": torch.tensor([0.6, 0.4, 1.0]),
+    }
+
+
+def test_adapters_at_rest_it_is_lavis_vqa(vqa_config, questions, monkeypatch, tmp_path):
+    ours = build(vqa_config)
+    monkeypatch.setattr(BlipVQA, "init_tokenizer", classmethod(lambda cls: ours.tokenizer))
+    torch.manual_seed(5)
+    theirs = BlipVQA(
+        build_visual_encoder("custom", 32, VIT),
+        build_text_encoder(str(tmp_path / "med.json"), 32),
+        build_text_decoder(str(tmp_path / "med.json")),
+    )
+    assert load_base_state_dict(ours, theirs.state_dict(), "LAVIS's model", ()) == []
+    for model in (ours, theirs):
+        model.train()
+    losses = [model(dict(questions)).loss for model in (ours, theirs)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+    for model in (ours, theirs):
+        model.eval()
+    for k in (2, 6):
+        with torch.no_grad():
+            answers = [
+                model.predict_answers(dict(questions), answer_list=ANSWERS, num_ans_candidates=k)
+                for model in (ours, theirs)
+            ]
+        assert answers[0] == answers[1]
+
+
+def test_every_trained_parameter_gets_a_gradient(vqa_config, questions):
+    model = build(vqa_config).train()
+    perturb(model.adapters)
+    model(dict(questions)).loss.backward()
+    for name, p in model.trainable_parameters().items():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+    assert not any(p.requires_grad for p in model.text_decoder.parameters())
+
+
+def test_video_differs_from_its_first_frame(vqa_config, questions):
+    model = build(vqa_config).eval()
+    video = torch.randn(2, 3, 4, 32, 32)
+    with torch.no_grad():
+        states = [
+            model.forward_encoder({"text_input": questions["text_input"], **visual})[0]
+            for visual in ({"video": video}, {"image": video[:, :, 0]})
+        ]
+    assert not torch.allclose(states[0].last_hidden_state, states[1].last_hidden_state)
+
+
+@pytest.mark.parametrize("method", ["rank", "generate"])
+def test_answers_about_video(vqa_config, method):
+    model = build(vqa_config).eval()
+    samples = {"video": torch.randn(2, 3, 3, 32, 32), "text_input": ["a star", "a red circle"]}
+    with torch.no_grad():
+        answers = model.predict_answers(
+            samples, inference_method=method, answer_list=ANSWERS, num_ans_candidates=3, num_beams=2
+        )
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    if method == "rank":
+        assert set(answers) <= set(ANSWERS)
+    assert "image" not in samples
+
+
+def test_save_and_load_under_another_seed(vqa_config, questions, tmp_path):
+    model, other = build(vqa_config, 0), build(vqa_config, 1)
+    perturb(model.adapters)
+    model.save_adapter(tmp_path / "adapter")
+    load_base_state_dict(other, model.state_dict(), "the same BLIP", ())
+    other.base_changed("the same BLIP")
+    losses = [m.eval()(dict(questions)).loss.item() for m in (model, other)]
+    other.load_adapter(tmp_path / "adapter")
+    assert losses[0] != losses[1]
+    assert other(dict(questions)).loss.item() == losses[0]
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [({"adapter": {"frame_aware": True}}, "frame_aware"), ({"tuning": "linear"}, "no heads")],
+)
+def test_what_it_cannot_do_is_refused(vqa_config, overrides, expected):
+    with pytest.raises(ConfigError, match=expected):
+        build(vqa_config, **overrides)
