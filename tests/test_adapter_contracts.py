@@ -71,6 +71,27 @@ def test_blip_base_built_for_real(build_model):
     assert "2.1" in model.adapter_summary().splitlines()[-1]
 
 
+def test_vit_large_built_for_real(build_model):
+    """24 layers of 1024 beside 12 of 768."""
+    model = build_model(
+        vit_type="large",
+        vit=None,
+        image_size=224,
+        med_config_path="configs/models/med_config.json",
+        adapter={"bottleneck": 128, "kv_bottleneck": 64},
+    ).eval()
+    batch = {"image": torch.randn(2, 3, 224, 224)}
+    with torch.no_grad():
+        visuals = model.encode_visual(batch)
+        texts = model.encode_text(["a red circle", "a blue star"])
+        assert visuals.embeds.shape == (2, 197, 1024)
+        assert model.match(texts, visuals).shape == (2, 2)
+    per_visual_layer = 2 * 1024 + (1024 * 128 + 128) + (128 * 1024 + 1024)
+    per_text_layer = 4 * 768 + (768 * 128 + 128) + 2 * (128 * 768 + 768)
+    expected = 24 * per_visual_layer + 12 * per_text_layer
+    assert model.parameter_counts()["adapters"] == expected
+
+
 def test_vit_large_shares_nothing_between_widths():
     geometry = BackboneGeometry(1024, 24, 768, 12, {"text_encoder": 1024})
     adapter_set = UniAdapterSet({}, AdapterConfig(), geometry)
