@@ -57,24 +57,25 @@ class Case:
             if key.startswith(prefix)
         }
 
+    def encoders(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        dims = self.about["dims"]
+        vit = {
+            "width": dims["hidden"],
+            "depth": dims["depth"],
+            "num_heads": dims["heads"],
+            "patch_size": dims["patch"],
+            "mlp_ratio": dims["mlp_ratio"],
+        }
+        return (
+            build_visual_encoder("custom", dims["image_size"], vit),
+            build_text_encoder(self.about["med_config"], dims["hidden"]),
+        )
+
     def model(self) -> BlipUniAdapterRetrieval:
         dims, config = self.about["dims"], self.about["config"]
-        visual_encoder = build_visual_encoder(
-            "custom",
-            dims["image_size"],
-            {
-                "width": dims["hidden"],
-                "depth": dims["depth"],
-                "num_heads": dims["heads"],
-                "patch_size": dims["patch"],
-                "mlp_ratio": dims["mlp_ratio"],
-            },
-        )
-        text_encoder = build_text_encoder(self.about["med_config"], dims["hidden"])
         tokenizer = GivenTokens(self["in.input_ids"], self["in.attention_mask"], dims["enc"])
         model = BlipUniAdapterRetrieval(
-            visual_encoder,
-            text_encoder,
+            *self.encoders(),
             tokenizer,
             queue_size=dims["queue"],
             alpha=self.about["alpha"],

@@ -8,11 +8,7 @@ from test_golden import Case, assert_close
 from transformers import BatchEncoding
 
 from lavis_uniadapter.adapters import AdapterConfig
-from lavis_uniadapter.backbone import (
-    build_text_decoder,
-    build_text_encoder,
-    build_visual_encoder,
-)
+from lavis_uniadapter.backbone import build_text_decoder
 from lavis_uniadapter.checkpoint import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
 
@@ -44,23 +40,9 @@ def case(request):
 
 @pytest.fixture
 def model(case):
-    dims, config = case.about["dims"], case.about["config"]
-    visual_encoder = build_visual_encoder(
-        "custom",
-        dims["image_size"],
-        {
-            "width": dims["hidden"],
-            "depth": dims["depth"],
-            "num_heads": dims["heads"],
-            "patch_size": dims["patch"],
-            "mlp_ratio": dims["mlp_ratio"],
-        },
-    )
+    config = case.about["config"]
     model = BlipUniAdapterVQA(
-        visual_encoder,
-        build_text_encoder(case.about["med_config"], dims["hidden"]),
-        build_text_decoder(case.about["med_config"]),
-        GivenTokens(case),
+        *case.encoders(), build_text_decoder(case.about["med_config"]), GivenTokens(case)
     )
     model.attach_tuning(
         "uniadapter",
