@@ -4,7 +4,13 @@ Importing this package registers its models, processors, tasks, dataset builders
 LAVIS, whose own functions then find them by name.
 """
 
-import lavis.models  # noqa: F401  (fills LAVIS's registry before it is added to)
+import warnings
+
+with warnings.catch_warnings():
+    # third parties' deprecations, of which there is nothing for a user to mend
+    warnings.simplefilter("ignore", FutureWarning)
+    import lavis.models  # noqa: F401  (fills LAVIS's registry before it is added to)
+
 from lavis.datasets.builders import DatasetZoo, dataset_zoo
 from lavis.models import ModelZoo, load_model, load_model_and_preprocess, model_zoo
 

@@ -99,8 +99,8 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         raise CheckpointError(
             f"'{folder}' was trained on another base checkpoint: '{base['name']}' "
             f"({base['fingerprint'][:8]}), and the model holds '{model.base_name}' "
-            f"({model.base_fingerprint[:8]}). Load that base, or pass force=True to try all the "
-            "same."
+            f"({model.base_fingerprint[:8]}). Load that base, or try all the same by "
+            "load_adapter(folder, force=True)."
         )
     new = name not in model.adapters.names()
     target = (

@@ -102,6 +102,12 @@ def load_base_state_dict(
             incoming["visual_encoder.pos_embed"], model.visual_encoder
         )
     problems = describe_mismatch(own, incoming, may_be_missing)
+    if problems and not any(key.startswith("visual_encoder.") for key in incoming):
+        raise CheckpointError(
+            f"'{source}' holds no BLIP backbone ({problems}). What a run with a frozen backbone "
+            "saved goes over its base: --adapter with its adapter_best folder, or "
+            "run.resume_ckpt_path; model.pretrained is the base itself."
+        )
     if problems:
         raise CheckpointError(
             f"'{source}' does not fit this {type(model).__name__}: {problems}. Check "

@@ -202,6 +202,9 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is missing.")
+    resumed = run.get("resume_ckpt_path")
+    if resumed and not Path(resumed).is_file():
+        raise ConfigError(f"run.resume_ckpt_path: no file '{resumed}'.")
     if run.get("evaluate") and not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
 

@@ -22,7 +22,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def reject_unknown_keys(given: Iterable[str], known: Iterable[str], section: str) -> None:
     """Raise ConfigError for the first key of a section that nothing reads."""
-    known = list(known)
+    known = set(known)
     for key in given:
         if key not in known:
             raise ConfigError(

@@ -88,11 +88,11 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     # Alike on every rank while the model is built; apart when batches and negatives are drawn.
     seed_everything(seed)
 
-    job_id = from_main_process(_job_id(config) if is_main_process() else None)
     task = setup_task(config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
     seed_everything(seed + get_rank())
+    job_id = from_main_process(_job_id(config) if is_main_process() else None)
     runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     log_to_file(Path(runner.output_dir))
@@ -152,6 +152,8 @@ def _report_start(runner: RunnerBase, config: Config) -> None:
         )
     if hasattr(model, "base_name"):
         lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
+        if config.model_cfg.get("adapter_ckpt"):
+            lines.append(f"adapter: {config.model_cfg.adapter_ckpt}")
         if model.randomly_initialised not in ([], ["everything"]):
             lines.append(f"randomly initialised: {', '.join(model.randomly_initialised)}")
         lines.extend(model.adapter_summary().splitlines())

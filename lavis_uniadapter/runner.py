@@ -349,6 +349,15 @@ class RunnerUniAdapter(RunnerBase):
     def _load_checkpoint(self, url_or_filename) -> None:
         """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""
         content = self._read_checkpoint(url_or_filename)
+        theirs, ours = (
+            section.get("model", {}).get("tuning")
+            for section in (content.get("config") or {}, self.config.to_dict())
+        )
+        if theirs != ours:
+            raise CheckpointError(
+                f"'{url_or_filename}' is of a run with model.tuning '{theirs}', and this one has "
+                f"'{ours}'. Set model.tuning: {theirs} to go on with it."
+            )
         self._load_model_state(content["model"], url_or_filename)
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler and content.get("scaler"):

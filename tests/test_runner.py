@@ -262,8 +262,18 @@ def test_torn_checkpoint_is_refused(run, tear, tmp_path):
 
 def test_checkpoint_of_another_tuning_is_refused_by_name(run):
     linear = run("shapes_retrieval", "model.tuning=linear", "run.max_epoch=1", "run.test_splits=[]")
-    with pytest.raises(CheckpointError, match=r"adapters\.default\.layers"):
+    with pytest.raises(
+        CheckpointError, match="model.tuning 'linear', and this one has 'uniadapter'"
+    ):
         run("shapes_retrieval", f"run.resume_ckpt_path={linear.output_dir / LATEST}")
+    with pytest.raises(CheckpointError, match=r"adapters\.default\.layers"):
+        run("shapes_retrieval", f"run.resume_ckpt_path={linear.output_dir / LATEST}", evaluate=True)
+
+
+def test_tuned_checkpoint_is_no_base(run):
+    tuned = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]")
+    with pytest.raises(CheckpointError, match="holds no BLIP backbone"):
+        run("shapes_retrieval", f"model.pretrained={tuned.output_dir / LATEST}")
 
 
 # --- several processes --------------------------------------------------------------------------
@@ -398,6 +408,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.valid_splits=[vall]", "run.valid_splits names 'vall'"),
         ("run.test_splits=[tset]", "run.test_splits names 'tset'"),
         ("run.train_splits=[trian]", "run.train_splits names 'trian'"),
+        ("run.resume_ckpt_path=no/such.pth", "run.resume_ckpt_path: no file 'no/such.pth'"),
         ("model.queue_size=-1", "model.queue_size is -1"),
         ("model.momentum=2", "model.momentum is 2"),
         ("model.max_txt_len=0", "model.max_txt_len is 0"),

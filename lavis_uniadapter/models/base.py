@@ -253,7 +253,8 @@ class TunedBlip(BaseModel):
             for part, parameters in parts.items():
                 number = sum(p.numel() for p in parameters)
                 other -= number
-                rows.append((f"{name} ({mark}): {part}", number))
+                if number:
+                    rows.append((f"{name} ({mark}): {part}", number))
         rows.append(("BLIP's heads" + (" (frozen)" if self.tuning != "full" else ""), other))
         rows.append(("total", counts["total"]))
         rows.append(("trained", counts["trainable"]))

@@ -204,8 +204,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             return_tensors="pt",
         ).to(self.device)
 
-    def encode_text(self, texts: list[str] | Any) -> TextFeatures:
-        """Encode texts (strings, or what ``tokenize`` gave) in text mode."""
+    def encode_text(self, texts: str | list[str] | Any) -> TextFeatures:
+        """Encode texts (one, a list, or what ``tokenize`` gave) in text mode."""
+        if isinstance(texts, str):
+            texts = [texts]
         tokens = self.tokenize(texts) if isinstance(texts, list | tuple) else texts
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
         return TextFeatures(
