@@ -139,6 +139,18 @@ def describe_mismatch(
     )
 
 
+def without_foreign_queues(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """A state without the queues that the model lacks or has in another length."""
+    kept = dict(state)
+    for name in QUEUE_BUFFERS:
+        if name in kept and (name not in own or kept[name].shape != own[name].shape):
+            logger.warning("'%s': %s has another length and is left aside.", source, name)
+            del kept[name]
+    return kept
+
+
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
     """Hash of the frozen BLIP under the adapters: names, shapes and bytes.
 
@@ -253,10 +265,7 @@ def load_released_checkpoint(
         incoming["visual_encoder.pos_embed"] = interpolate_pos_embed(
             incoming["visual_encoder.pos_embed"], model.visual_encoder
         )
-    for name in QUEUE_BUFFERS:
-        if name in incoming and (name not in own or incoming[name].shape != own[name].shape):
-            logger.warning("%s: %s has another length and is left aside.", source, name)
-            del incoming[name]
+    incoming = without_foreign_queues(incoming, own, source)
     has_averages = any(k.startswith("momentum_average.") for k in incoming)
     own_to_fill = {
         k: v for k, v in own.items() if has_averages or not k.startswith("momentum_average.")

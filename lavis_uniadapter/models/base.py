@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,8 +24,6 @@ from lavis_uniadapter.backbone import (
 )
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_SET = "default"
 
@@ -335,12 +332,9 @@ class TunedBlip(BaseModel):
             CheckpointError: naming what is missing, unexpected or misshapen.
         """
         state = checkpoint.read_state_dict(url_or_filename)
-        own = self.state_dict()
-        for key in checkpoint.QUEUE_BUFFERS:
-            if key in state and (key not in own or own[key].shape != state[key].shape):
-                logger.warning("'%s': %s has another length; left aside.", url_or_filename, key)
-                del state[key]
-        self.load_trained_state(state, str(url_or_filename))
+        source = str(url_or_filename)
+        state = checkpoint.without_foreign_queues(state, self.state_dict(), source)
+        self.load_trained_state(state, source)
 
     def load_trained_state(self, state: Mapping[str, torch.Tensor], source: str) -> None:
         """Load trained parameters, and whatever else of this model the state holds."""
