@@ -18,7 +18,11 @@ from lavis_uniadapter import datasets, models, processors, runner, tasks
 from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.checkpoint import load_released_checkpoint
 from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.models import BlipUniAdapterRetrieval, BlipUniAdapterVQA
+from lavis_uniadapter.models import (
+    BlipUniAdapterCaption,
+    BlipUniAdapterRetrieval,
+    BlipUniAdapterVQA,
+)
 from lavis_uniadapter.version import __version__
 
 # LAVIS lists its models and data sets once, when imported; list them again with ours.
@@ -28,6 +32,7 @@ dataset_zoo.dataset_zoo = DatasetZoo().dataset_zoo
 __all__ = [
     "__version__",
     "AdapterConfig",
+    "BlipUniAdapterCaption",
     "BlipUniAdapterRetrieval",
     "BlipUniAdapterVQA",
     "CheckpointError",

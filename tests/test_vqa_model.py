@@ -8,6 +8,7 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
+from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from test_adapter_contracts import perturb
 
@@ -62,14 +63,8 @@ def questions():
 
 
 def test_adapters_at_rest_it_is_lavis_vqa(vqa_config, questions, monkeypatch, tmp_path):
-    ours = build(vqa_config)
-    monkeypatch.setattr(BlipVQA, "init_tokenizer", classmethod(lambda cls: ours.tokenizer))
-    torch.manual_seed(5)
-    theirs = BlipVQA(
-        build_visual_encoder("custom", 32, VIT),
-        build_text_encoder(str(tmp_path / "med.json"), 32),
-        build_text_decoder(str(tmp_path / "med.json")),
-    )
+    ours, other = build(vqa_config), build(vqa_config, seed=5)
+    theirs = lavis_model_with_the_weights_of(other, str(tmp_path / "med.json"), monkeypatch)
     assert load_base_state_dict(ours, theirs.state_dict(), "LAVIS's model", ()) == []
     for model in (ours, theirs):
         model.train()
@@ -85,6 +80,49 @@ def test_adapters_at_rest_it_is_lavis_vqa(vqa_config, questions, monkeypatch, tm
                 for model in (ours, theirs)
             ]
         assert answers[0] == answers[1]
+
+
+def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
+    """LAVIS's model on LAVIS's own decoder."""
+    monkeypatch.setattr(BlipVQA, "init_tokenizer", classmethod(lambda cls: ours.tokenizer))
+    theirs = BlipVQA(
+        build_visual_encoder("custom", 32, VIT),
+        build_text_encoder(med_config, 32),
+        XBertLMHeadDecoder(build_text_decoder(med_config).config),
+    )
+    theirs.load_state_dict(
+        {k: v for k, v in ours.state_dict().items() if not k.startswith("adapters.")}
+    )
+    return theirs
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generated_answers_equal_lavis(vqa_config, questions, monkeypatch, tmp_path, num_beams):
+    """Questions of one length: LAVIS's answers see the padding of others."""
+    ours = build(vqa_config).eval()
+    theirs = lavis_model_with_the_weights_of(ours, str(tmp_path / "med.json"), monkeypatch)
+    samples = {**questions, "text_input": ["a red circle", "a green star"]}
+    how = {"inference_method": "generate", "num_beams": num_beams, "max_len": 8, "min_len": 4}
+    with torch.no_grad():
+        answers = [m.predict_answers(dict(samples), **how) for m in (ours, theirs.eval())]
+    assert answers[0] == answers[1] and all(answers[0])
+
+
+@pytest.mark.parametrize("method", ["rank", "generate"])
+def test_an_answer_does_not_depend_on_the_batch(vqa_config, questions, method):
+    model = build(vqa_config).eval()
+    perturb(model.adapters, by=0.5)
+    how = {"inference_method": method, "answer_list": ANSWERS, "num_ans_candidates": 4}
+    how |= {"max_len": 8, "min_len": 4}
+    with torch.no_grad():
+        together = model.predict_answers(dict(questions), **how)
+        alone = [
+            model.predict_answers(
+                {"image": questions["image"][i : i + 1], "text_input": [question]}, **how
+            )[0]
+            for i, question in enumerate(questions["text_input"])
+        ]
+    assert together == alone
 
 
 def test_every_trained_parameter_gets_a_gradient(vqa_config, questions):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from lavis.models.med import XBertEncoder, XBertLMHeadDecoder
+from lavis.models.med import XBertEncoder
 from lavis.models.vit import VisionTransformerEncoder
 from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
 
+from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
 VIT_SIZES = {
@@ -89,14 +90,20 @@ def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBe
     return XBertEncoder(config=config, add_pooling_layer=False)
 
 
-def build_text_decoder(med_config: dict | str | Path) -> XBertLMHeadDecoder:
-    """LAVIS's text decoder, which attends to states as wide as its own, such as a question's.
+def build_text_decoder(
+    med_config: dict | str | Path, encoder_width: int | None = None
+) -> AdaptedLMHeadDecoder:
+    """LAVIS's text decoder (causal MED with a language modelling head).
 
-    Args, raises: as for build_text_encoder.
+    Args:
+        encoder_width: width of what it attends to: visual tokens, or by default states as wide as
+            its own, such as a question's.
+
+    Raises: as build_text_encoder.
     """
     config = _read_med_config(med_config)
-    config.encoder_width = config.hidden_size
-    return XBertLMHeadDecoder(config=config)
+    config.encoder_width = encoder_width or config.hidden_size
+    return AdaptedLMHeadDecoder(config=config)
 
 
 def _read_med_config(med_config: dict | str | Path) -> BertConfig:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention, XBertEncoder
+from lavis.models.med import (
+    BertEncoder,
+    BertLayer,
+    BertSelfAttention,
+    XBertEncoder,
+    XBertLMHeadDecoder,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin
 
 from lavis_uniadapter.adapters import AdapterSlot, KeyValueSlot
 from lavis_uniadapter.backbone.visual_memory import LayerMemory, VisualMemory
@@ -197,3 +204,58 @@ class AdaptedXBertEncoder(XBertEncoder):
     def project(self, visual_embeds: Tensor) -> VisualMemory:
         """Visual memory of (visuals, tokens, width) embeddings, key/value adapter included."""
         return VisualMemory(visual_embeds, self.encoder.key_value_slot())
+
+
+class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
+    """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
+
+    The memory is projected once for all steps and beams, and earlier tokens are not computed
+    again. LAVIS's decoder does both anew at every step: it looks for its cache under a name that
+    transformers no longer uses.
+    """
+
+    def project(self, states: Tensor, attention_mask: Tensor | None = None) -> VisualMemory:
+        """Memory of (items, tokens, width) states, key/value adapter included.
+
+        Args:
+            attention_mask: (items, tokens) ones where there is something to attend to.
+        """
+        mask = None if attention_mask is None else self.invert_attention_mask(attention_mask)
+        return VisualMemory(states, self.bert.encoder.key_value_slot(), mask)
+
+    @torch.no_grad()
+    def generate_from_memory(
+        self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
+    ) -> Tensor:
+        """Beam search (``num_beams``) or sampling (``do_sample``), by transformers.
+
+        Args:
+            prompt_ids: (items, prompt length), the same prompt for each.
+            memory: of the same items.
+            num_return_sequences: texts per item; beam search gives its best ones.
+            options: of ``transformers.GenerationMixin.generate``.
+
+        Returns:
+            (items * num_return_sequences, length) token ids, the prompt included.
+        """
+        rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
+        items = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        return self.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            # transformers repeats tensors for beams; what is not a tensor it passes on as it is
+            encoder_hidden_states=memory.pairs(items.repeat_interleave(rows)),
+            num_return_sequences=num_return_sequences,
+            **options,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, **model_kwargs
+    ):
+        return {
+            "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "encoder_hidden_states": model_kwargs["encoder_hidden_states"],
+            "is_decoder": True,
+        }

@@ -35,11 +35,12 @@ class TunedBlip(BaseModel):
     then calls ``attach_tuning``. Attributes it sets:
 
     ``HEADS``: names of the modules that are trained whole.
-    ``TEXT_ENCODERS``: names of the BERT encoders that have adapters.
+    ``HAS_FRAME_FEATURES``: whether it has the contrastive features that frame-aware attention
+    weighs frames by.
     """
 
     HEADS: tuple[str, ...] = ()
-    TEXT_ENCODERS: tuple[str, ...] = ("text_encoder",)
+    HAS_FRAME_FEATURES = False
     MODEL_KEYS: tuple[str, ...] = (
         "arch",
         "model_type",
@@ -72,9 +73,33 @@ class TunedBlip(BaseModel):
         """
         reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
         tuning_method(cfg.get("tuning", "uniadapter"))
-        AdapterConfig.from_mapping(plain(cfg.get("adapter")))
+        adapter = AdapterConfig.from_mapping(plain(cfg.get("adapter")))
+        if adapter.frame_aware and not cls.HAS_FRAME_FEATURES:
+            raise ConfigError(
+                "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
+                f"contrastive features, which {cls.__name__} has none of. Set it to False."
+            )
+        if cfg.get("tuning") == "linear" and not cls.HEADS:
+            raise ConfigError(
+                f"model.tuning is 'linear', which trains the heads alone, and {cls.__name__} has "
+                "no heads. Take another method."
+            )
         if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
             raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
+
+    @staticmethod
+    def build_visual_encoder(cfg: Mapping[str, Any]) -> nn.Module:
+        """LAVIS's visual encoder of a configuration.
+
+        Raises:
+            ConfigError: naming what cannot be built.
+        """
+        return build_visual_encoder(
+            cfg.get("vit_type", "base"),
+            cfg.get("image_size", 384),
+            plain(cfg.get("vit")),
+            cfg.get("vit_drop_path_rate"),
+        )
 
     @classmethod
     def build_encoders(cls, cfg: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, BertTokenizer]:
@@ -83,19 +108,9 @@ class TunedBlip(BaseModel):
         Raises:
             ConfigError: naming what cannot be built.
         """
-        visual_encoder = build_visual_encoder(
-            cfg.get("vit_type", "base"),
-            cfg.get("image_size", 384),
-            plain(cfg.get("vit")),
-            cfg.get("vit_drop_path_rate"),
-        )
+        visual_encoder = cls.build_visual_encoder(cfg)
         text_encoder = build_text_encoder(cls.med_config(cfg), visual_encoder.vision_width)
-        tokenizer = cls.build_tokenizer(cfg.get("tokenizer", "bert-base-uncased"))
-        if len(tokenizer) > text_encoder.config.vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens and the text encoder's vocab_size is "
-                f"{text_encoder.config.vocab_size}. Check model.tokenizer and med_config_path."
-            )
+        tokenizer = cls.build_tokenizer(cfg, text_encoder.config.vocab_size)
         return visual_encoder, text_encoder, tokenizer
 
     @staticmethod
@@ -125,15 +140,17 @@ class TunedBlip(BaseModel):
             self.load_adapter(cfg["adapter_ckpt"])
 
     @staticmethod
-    def build_tokenizer(name_or_folder: str) -> BertTokenizer:
+    def build_tokenizer(cfg: Mapping[str, Any], vocab_size: int) -> BertTokenizer:
         """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
 
         Args:
-            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
+            cfg: ``tokenizer`` is a folder with ``vocab.txt``, or a name on the hub.
+            vocab_size: tokens that the text encoder or decoder knows.
 
         Raises:
-            ConfigError: if it is neither.
+            ConfigError: if it is neither, or it has more tokens.
         """
+        name_or_folder = cfg.get("tokenizer", "bert-base-uncased")
         folder = paths.find(name_or_folder)
         try:
             tokenizer = BertTokenizer.from_pretrained(
@@ -147,6 +164,11 @@ class TunedBlip(BaseModel):
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
+        if len(tokenizer) > vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {len(tokenizer)} tokens and the text model's vocab_size is "
+                f"{vocab_size}. Check model.tokenizer and model.med_config_path."
+            )
         return tokenizer
 
     def load_base(self, source: str | None) -> None:
@@ -197,7 +219,8 @@ class TunedBlip(BaseModel):
             freeze_all_but(self, self.adapters.get(DEFAULT_SET))
 
     def _text_encoders(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in self.TEXT_ENCODERS}
+        """The BERT encoders that have adapters, by the names of their key/value adapters."""
+        return {"text_encoder": self.text_encoder}
 
     def _build_set(self, tuning: str, config: AdapterConfig) -> nn.Module:
         heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}

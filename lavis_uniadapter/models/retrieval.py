@@ -61,6 +61,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         for name in ("coco", "flickr", "msrvtt", "didemo", "shapes")
     }
     HEADS = ("vision_proj", "text_proj", "itm_head")
+    HAS_FRAME_FEATURES = True
     # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
     RUN_KEYS = ("k_test", "itc_weight", "rerank_batch")
     MODEL_KEYS = (

@@ -15,7 +15,6 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter import paths
 from lavis_uniadapter.backbone import build_text_decoder, encode_frames
-from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.features import visual_input
 from lavis_uniadapter.models.base import TunedBlip
 
@@ -28,7 +27,8 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
     encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
     by LAVIS's ``BlipVQA``.
 
-    Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px).
+    Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
+    ``shapes`` (the small model of the embedded example).
 
     Usage:
         >>> import lavis_uniadapter
@@ -38,7 +38,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
-        for name in ("vqav2", "msrvtt_qa", "msvd_qa")
+        for name in ("vqav2", "msrvtt_qa", "msvd_qa", "shapes")
     }
 
     def __init__(
@@ -58,17 +58,6 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         self.text_decoder = text_decoder
         self.max_txt_len = max_txt_len
         self.load_base(None)
-
-    @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        super().check_config(cfg)
-        if (cfg.get("adapter") or {}).get("frame_aware", False):
-            raise ConfigError(
-                "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
-                "contrastive features, which BLIP's VQA model has none of. Set it to False."
-            )
-        if cfg.get("tuning") == "linear":
-            raise ConfigError("model.tuning is 'linear', and BLIP's VQA model has no heads.")
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterVQA:
@@ -165,6 +154,25 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         num_frames = len(visual) * (1 if visual.ndim == 4 else visual.shape[2])
         loss = (samples["weight"] * output.loss).sum() / num_frames
         return loss, output, targets
+
+    def _generate_answers(self, samples, num_beams=3, max_length=10, min_length=1) -> list[str]:
+        """Beam search (``lavis`` ``BlipVQA``), blind to a question's padding.
+
+        LAVIS lets answers see it, which makes them depend on the batch.
+        """
+        encoder_output, _ = self.forward_encoder(samples)
+        states = encoder_output.last_hidden_state
+        memory = self.text_decoder.project(states, samples["tokenized_text"].attention_mask)
+        output = self.text_decoder.generate_from_memory(
+            torch.full((len(states), 1), self.tokenizer.bos_token_id, device=self.device),
+            memory,
+            num_beams=num_beams,
+            max_length=max_length,
+            min_length=min_length,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
 
     def predict_answers(self, samples: dict[str, Any], **kwargs) -> list[str]:
         """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
