@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,6 +26,7 @@ DATASET_KEYS = (
     "vis_processor",
     "text_processor",
     "generate",
+    "skip_missing",
 )
 BUILD_INFO_KEYS = ("annotations", "images", "videos", "features")
 ANNOTATION_KEYS = ("url", "storage", "md5")
@@ -71,7 +73,8 @@ LAVIS_RUN_KEYS = (
     "annotation_file",
     "report_metric",
 )
-RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm")
+# selection_metric is read by this package's tasks, and stays when LAVIS's are swapped in.
+RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm", "selection_metric")
 # Read by LAVIS's other runner alone.
 RUNNER_ITER_KEYS = ("max_iters", "iters_per_inner_epoch", "train_dataset_ratios")
 # (least, whole): what a number must be; a run that only evaluates may leave it out.
@@ -85,6 +88,10 @@ RUN_NUMBERS = {
     "seed": (0, True),
     "k_test": (0, True),
     "warmup_steps": (0, True),
+    "num_beams": (1, True),
+    "max_len": (1, True),
+    "min_len": (0, True),
+    "num_ans_candidates": (1, True),
     "init_lr": (0, False),
     "min_lr": (0, False),
     "weight_decay": (0, False),
@@ -122,12 +129,15 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     reject_unknown_keys(given.keys(), SECTIONS, "configuration")
     _check_model(given.model)
     _check_datasets(given.datasets)
-    given.datasets = {name: section or {} for name, section in given.datasets.items()}
+    given.datasets = {name: _with_defaults(name, s or {}) for name, s in given.datasets.items()}
     _check_run(given.run, registry.get_model_class(given.model.arch))
     given.run.device = choose_device(given.run.get("device", "auto"))
     given.run.seed = given.run.get("seed", 42)
     given.run.evaluate = given.run.get("evaluate", False)
     config = Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(given)), options=[]))
+    # LAVIS adds its defaults under their own name, which for some builders is another.
+    for name in set(config.datasets_cfg) - set(given.datasets):
+        del config.datasets_cfg[name]
     check = getattr(registry.get_model_class(given.model.arch), "check_config", None)
     if check is not None:
         check(config.model_cfg)
@@ -149,6 +159,13 @@ def _check_model(model: Mapping) -> None:
         check(model)
 
 
+def _with_defaults(name: str, section: Mapping) -> DictConfig:
+    """A dataset's section over the defaults of its builder."""
+    builder = registry.get_builder_class(name)
+    path = builder.default_config_path(type=section.get("type", "default"))
+    return OmegaConf.merge(load_dataset_config(path), section)
+
+
 def _check_datasets(datasets: Mapping) -> None:
     names = registry.list_datasets()
     if not datasets:
@@ -158,6 +175,11 @@ def _check_datasets(datasets: Mapping) -> None:
             raise ConfigError(f"Unknown dataset '{name}'.{nearest(name, names)}")
         section, where = section or {}, f"datasets.{name}"
         reject_unknown_keys(section, DATASET_KEYS, where)
+        types = registry.get_builder_class(name).DATASET_CONFIG_DICT
+        if section.get("type", "default") not in types:
+            raise ConfigError(f"{where}.type is '{section.type}'; it has {', '.join(types)}.")
+        if not isinstance(section.get("skip_missing", False), bool):
+            raise ConfigError(f"{where}.skip_missing is {section.skip_missing!r}: True or False.")
         for kind in ("vis_processor", "text_processor"):
             reject_unknown_keys(section.get(kind) or {}, ("train", "eval"), f"{where}.{kind}")
             for mode, processor in (section.get(kind) or {}).items():
@@ -166,7 +188,9 @@ def _check_datasets(datasets: Mapping) -> None:
         build_info = section.get("build_info") or {}
         reject_unknown_keys(build_info, BUILD_INFO_KEYS, f"{where}.build_info")
         for split, info in (build_info.get("annotations") or {}).items():
-            reject_unknown_keys(info, ANNOTATION_KEYS, f"{where}.build_info.annotations.{split}")
+            reject_unknown_keys(
+                info or {}, ANNOTATION_KEYS, f"{where}.build_info.annotations.{split}"
+            )
 
 
 def _check_processor(processor: Mapping, where: str) -> None:
@@ -191,10 +215,9 @@ def _check_run(run: Mapping, model_cls: type) -> None:
                     f"run.{key} is '{run.get(key)}'.{nearest(str(run.get(key)), names)} "
                     f"Known: {', '.join(names)}."
                 )
-    task_keys = getattr(registry.get_task_class(run.task), "RUN_KEYS", ())
     model_keys = getattr(model_cls, "RUN_KEYS", ())
     iter_keys = RUNNER_ITER_KEYS if run.get("runner") == "runner_iter" else ()
-    known = (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *iter_keys, *task_keys, *model_keys)
+    known = (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *iter_keys, *model_keys)
     reject_unknown_keys(run.keys(), known, "run")
     for key, (least, whole) in RUN_NUMBERS.items():
         if key in run:

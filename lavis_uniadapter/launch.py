@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import sys
 import time
 import warnings
@@ -27,6 +28,7 @@ from lavis.tasks import setup_task
 from tqdm import tqdm
 
 from lavis_uniadapter.config import load_config
+from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.distributed import (
     destroy_process_group,
@@ -35,6 +37,7 @@ from lavis_uniadapter.distributed import (
 )
 from lavis_uniadapter.errors import CheckpointError, ConfigError
 from lavis_uniadapter.processors import VideoDecodeError
+from lavis_uniadapter.runner import SPLIT_KINDS
 
 logger = logging.getLogger("lavis_uniadapter")
 
@@ -89,7 +92,9 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     seed_everything(seed)
 
     task = setup_task(config)
+    make_buildable(config.datasets_cfg, _splits_of(config))
     datasets = task.build_datasets(config)
+    check_built(datasets, config.datasets_cfg)
     model = task.build_model(config)
     seed_everything(seed + get_rank())
     job_id = from_main_process(_job_id(config) if is_main_process() else None)
@@ -104,6 +109,13 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     else:
         metrics = runner.train()
     return RunResult(Path(runner.output_dir), metrics, runner, time.perf_counter() - started)
+
+
+def _splits_of(config: Config) -> set[str]:
+    """The splits that a run reads."""
+    run_cfg = config.run_cfg
+    kinds = ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS
+    return {split for kind in kinds for split in run_cfg.get(kind) or ()}
 
 
 def set_cache_root(config: Config) -> None:
@@ -197,19 +209,19 @@ def log_to_file(folder: Path) -> None:
 
 
 def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
-    """The metrics of each split, a line a direction."""
+    """The metrics of each split; of retrieval a line a direction."""
     lines = []
     for split, values in metrics.items():
-        directions = dict.fromkeys(name.split("_")[0] for name in values if "2" in name)
-        for direction in directions:
-            row = "  ".join(
-                f"{name.split('_', 1)[1]} {value:.2f}"
-                for name, value in values.items()
-                if name.startswith(direction)
-            )
-            lines.append(f"{split} {direction}: {row}")
-        if not directions:
-            lines.append(f"{split}: {values}")
+        rows: dict[str, list[str]] = {}
+        for name, value in values.items():
+            if name == "agg_metrics" and len(values) > 1:
+                continue
+            found = re.match(r"([tvi]2[tvi])_(.+)", name)
+            direction, metric = found.groups() if found else ("", name)
+            rows.setdefault(direction, []).append(f"{metric} {value:.2f}")
+        if not rows:
+            lines.append(f"{split}: not measured; the predictions are in the folder result")
+        lines += [f"{split} {row}".strip() + f": {'  '.join(rows[row])}" for row in rows]
     return "\n".join(lines)
 
 

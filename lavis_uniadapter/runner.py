@@ -20,6 +20,7 @@ from lavis.common.registry import registry
 from lavis.datasets.data_utils import apply_to_sample
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks.base_task import BaseTask
+from lavis.tasks.vqa import VQATask
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 BEST = "checkpoint_best.pth"
 LATEST = "checkpoint_latest.pth"
 BEST_ADAPTER = "adapter_best"
+LATEST_ADAPTER = "adapter_latest"
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,6 +72,14 @@ class RunnerUniAdapter(RunnerBase):
                     raise ConfigError(
                         f"run.{kind} names '{split}', and the datasets have "
                         f"{', '.join(available)}.{nearest(split, available)}"
+                    )
+        if type(self.task) is VQATask and not self.evaluate_only:
+            for split in self.valid_splits:
+                if split not in self.task.ques_files:
+                    raise ConfigError(
+                        f"run.valid_splits names '{split}', which LAVIS's vqa task cannot measure: "
+                        "its annotations name no question and annotation file in COCO's layout. "
+                        "Set run.valid_splits=[]."
                     )
 
     # --- set-up ---------------------------------------------------------------------------------
@@ -339,12 +349,15 @@ class RunnerUniAdapter(RunnerBase):
             },
             "rng": rng_states,
         }
-        names = [LATEST, BEST] if is_best else [LATEST]
-        for name in names:
+        has_adapter = getattr(model, "adapters", None) and model.adapters.active is not None
+        metrics = {"epoch": cur_epoch}
+        if is_best:
+            metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best_value
+        names = {LATEST: LATEST_ADAPTER, **({BEST: BEST_ADAPTER} if is_best else {})}
+        for name, adapter_name in names.items():
             _save_atomically(content, self.output_dir / name)
-        if is_best and getattr(model, "adapters", None) and model.adapters.active is not None:
-            metrics = {f"val_{self._metric_name}": self.best_value, "epoch": self.best_epoch}
-            model.save_adapter(self.output_dir / BEST_ADAPTER, metrics)
+            if has_adapter:
+                model.save_adapter(self.output_dir / adapter_name, metrics)
 
     def _load_checkpoint(self, url_or_filename) -> None:
         """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""

@@ -17,7 +17,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_uniadapter.datasets import preflight
-from lavis_uniadapter.datasets.preflight import DatasetError, check_annotations, check_dataset
+from lavis_uniadapter.datasets.preflight import (
+    DatasetError,
+    check_annotations,
+    check_dataset,
+)
 from lavis_uniadapter.processors import BlipVideoEvalProcessor, BlipVideoTrainProcessor
 
 DATASETS = {
@@ -185,7 +189,7 @@ WRONG_RECORDS = [
     ("video", "train", {"video": None}, "file name under 'video', has None"),
     ("video", "train", {"video": 17}, "file name under 'video', has 17"),
     ("image", "val", {"image": " "}, "file name under 'image'"),
-    ("image", "train", {"image_id": None}, "'image_id'"),
+    ("image", "train", {"image_id": None}, "identifier under 'image_id'"),
     ("video", "train", {"caption": None}, "string under 'caption', has None"),
     ("video", "train", {"caption": ["a list"]}, r"string under 'caption', has \['a list'\]"),
     ("image", "train", {"caption": ["a list"]}, "string under 'caption'"),
@@ -235,13 +239,19 @@ def config(tmp_path, root):
     return make
 
 
+def check(node, name=None):
+    """Check a config node through LAVIS's own builder."""
+    kind = "coco_retrieval" if node.data_type == "images" else "msrvtt_retrieval"
+    check_annotations(registry.get_builder_class(name or kind)(node))
+
+
 def annotation_file(node, split):
     return Path(node.build_info.annotations[split].storage)
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_sound_annotations_pass(config, kind):
-    check_annotations(config(kind))
+    check(config(kind))
 
 
 @pytest.mark.parametrize(("kind", "split", "change", "named"), WRONG_RECORDS)
@@ -250,7 +260,7 @@ def test_wrong_records_are_named_before_the_dataset_is_built(config, kind, split
     path = annotation_file(node, split)
     write_json(path, [record(kind, split, names_of(kind, 1)[0]), spoilt(kind, split, change)])
     with pytest.raises(DatasetError, match=f"record 1 needs a[n]? {named}") as caught:
-        check_annotations(node)
+        check(node)
     assert str(path) in str(caught.value)
 
 
@@ -267,7 +277,7 @@ def test_wrong_annotation_files_are_named(config, content, named):
     node = config()
     annotation_file(node, "val").write_text(content)
     with pytest.raises(DatasetError, match=named) as caught:
-        check_annotations(node)
+        check(node)
     assert str(annotation_file(node, "val")) in str(caught.value)
 
 
@@ -275,21 +285,21 @@ def test_annotation_files_that_are_not_utf8_are_named(config):
     node = config()
     annotation_file(node, "test").write_bytes(b'[{"video": "caf\xe9"}]')
     with pytest.raises(DatasetError, match="test.json is no valid JSON"):
-        check_annotations(node)
+        check(node)
 
 
 def test_missing_annotation_file_is_named(config):
     node = config()
     annotation_file(node, "test").unlink()
     with pytest.raises(DatasetError, match="test.json does not exist"):
-        check_annotations(node)
+        check(node)
 
 
 def test_missing_annotation_file_that_lavis_will_fetch_is_passed_over(config):
     node = config()
     annotation_file(node, "test").unlink()
     node.build_info.annotations.test.url = "https://example.org/test.json"
-    check_annotations(node)
+    check(node)
 
 
 def test_local_file_under_url_is_checked(config, tmp_path):
@@ -297,9 +307,9 @@ def test_local_file_under_url_is_checked(config, tmp_path):
     annotation_file(node, "test").unlink()
     node.build_info.annotations.test.url = str(tmp_path / "source.json")
     with pytest.raises(DatasetError, match="source.json does not exist"):
-        check_annotations(node)
+        check(node)
     write_json(tmp_path / "source.json", [record("video", "test", "a.mp4")])
-    check_annotations(node)
+    check(node)
 
 
 def test_each_of_several_annotation_files_is_checked(config, tmp_path):
@@ -307,16 +317,16 @@ def test_each_of_several_annotation_files_is_checked(config, tmp_path):
     second = tmp_path / "second.json"
     node.build_info.annotations.train.storage = [str(annotation_file(node, "train")), str(second)]
     with pytest.raises(DatasetError, match="second.json does not exist"):
-        check_annotations(node)
+        check(node)
     write_json(second, [record("video", "train", "a.mp4")])
-    check_annotations(node)
+    check(node)
 
 
 def test_one_url_per_annotation_file_is_demanded(config):
     node = config()
     node.build_info.annotations.train.url = ["https://example.org/a", "https://example.org/b"]
     with pytest.raises(DatasetError, match=r"annotations.train has 2 url\(s\) for 1 storage"):
-        check_annotations(node)
+        check(node)
 
 
 def test_relative_paths_start_at_lavis_cache_root(config, tmp_path, monkeypatch):
@@ -325,10 +335,10 @@ def test_relative_paths_start_at_lavis_cache_root(config, tmp_path, monkeypatch)
         node.build_info.annotations[split].storage = f"annotations/{split}.json"
     node.build_info.videos.storage = "visual"
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path))
-    check_annotations(node)
+    check(node)
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path / "elsewhere"))
     with pytest.raises(DatasetError) as caught:
-        check_annotations(node)
+        check(node)
     assert str(tmp_path / "elsewhere" / "visual") in str(caught.value)
     assert str(tmp_path / "elsewhere" / "annotations" / "val.json") in str(caught.value)
 
@@ -339,7 +349,7 @@ def test_problems_of_all_splits_are_listed_at_once(config):
     for split in ("train", "test"):
         annotation_file(node, split).unlink()
     with pytest.raises(DatasetError) as caught:
-        check_annotations(node)
+        check(node)
     for named in ("/nowhere/to/be/found", "train.json", "test.json"):
         assert named in str(caught.value)
     assert "val.json" not in str(caught.value)
@@ -357,4 +367,4 @@ def test_problems_of_all_splits_are_listed_at_once(config):
 )
 def test_incomplete_configs_are_named(config, change, named):
     with pytest.raises(DatasetError, match=named):
-        check_annotations(OmegaConf.merge(config(), change))
+        check(OmegaConf.merge(config(), change))

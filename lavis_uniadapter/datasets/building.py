@@ -1,57 +1,101 @@
-"""Build LAVIS's datasets, checked before and after."""
+"""Checks around LAVIS's own building of datasets, whatever the task."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
-import torch.distributed as dist
-from lavis.common.dist_utils import is_dist_avail_and_initialized, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
+from torch.utils.data import Dataset
 
 from lavis_uniadapter.datasets.builders import ShapesBuilder
-from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
+from lavis_uniadapter.datasets.layouts import layout_of
+from lavis_uniadapter.datasets.preflight import (
+    SPLITS,
+    DatasetError,
+    check_annotations,
+    check_dataset,
+    leave_out,
+)
+from lavis_uniadapter.distributed import from_main_process
+from lavis_uniadapter.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def build_checked_datasets(datasets_cfg: Mapping, splits: Collection[str]) -> dict[str, dict]:
-    """Datasets by name and split, from the ``datasets:`` section of a configuration.
+def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
+    """Check a configuration's datasets, and make it one that LAVIS's builders build.
 
-    The main process checks for all: every problem of a dataset is named before training starts.
+    Splits that the run does not use are taken out: whoever only evaluates needs no training data.
+    Every problem of a dataset is named, before anything is built.
 
     Args:
-        datasets_cfg: a node a dataset, as LAVIS's builders take it.
-        splits: those that the run uses; whoever only evaluates needs no training data.
+        datasets_cfg: a node a dataset, as LAVIS's builders take it; changed in place.
+        splits: those that the run uses.
 
     Raises:
         DatasetError: listing what is missing or malformed.
     """
-    built = {}
     for name, config in datasets_cfg.items():
-        for split in set(config.build_info.annotations) - set(splits):
-            del config.build_info.annotations[split]
         builder = registry.get_builder_class(name)(config)
+        annotations = builder.config.build_info.annotations
+        for split in SPLITS:
+            if split in annotations and split not in splits:
+                del annotations[split]
         if isinstance(builder, ShapesBuilder):
-            if is_main_process():
-                builder._download_data()
-            _barrier()
-        check_annotations(builder.config)
-        _name_local_annotations(builder.config)
-        built[name] = builder.build_datasets()
-        if is_main_process():
-            for split, dataset in built[name].items():
-                check_dataset(dataset, split)
-        _barrier()
-    return built
+            _on_main_process(builder._download_data)
+        _on_main_process(check_annotations, builder)
+        _name_local_annotations(annotations)
 
 
-def _name_local_annotations(config: Mapping) -> None:
+def check_built(datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping) -> None:
+    """Check what LAVIS built, files included; leave out what ``skip_missing`` allows to.
+
+    Args:
+        datasets: by name and split, as a LAVIS task builds them.
+        datasets_cfg: their configuration.
+
+    Raises:
+        DatasetError: listing what is missing or malformed.
+    """
+    for name, by_split in datasets.items():
+        skip_missing = bool(datasets_cfg[name].get("skip_missing", False))
+        for split, dataset in by_split.items():
+            if layout_of(type(dataset)) is None:
+                logger.warning("%s, %s: this kind of dataset is not checked.", name, split)
+                continue
+            unusable = _on_main_process(check_dataset, dataset, split, skip_missing)
+            if unusable.paths():
+                records = leave_out(dataset, unusable)
+                logger.warning(
+                    "%s, %s: %d records left out (skip_missing), as %d files are missing and %d "
+                    "cannot be decoded; %d records remain.",
+                    *(name, split, records, len(unusable.missing), len(unusable.undecodable)),
+                    len(dataset),
+                )
+
+
+def _on_main_process(check: Callable[..., T], *args: Any) -> T:
+    """Do something once for all ranks: its result, or its error, reaches every one of them."""
+    result = error = None
+    if is_main_process():
+        try:
+            result = check(*args)
+        except (ConfigError, DatasetError, FileExistsError) as raised:
+            error = raised
+    result, error = from_main_process((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def _name_local_annotations(annotations: Mapping) -> None:
     """LAVIS's builders ask for a ``url`` even where the annotation file is already in place."""
-    for info in config.build_info.annotations.values():
+    for info in annotations.values():
         if info.get("url") is None:
             storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)
             info.url = [get_cache_path(storage) for storage in storages]
-
-
-def _barrier() -> None:
-    if is_dist_avail_and_initialized():
-        dist.barrier()

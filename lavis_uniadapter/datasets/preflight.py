@@ -1,34 +1,36 @@
-"""Checks of a retrieval dataset that fail in seconds instead of in the middle of training.
+"""Checks of a dataset that fail in seconds instead of in the middle of training.
 
-`check_annotations` reads the annotation files that a LAVIS dataset config names, before the
-datasets are built: LAVIS's eval datasets iterate the captions while being built, and iterate a
-caption that is a plain string letter by letter. `check_dataset` then checks a built dataset,
-files included.
+`check_annotations` reads the annotation files that a LAVIS dataset config names, before LAVIS
+builds the datasets from them. `check_dataset` then checks a built dataset, files included.
 """
+
+from __future__ import annotations
 
 import json
 import os
-import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from urllib.parse import urlparse
 
 from lavis.common.utils import get_cache_path
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.datasets.builders.video_qa_builder import VideoQABuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
-from lavis.datasets.datasets.retrieval_datasets import (
-    RetrievalDataset,
-    RetrievalEvalDataset,
-    VideoRetrievalDataset,
-    VideoRetrievalEvalDataset,
-)
 from tqdm import tqdm
 
+from lavis_uniadapter.datasets.layouts import (
+    Layout,
+    answer_list_problem,
+    class_labels_problem,
+    is_text,
+    layout_of,
+)
 from lavis_uniadapter.processors import VideoDecodeError, decode_frames, sample_frame_indices
 
 MAX_NAMED = 20
-
-_SPLITS = ("train", "val", "test")
-_VISUAL_KEYS = {"videos": "video", "images": "image"}
+SPLITS = ("train", "val", "test")
 
 # Decoding waits for the disk as much as for the processor, hence more threads than cores.
 _DECODE_THREADS = 8
@@ -40,60 +42,45 @@ class DatasetError(ValueError):
     """A dataset that cannot be trained or evaluated on. The message lists problems and mends."""
 
 
-def record_problem(record: object, visual_key: str, split: str) -> str | None:
-    """Say what is wrong with one annotation record, or None.
+@dataclass(frozen=True)
+class UnusableFiles:
+    """Visual files of a dataset that no item can be made from.
 
-    The rules are those of LAVIS's `retrieval_datasets`, to which this holds the types as well.
-
-    Args:
-        record: Element of an annotation file.
-        visual_key: "video" or "image".
-        split: "train" (one caption per record) or another (a list of captions per record).
+    Attributes:
+        missing: paths that are not there.
+        undecodable: of videos that are there, why each yields no frames, by path.
     """
-    if not isinstance(record, Mapping):
-        return f"is no mapping but {reprlib.repr(record)}"
-    if not _is_text(record.get(visual_key)):
-        return f"needs a file name under '{visual_key}', has {reprlib.repr(record.get(visual_key))}"
-    if split == "train" and visual_key == "image" and "image_id" not in record:
-        return "needs an 'image_id'"
-    caption = record.get("caption")
-    if split == "train":
-        if not isinstance(caption, str):
-            return f"needs a string under 'caption', has {reprlib.repr(caption)}"
-    elif not (isinstance(caption, list) and caption and all(map(_is_text, caption))):
-        return f"needs a list of non-empty strings under 'caption', has {reprlib.repr(caption)}"
-    return None
+
+    missing: list[str]
+    undecodable: dict[str, str]
+
+    def paths(self) -> set[str]:
+        return {*self.missing, *self.undecodable}
 
 
-def check_annotations(dataset_config: Mapping) -> None:
-    """Check the annotation files and the visual folder that a LAVIS dataset config names.
+def check_annotations(builder: BaseDatasetBuilder) -> None:
+    """Check the annotation files and the visual folder that a LAVIS builder's config names.
 
     Paths are resolved as in LAVIS's `BaseDatasetBuilder`: relative to the cache root. A missing
     annotation file is passed over if the config gives a `url` for it, from which LAVIS will fetch
     it (a local file there is checked). Builders that generate their files must have done so.
 
     Args:
-        dataset_config: Node such as `cfg.datasets.msrvtt_retrieval`, with `data_type` ("videos"
-            or "images") and `build_info`.
+        builder: of datasets whose layout is known (`layouts.LAYOUTS`); others are not checked.
 
     Raises:
         DatasetError: Listing every problem found in all splits.
     """
-    data_type = dataset_config.get("data_type")
-    if data_type not in _VISUAL_KEYS:
-        raise DatasetError(
-            f"data_type is {data_type!r}; for retrieval set it to 'videos' or 'images'."
-        )
-    build_info = dataset_config.get("build_info") or {}
-    annotations = {
-        split: info
-        for split, info in (build_info.get("annotations") or {}).items()
-        if split in _SPLITS
-    }
+    config = builder.config
+    data_type = config.get("data_type")
+    if data_type not in ("images", "videos"):
+        raise DatasetError(f"data_type is {data_type!r}; set it to 'videos' or 'images'.")
+    build_info = config.get("build_info") or {}
+    annotations = build_info.get("annotations") or {}
     visual_storage = (build_info.get(data_type) or {}).get("storage")
 
     problems = []
-    if not annotations:
+    if not any(split in annotations for split in SPLITS):
         problems.append(
             "build_info.annotations names none of the splits train, val, test; add at least one."
         )
@@ -101,139 +88,88 @@ def check_annotations(dataset_config: Mapping) -> None:
         problems.append(f"build_info.{data_type}.storage is missing; set it to the visual folder.")
     else:
         problems.extend(_root_problems(get_cache_path(visual_storage)))
-    for split, info in annotations.items():
-        problems.extend(_split_problems(split, info, _VISUAL_KEYS[data_type]))
+    for split in SPLITS:
+        dataset_cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
+        if split in annotations and dataset_cls is None:
+            problems.append(f"This dataset has no {split} split; take it out of the annotations.")
+        elif split in annotations and (layout := layout_of(dataset_cls)) is not None:
+            problems.extend(_split_problems(split, annotations[split], layout))
+    if isinstance(builder, VideoQABuilder):
+        problems.extend(_class_label_problems(annotations.get("ans2label") or {}))
     _raise_if_any(problems, "The dataset config cannot be used")
 
 
-def check_dataset(dataset: BaseDataset, split: str) -> None:
+def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) -> UnusableFiles:
     """Check a built dataset: its records, and that every file is there and, if video, decodes.
 
     Of each distinct video the last frame that the split can sample is decoded: the very last one
     in training, the middle of the last segment in evaluation.
 
     Args:
-        dataset: A LAVIS `VideoRetrievalDataset`, `VideoRetrievalEvalDataset`, `RetrievalDataset`
-            or `RetrievalEvalDataset`.
+        dataset: of a LAVIS class whose layout is known (`layouts.LAYOUTS`).
         split: "train", "val" or "test".
+        skip_missing: return what files are unusable instead of raising for them; in training
+            alone, as an evaluation that leaves items out is another benchmark.
 
     Raises:
         TypeError: If the dataset is of another class.
         DatasetError: Listing every problem found.
     """
-    visual_key = _visual_key(dataset)
+    layout = layout_of(type(dataset))
+    if layout is None:
+        raise TypeError(
+            f"{type(dataset).__name__} is none of LAVIS's datasets for retrieval, question "
+            "answering and captioning, which alone can be checked; use one of them or a subclass."
+        )
     title = f"The {split} dataset cannot be used"
     _raise_if_any(_root_problems(dataset.vis_root), title)
 
-    problems = list(
-        _record_problems(dataset.annotation, visual_key, split, f"the {split} annotations")
-    )
-    names = (record.get(visual_key) for record in dataset.annotation if isinstance(record, Mapping))
-    paths = [
-        os.path.join(dataset.vis_root, name) for name in dict.fromkeys(filter(_is_text, names))
-    ]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        problems.append(
-            f"{len(missing)} of {len(paths)} files are missing; download them or take their "
-            f"records out of the annotations:{_listing(missing)}"
-        )
-    if visual_key == "video":
-        n_frms = getattr(dataset.vis_processor, "n_frms", None)
-        present = sorted(set(paths).difference(missing))
-        failures = _decode_failures(present, split, n_frms)
-        if failures:
-            problems.append(f"{len(failures)} videos cannot be decoded:{_listing(failures)}")
+    problems = list(_record_problems(dataset.annotation, layout, f"the {split} annotations"))
+    for attribute, problem_of in (
+        ("class_labels", class_labels_problem),
+        ("answer_list", answer_list_problem),
+    ):
+        content = getattr(dataset, attribute, None)
+        if content is not None and (problem := problem_of(content)):
+            problems.append(f"the {attribute} {problem}.")
+    unusable = _unusable_files(dataset, layout, split)
+    if not (skip_missing and split == "train"):
+        problems.extend(_file_problems(unusable, len(_visual_paths(dataset, layout))))
     _raise_if_any(problems, title)
+    return unusable
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def leave_out(dataset: BaseDataset, unusable: UnusableFiles) -> int:
+    """Take the records of unusable files out of a dataset; returns how many they were.
 
-
-def _visual_key(dataset: BaseDataset) -> str:
-    if isinstance(dataset, (VideoRetrievalDataset, VideoRetrievalEvalDataset)):
-        return "video"
-    if isinstance(dataset, (RetrievalDataset, RetrievalEvalDataset)):
-        return "image"
-    raise TypeError(
-        f"{type(dataset).__name__} is none of LAVIS's retrieval datasets, which alone can be "
-        "checked; use one of them or a subclass."
-    )
-
-
-def _root_problems(root: str) -> Iterator[str]:
-    if not os.path.isdir(root):
-        yield (
-            f"The visual folder {root} does not exist; "
-            "create it or correct build_info's storage path."
+    Raises:
+        DatasetError: If none would be left.
+    """
+    key = layout_of(type(dataset)).visual_key
+    paths = unusable.paths()
+    before = len(dataset.annotation)
+    kept = [r for r in dataset.annotation if os.path.join(dataset.vis_root, r[key]) not in paths]
+    if not kept:
+        raise DatasetError(
+            f"None of the {len(paths)} files of the dataset can be used, the first being "
+            f"{min(paths)}. Check the visual folder {dataset.vis_root}."
         )
+    dataset.annotation = kept
+    dataset._add_instance_ids()
+    return before - len(kept)
 
 
-def _record_problems(records: object, visual_key: str, split: str, source: str) -> Iterator[str]:
-    if not isinstance(records, list):
-        yield f"{source} hold no list of records; write a JSON list of mappings."
-        return
-    if not records:
-        yield f"{source} are empty; add records."
-        return
-    found = (
-        (index, record_problem(record, visual_key, split)) for index, record in enumerate(records)
-    )
-    wrong = [f"\n    record {index} {problem}" for index, problem in found if problem]
-    if wrong:
-        left = len(wrong) - MAX_NAMED
-        more = f"\n    and {left} more" if left > 0 else ""
-        yield (
-            f"{len(wrong)} of {len(records)} records of {source} are wrong; "
-            f"correct or remove them:{''.join(wrong[:MAX_NAMED])}{more}"
-        )
+def decode_failures(paths: Sequence[str], split: str, n_frms: int | None) -> dict[str, str]:
+    """Decode the last frame that a split samples of each video, with a progress bar.
 
+    Args:
+        paths: of videos.
+        split: "train", or another, which samples `n_frms` frames evenly (None: the very last).
 
-def _split_problems(split: str, info: Mapping, visual_key: str) -> Iterator[str]:
-    where = f"build_info.annotations.{split}"
-    storages = _as_list(info.get("storage"))
-    urls = _as_list(info.get("url"))
-    if not storages:
-        yield f"{where}.storage is missing; set it to the annotation file."
-    if urls and len(urls) != len(storages):
-        yield (
-            f"{where} has {len(urls)} url(s) for {len(storages)} storage path(s); "
-            "give one url per path or none."
-        )
-        return
-    for storage, url in zip(storages, urls or [None] * len(storages), strict=True):
-        path = get_cache_path(storage)
-        if not os.path.exists(path) and url is not None:
-            if urlparse(url).scheme:
-                continue
-            path = url
-        yield from _annotation_file_problems(path, visual_key, split)
+    Returns:
+        Why a video cannot be decoded, by its path.
+    """
 
-
-def _annotation_file_problems(path: str, visual_key: str, split: str) -> Iterator[str]:
-    if not os.path.isfile(path):
-        yield (
-            f"The {split} annotation file {path} does not exist; "
-            "create it, correct its storage path, or give a url to fetch it from."
-        )
-        return
-    try:
-        with open(path, encoding="utf-8") as file:
-            records = json.load(file)
-    except ValueError as error:
-        yield f"The {split} annotation file {path} is no valid JSON ({error}); write it anew."
-        return
-    yield from _record_problems(records, visual_key, split, f"the {split} annotations {path}")
-
-
-def _as_list(value: object) -> list:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
-
-
-def _decode_failures(paths: list[str], split: str, n_frms: int | None) -> list[str]:
     def last_sampled(num_frames: int) -> list[int]:
         if split == "train" or n_frms is None:
             return [num_frames - 1]
@@ -248,14 +184,142 @@ def _decode_failures(paths: list[str], split: str, n_frms: int | None) -> list[s
 
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
         outcomes = tqdm(pool.map(failure, paths), total=len(paths), desc=f"checking {split} videos")
-        return [outcome for outcome in outcomes if outcome]
+        return {path: why for path, why in zip(paths, outcomes, strict=True) if why}
 
 
-def _listing(items: list[str]) -> str:
-    lines = items[:MAX_NAMED]
+def listing(items: Sequence[str]) -> str:
+    """The first of many items, a line each, and how many more there are."""
+    lines = list(items[:MAX_NAMED])
     if len(items) > MAX_NAMED:
-        lines = [*lines, f"and {len(items) - MAX_NAMED} more"]
+        lines.append(f"and {len(items) - MAX_NAMED} more")
     return "".join(f"\n    {line}" for line in lines)
+
+
+def _visual_paths(dataset: BaseDataset, layout: Layout) -> list[str]:
+    names = (r.get(layout.visual_key) for r in dataset.annotation if isinstance(r, Mapping))
+    return [os.path.join(dataset.vis_root, name) for name in dict.fromkeys(filter(is_text, names))]
+
+
+def _unusable_files(dataset: BaseDataset, layout: Layout, split: str) -> UnusableFiles:
+    paths = _visual_paths(dataset, layout)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if layout.visual_key == "image":
+        return UnusableFiles(missing, {})
+    present = sorted(set(paths).difference(missing))
+    n_frms = getattr(dataset.vis_processor, "n_frms", None)
+    return UnusableFiles(missing, decode_failures(present, split, n_frms))
+
+
+def _file_problems(unusable: UnusableFiles, total: int) -> Iterator[str]:
+    if unusable.missing:
+        yield (
+            f"{len(unusable.missing)} of {total} files are missing; download them or take their "
+            "records out of the annotations (skip_missing: True leaves them out of training):"
+            f"{listing(unusable.missing)}"
+        )
+    if unusable.undecodable:
+        reasons = list(unusable.undecodable.values())
+        yield f"{len(reasons)} videos cannot be decoded:{listing(reasons)}"
+
+
+def _root_problems(root: str) -> Iterator[str]:
+    if not os.path.isdir(root):
+        yield (
+            f"The visual folder {root} does not exist; "
+            "create it or correct build_info's storage path."
+        )
+
+
+def _record_problems(records: object, layout: Layout, source: str) -> Iterator[str]:
+    if not isinstance(records, list):
+        yield f"{source} hold no list of records; write a JSON list of mappings."
+        return
+    if not records:
+        yield f"{source} are empty; add records."
+        return
+    found = ((index, layout.record_problem(record)) for index, record in enumerate(records))
+    wrong = [f"record {index} {problem}" for index, problem in found if problem]
+    if wrong:
+        yield (
+            f"{len(wrong)} of {len(records)} records of {source} are wrong; "
+            f"correct or remove them:{listing(wrong)}"
+        )
+    elif layout.unique is not None:
+        counts = Counter(record[layout.unique] for record in records)
+        repeated = [f"{value!r}, {n} times" for value, n in counts.items() if n > 1]
+        if repeated:
+            yield (
+                f"{len(repeated)} values of '{layout.unique}' occur more than once in {source}; "
+                f"give each record its own:{listing(repeated)}"
+            )
+
+
+def _split_problems(split: str, info: Mapping, layout: Layout) -> Iterator[str]:
+    where = f"build_info.annotations.{split}"
+    storages = _as_list((info or {}).get("storage"))
+    urls = _as_list((info or {}).get("url"))
+    if not storages:
+        yield f"{where}.storage is missing; set it to the annotation file."
+    if urls and len(urls) != len(storages):
+        yield (
+            f"{where} has {len(urls)} url(s) for {len(storages)} storage path(s); "
+            "give one url per path or none."
+        )
+        return
+    if layout.side_files and 0 < len(storages) < 2:
+        yield f"{where}.storage names one file; name the {layout.side_files[0].what} after it."
+    for number, (storage, url) in enumerate(
+        zip(storages, urls or [None] * len(storages), strict=True)
+    ):
+        what, problem_of = f"{split} annotation file", None
+        if number > 0 and layout.side_files:
+            side_file = layout.side_files[min(number, len(layout.side_files)) - 1]
+            what, problem_of = f"{split} {side_file.what}", side_file.problem
+        content, problem = _read_json(storage, url, what)
+        if problem is not None:
+            yield problem
+        elif content is not None and problem_of is not None:
+            if problem := problem_of(content):
+                yield f"The {what} {get_cache_path(storage)} {problem}."
+        elif content is not None:
+            source = f"the {split} annotations {get_cache_path(storage)}"
+            yield from _record_problems(content, layout, source)
+
+
+def _class_label_problems(info: Mapping) -> Iterator[str]:
+    if info.get("storage") is None:
+        yield "build_info.annotations.ans2label.storage is missing; set it to the label file."
+        return
+    content, problem = _read_json(info["storage"], info.get("url"), "label file")
+    if problem is None and content is not None and (problem := class_labels_problem(content)):
+        problem = f"The label file {get_cache_path(info['storage'])} {problem}."
+    if problem is not None:
+        yield problem
+
+
+def _read_json(storage: str, url: str | None, what: str) -> tuple[object, str | None]:
+    """What a file holds and what is wrong with it; neither for a file that is yet to be fetched."""
+    path = get_cache_path(storage)
+    if not os.path.exists(path) and url is not None:
+        if urlparse(url).scheme:
+            return None, None
+        path = url
+    if not os.path.isfile(path):
+        return None, (
+            f"The {what} {path} does not exist; "
+            "create it, correct its storage path, or give a url to fetch it from."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file), None
+    except ValueError as error:
+        return None, f"The {what} {path} is no valid JSON ({error}); write it anew."
+
+
+def _as_list(value: object) -> list:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _raise_if_any(problems: Iterable[str], title: str) -> None:

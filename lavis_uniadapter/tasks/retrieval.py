@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from pathlib import Path
-
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_uniadapter.datasets.building import build_checked_datasets
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
+from lavis_uniadapter.tasks.prediction import write_metrics
 
 
 @registry.register_task("uniadapter_retrieval")
@@ -25,7 +21,6 @@ class UniAdapterRetrievalTask(RetrievalTask):
     ``mean_recall``, the mean of the six recalls.
     """
 
-    RUN_KEYS = ("selection_metric",)
     LOWER_IS_BETTER = ("medr", "meanr")
 
     @classmethod
@@ -35,17 +30,12 @@ class UniAdapterRetrievalTask(RetrievalTask):
         return cls(cfg=run)
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets, checked before and after they are built.
+        """LAVIS's datasets.
 
         Raises:
-            DatasetError: naming what is missing or malformed.
+            ConfigError: if the selection metric is none of what will be measured on them.
         """
-        run = cfg.run_cfg
-        kinds = (
-            ("test_splits",) if run.evaluate else ("train_splits", "valid_splits", "test_splits")
-        )
-        splits = {split for kind in kinds for split in run.get(kind) or ()}
-        datasets = build_checked_datasets(cfg.datasets_cfg, splits)
+        datasets = super().build_datasets(cfg)
         visual = visual_kind(next(iter(next(iter(datasets.values())).values())))
         self.check_selection_metric(visual)
         return datasets
@@ -81,11 +71,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write the metrics to the run's ``result`` folder."""
         if val_result is not None:
-            folder = registry.get_path("result_dir")
-            path = Path(folder) / f"metrics_{split_name}_epoch_{epoch}.json"
-            path.write_text(json.dumps(val_result, indent=2) + "\n")
-            # root logger: to the log file, as LAVIS does, and not to the console
-            logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(val_result))
+            write_metrics(val_result, split_name, epoch)
         return val_result
 
 

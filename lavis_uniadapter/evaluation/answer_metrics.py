@@ -1,0 +1,68 @@
+"""Accuracy of open-ended answers, overall and by the kind of question."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+# The first words by which MSRVTT-QA and MSVD-QA tell their questions apart.
+QUESTION_TYPES = ("what", "who", "how", "where", "when")
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question, its answer and what was predicted."""
+
+    question: str
+    answer: str
+    prediction: str
+
+    @property
+    def correct(self) -> bool:
+        return normalise_answer(self.prediction) == normalise_answer(self.answer)
+
+    @property
+    def question_type(self) -> str:
+        return question_type(self.question)
+
+
+def question_type(question: str) -> str:
+    """The question's first word, if it is one of QUESTION_TYPES, or "other"."""
+    words = re.findall(r"[^\W\d_]+", question.lower())
+    return words[0] if words and words[0] in QUESTION_TYPES else OTHER
+
+
+def normalise_answer(answer: str) -> str:
+    """An answer without what a tokenizer changes on the way: case, and spaces about punctuation."""
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(answer.lower().split()))
+
+
+def answer_metrics(answered: Sequence[Answered], vocabulary: Collection[str]) -> dict[str, float]:
+    """Exact-match accuracy in percent.
+
+    Args:
+        answered: at least one.
+        vocabulary: the answers that ranking chooses from.
+
+    Returns:
+        ``accuracy``; ``accuracy_what`` and so on for each kind of question that there is; and
+        ``unknown_answers``, the share of questions whose answer the vocabulary lacks. They count
+        as any other question: ranking has them wrong.
+    """
+    by_type: dict[str, list[bool]] = defaultdict(list)
+    for item in answered:
+        by_type[item.question_type].append(item.correct)
+    known = {normalise_answer(answer) for answer in vocabulary}
+    unknown = [normalise_answer(item.answer) not in known for item in answered]
+    metrics = {"accuracy": _percent([item.correct for item in answered])}
+    for kind in (*QUESTION_TYPES, OTHER):
+        if kind in by_type:
+            metrics[f"accuracy_{kind}"] = _percent(by_type[kind])
+    return {**metrics, "unknown_answers": _percent(unknown)}
+
+
+def _percent(outcomes: Sequence[bool]) -> float:
+    return 100 * sum(outcomes) / len(outcomes)

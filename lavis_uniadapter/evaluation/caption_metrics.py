@@ -1,0 +1,88 @@
+"""Caption scores of COCO's evaluation (``pycocoevalcap``), against any data set's references."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, PTBTokenizer
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+
+
+def has_java() -> bool:
+    """Whether COCO's tokenizer and METEOR can run."""
+    return shutil.which("java") is not None
+
+
+def caption_metrics(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, times 100.
+
+    With Java they are those of COCO's evaluation server. Without, METEOR is left out, and texts
+    are split into words by rules close to those of the Penn Treebank; the log says so.
+
+    Args:
+        captions: one an item, at least one.
+        references: at least one for each item.
+
+    Raises:
+        RuntimeError: if Java is there and its tokenizer fails.
+    """
+    java = has_java()
+    split = tokenise_by_java if java else tokenise
+    if not java:
+        logger.warning(
+            "Java is not installed: METEOR is left out, and words are split by this package's "
+            "rules instead of COCO's, which may move the other scores by a few tenths."
+        )
+    hypotheses = [[text] for text in split(captions)]
+    flat = iter(split([text for texts in references for text in texts]))
+    truths = [[next(flat) for _ in texts] for texts in references]
+    results, truth = dict(enumerate(hypotheses)), dict(enumerate(truths))
+
+    bleu, _ = Bleu(4).compute_score(truth, results, verbose=0)
+    metrics = {f"bleu_{n}": value for n, value in enumerate(bleu, start=1)}
+    if java:
+        metrics["meteor"], _ = Meteor().compute_score(truth, results)
+    metrics["rouge_l"], _ = Rouge().compute_score(truth, results)
+    metrics["cider"], _ = Cider().compute_score(truth, results)
+    return {name: 100 * float(value) for name, value in metrics.items()}
+
+
+def tokenise_by_java(texts: Sequence[str]) -> list[str]:
+    """Words by COCO's tokenizer, which is Stanford's, in lower case without punctuation.
+
+    Raises:
+        RuntimeError: if it does not give a line a text.
+    """
+    # It works line by line, so white space of any kind must not break one.
+    captions = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)}
+    tokenised = PTBTokenizer().tokenize(captions)
+    if tokenised.keys() != captions.keys():
+        raise RuntimeError(
+            f"COCO's tokenizer gave {len(tokenised)} lines for {len(captions)} captions. Check "
+            "that 'java -version' works."
+        )
+    return [tokenised[i][0] for i in captions]
+
+
+def tokenise(texts: Sequence[str]) -> list[str]:
+    """Words in lower case without punctuation, contractions split as in the Penn Treebank."""
+    return [" ".join(_words(text.lower())) for text in texts]
+
+
+def _words(text: str) -> list[str]:
+    text = re.sub(r"n't\b", " n't", text)
+    text = re.sub(r"('(?:s|m|d|re|ve|ll))\b", r" \1", text)
+    tokens = re.findall(r"n't|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]", text)
+    return [token for token in tokens if token not in PUNCTUATIONS]

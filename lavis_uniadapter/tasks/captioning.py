@@ -1,0 +1,126 @@
+"""The captioning task, scored against the data set's own references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lavis.common.registry import registry
+from lavis.tasks.captioning import CaptionTask
+from torch.utils.data import Dataset
+
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.errors import ConfigError, nearest
+from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
+from lavis_uniadapter.tasks.prediction import PredictionTask
+
+
+@registry.register_task("uniadapter_captioning")
+class UniAdapterCaptionTask(PredictionTask, CaptionTask):
+    """Captioning by beam search, scored against the captions in the annotation of the split.
+
+    LAVIS's ``captioning`` scores against COCO's files, whatever the data set, and downloads them.
+
+    Settings (``run:``): ``num_beams`` (3), ``max_len`` (30) and ``min_len`` (5) in tokens;
+    ``report_metric`` (True): False for a split without references, whose captions are written and
+    not scored; ``selection_metric`` (cider): what picks the best epoch.
+    """
+
+    def __init__(self, selection_metric: str = "cider", **settings):
+        super().__init__(**settings)
+        self.selection_metric = selection_metric
+
+    @classmethod
+    def setup_task(cls, cfg):
+        """Build from a configuration.
+
+        Raises:
+            ConfigError: for a model that writes no captions, or an unknown metric.
+        """
+        run = cfg.run_cfg
+        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "generate"):
+            raise ConfigError(
+                f"run.task is uniadapter_captioning, and model.arch '{cfg.model_cfg.arch}' writes "
+                "no captions. Take blip_uniadapter_caption."
+            )
+        metric = run.get("selection_metric", "cider")
+        if metric not in METRICS:
+            raise ConfigError(
+                f"run.selection_metric is '{metric}'.{nearest(str(metric), METRICS)} "
+                f"Known: {', '.join(METRICS)}."
+            )
+        if metric == "meteor" and not has_java():
+            raise ConfigError("run.selection_metric is meteor, which needs Java; install it.")
+        return cls(
+            selection_metric=metric if run.get("report_metric", True) else "agg_metrics",
+            num_beams=run.get("num_beams", 3),
+            max_len=run.get("max_len", 30),
+            min_len=run.get("min_len", 5),
+            evaluate=run.evaluate,
+            report_metric=run.get("report_metric", True),
+        )
+
+    def build_datasets(self, cfg):
+        """LAVIS's datasets; for evaluation, one record a visual input, with all its captions.
+
+        Raises:
+            ConfigError: if training captions do not begin with the model's prompt.
+            DatasetError: if a record of an evaluation split has no caption to score against.
+        """
+        datasets = super().build_datasets(cfg)
+        for name, splits in datasets.items():
+            for split, dataset in splits.items():
+                if split == "train":
+                    _check_prompt(dataset, cfg.model_cfg.get("prompt") or "", name)
+                else:
+                    self._merge_captions(dataset, f"{name}, {split}")
+        return datasets
+
+    def _merge_captions(self, dataset: Dataset, where: str) -> None:
+        key = "video" if "video" in dataset.annotation[0] else "image"
+        merged: dict[str, dict[str, Any]] = {}
+        for record in dataset.annotation:
+            caption = record.get("caption") or []
+            captions = [caption] if isinstance(caption, str) else list(caption)
+            if not captions and self.report_metric:
+                raise DatasetError(
+                    f"{where}: {record[key]} has no caption to score against. Add 'caption' to "
+                    "the annotation, or write captions alone by run.report_metric=False."
+                )
+            first = merged.setdefault(record[key], {**record, "caption": []})
+            first["caption"] += captions
+        dataset.annotation = list(merged.values())
+        dataset._add_instance_ids()
+
+    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[str]:
+        return model.generate(
+            samples,
+            use_nucleus_sampling=False,
+            num_beams=self.num_beams,
+            max_length=self.max_len,
+            min_length=self.min_len,
+        )
+
+    def score(self, predictions, records):
+        items = [
+            {
+                "file": record.get("video", record.get("image")),
+                "image_id": record.get("image_id"),
+                "caption": prediction,
+                "references": record["caption"],
+            }
+            for record, prediction in zip(records, predictions, strict=True)
+        ]
+        if not self.report_metric:
+            return {"agg_metrics": 0.0}, items
+        metrics = caption_metrics(predictions, [record["caption"] for record in records])
+        return {**metrics, "agg_metrics": metrics[self.selection_metric]}, items
+
+
+def _check_prompt(dataset: Dataset, prompt: str, name: str) -> None:
+    given = getattr(dataset.text_processor, "prompt", "")
+    if given != prompt:
+        raise ConfigError(
+            f"datasets.{name}.text_processor.train.prompt is {given!r} and model.prompt is "
+            f'{prompt!r}. Give both the same, e.g. "a picture of ".'
+        )

@@ -1,0 +1,86 @@
+"""What tasks that predict something for each item have in common, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.registry import registry
+from lavis.datasets.data_utils import apply_to_sample
+from lavis.tasks.base_task import BaseTask
+from tqdm import tqdm
+
+
+class PredictionTask(BaseTask):
+    """Predicts for every item of a split, gathers over ranks, and scores once.
+
+    LAVIS's tasks pass predictions between ranks through files and recognise repetitions by
+    ``question_id`` or ``image_id``, which may be no numbers. Here a prediction belongs to a record
+    of the dataset's ``annotation``, and every record must have one.
+
+    A subclass answers ``predict`` and ``score``.
+    """
+
+    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[str]:
+        """One text an item of a batch."""
+        raise NotImplementedError
+
+    def score(
+        self, predictions: Sequence[str], records: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics, ``agg_metrics`` among them (more is better), and what to save of each item.
+
+        Args:
+            predictions: one a record.
+            records: the dataset's annotation.
+        """
+        raise NotImplementedError
+
+    def evaluation(self, model, data_loader, **kwargs):
+        """Score a split; returns (metrics, items) on the main process and None on the others.
+
+        Raises:
+            RuntimeError: if an item got no prediction.
+        """
+        predictions: dict[int, str] = {}
+        for samples in tqdm(data_loader, desc="predicting", disable=not is_main_process()):
+            samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
+            indices = map(int, samples["instance_id"])
+            predictions.update(zip(indices, self.predict(model, samples), strict=True))
+        shares: list = [None] * get_world_size()
+        if get_world_size() > 1:
+            dist.all_gather_object(shares, predictions)
+            predictions = {index: text for share in shares for index, text in share.items()}
+        if not is_main_process():
+            return None
+        records = data_loader.dataset.annotation
+        missing = set(range(len(records))) - predictions.keys()
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(records)} items got no prediction, the first being "
+                f"{records[min(missing)]}."
+            )
+        return self.score([predictions[i] for i in range(len(records))], records)
+
+    def after_evaluation(self, val_result, split_name, epoch, **kwargs):
+        """Write metrics and predictions to the run's ``result`` folder; returns the metrics."""
+        if val_result is None:
+            return None
+        metrics, items = val_result
+        path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
+        path.write_text(json.dumps(items, indent=1) + "\n")
+        write_metrics(metrics, split_name, epoch)
+        return metrics
+
+
+def write_metrics(metrics: Mapping[str, float], split_name: str, epoch: int | str) -> None:
+    """Keep a split's metrics in the run's ``result`` folder and log."""
+    path = Path(registry.get_path("result_dir")) / f"metrics_{split_name}_epoch_{epoch}.json"
+    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    # root logger: to the log file, as LAVIS does, and not to the console
+    logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))

@@ -1,0 +1,382 @@
+"""Every benchmark's configuration, run on a miniature of its data in LAVIS's own layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from miniature import BENCHMARKS, coco_ground_truth
+from omegaconf import OmegaConf
+
+from lavis_uniadapter import launch
+from lavis_uniadapter.checkpoint import base_state_dict
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.evaluation.caption_metrics import has_java
+from lavis_uniadapter.runner import LATEST, LATEST_ADAPTER
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECTS = ROOT / "projects/uniadapter"
+SIZE = 32
+SMALL_MODEL = (
+    "model.tokenizer=configs/tokenizers/shapes",
+    "model.vit_type=custom",
+    *("model.vit.width=32", "model.vit.depth=2", "model.vit.num_heads=4"),
+    *("model.vit.patch_size=16", "model.vit.mlp_ratio=2"),
+    f"model.image_size={SIZE}",
+    *("model.adapter.bottleneck=8", "model.adapter.kv_bottleneck=4"),
+)
+SMALL_RUN = ("run.num_workers=0", "run.batch_size_eval=3", "run.device=cpu")
+SMALL_TRAINING = ("run.batch_size_train=3", "run.max_epoch=2")
+LAVIS_BUILDERS = {
+    "msrvtt_retrieval": "retrieval_builder",
+    "didemo_retrieval": "retrieval_builder",
+    "coco_retrieval": "retrieval_builder",
+    "flickr30k": "retrieval_builder",
+    "msrvtt_qa": "video_qa_builder",
+    "msvd_qa": "video_qa_builder",
+    "coco_vqa": "vqa_builder",
+    "vg_vqa": "vqa_builder",
+    "coco_caption": "caption_builder",
+    "msrvtt_caption": "caption_builder",
+    "msvd_caption": "caption_builder",
+}
+
+
+def small_options(path, med_config):
+    """Options that shrink a benchmark's model, pictures and number of frames."""
+    config = OmegaConf.load(path)
+    options = [*SMALL_MODEL, f"model.med_config_path={med_config}"]
+    if config.model.arch == "blip_uniadapter_retrieval":
+        options += ["model.embed_dim=16", "model.queue_size=12", "run.k_test=2"]
+    for name, section in config.datasets.items():
+        for mode, processor in section.vis_processor.items():
+            where = f"datasets.{name}.vis_processor.{mode}"
+            options.append(f"{where}.image_size={SIZE}")
+            if "n_frms" in processor:
+                options.append(f"{where}.n_frms={processor.n_frms // 4}")
+    return options
+
+
+@pytest.fixture
+def start(tmp_path, small_med_config, monkeypatch):
+    """Run a benchmark's configuration on its miniature, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    base = tmp_path / "blip.pth"
+
+    def run(name, *options, evaluate=False):
+        path = PROJECTS / ("eval" if evaluate else "train") / f"{name}.yaml"
+        small = small_options(path, small_med_config)
+        if not cache.exists():
+            BENCHMARKS[name](cache)
+        if not base.exists():
+            model_cfg = OmegaConf.from_dotlist(
+                [o.removeprefix("model.") for o in small if o.startswith("model.")]
+            )
+            config = OmegaConf.load(path).model
+            cls = registry.get_model_class(config.arch)
+            defaults = OmegaConf.load(cls.default_config_path(config.model_type)).model
+            model = cls.from_config(OmegaConf.merge(defaults, model_cfg, {"pretrained": None}))
+            torch.save({"model": base_state_dict(model)}, base)
+        training = () if evaluate else SMALL_TRAINING
+        common = (f"model.pretrained={base}", f"run.cache_root={cache}")
+        return launch.run(path, [*small, *common, *SMALL_RUN, *training, *options], evaluate)
+
+    run.cache = cache
+    yield run
+    launch.destroy_process_group()
+
+
+METRIC = {
+    "msrvtt_retrieval": "t2v_r1",
+    "didemo_retrieval": "v2t_r1",
+    "coco_retrieval": "t2i_r1",
+    "flickr_retrieval": "i2t_medr",
+    "msrvtt_qa": "accuracy_where",
+    "msvd_qa": "accuracy",
+    "vqav2": None,
+    "coco_caption": "cider",
+    "msrvtt_caption": "bleu_4",
+    "msvd_caption": "rouge_l",
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_trains_and_evaluates(start, name):
+    trained = start(name)
+    assert (trained.output_dir / LATEST).is_file()
+    log = [json.loads(line) for line in (trained.output_dir / "log.txt").read_text().splitlines()]
+    losses = [line["train_loss"] for line in log if "train_loss" in line]
+    assert len(losses) == 2 and losses[1] != losses[0]
+    config = OmegaConf.load(PROJECTS / "train" / f"{name}.yaml")
+    assert list(trained.runner.config.datasets_cfg) == list(config.datasets)
+    for dataset_name in config.datasets:
+        builder = registry.get_builder_class(dataset_name)
+        assert builder.__module__ == f"lavis.datasets.builders.{LAVIS_BUILDERS[dataset_name]}"
+    datasets = trained.runner.datasets
+    parts = datasets["train"].datasets
+    assert len(parts) == len(config.datasets)
+    for dataset in (*parts, datasets["test"]):
+        assert type(dataset).__module__.startswith("lavis.datasets.datasets."), type(dataset)
+
+    evaluated = start(
+        name, f"model.adapter_ckpt={trained.output_dir / LATEST_ADAPTER}", evaluate=True
+    )
+    if name == "vqav2":  # trained: the test split, without answers; evaluated: the val split
+        assert trained.metrics == {"test": {}}
+        written = json.loads((trained.output_dir / "result/test_vqa_result.json").read_text())
+        assert {item["question_id"] for item in written} == {60, 61, 70, 71}
+        assert set(evaluated.metrics["val"]) == {"agg_metrics", "other"}
+        assert 0 <= evaluated.metrics["val"]["agg_metrics"] <= 100
+        return
+    assert METRIC[name] in trained.metrics["test"]
+    if not config.run.valid_splits:  # the last epoch is what was tested
+        assert evaluated.metrics == trained.metrics
+    else:
+        assert set(evaluated.metrics["test"]) == set(trained.metrics["test"])
+
+
+def test_train_frames_and_evaluation_frames_differ_on_didemo(start):
+    trained = start("didemo_retrieval", "run.max_epoch=1")
+    datasets = trained.runner.datasets
+    assert datasets["train"][0]["video"].shape[1] == 2
+    assert datasets["test"][0]["video"].shape[1] == 4
+
+
+def test_video_qa_saves_each_question_and_counts_unknown_answers(start):
+    result = start("msrvtt_qa", "run.max_epoch=1")
+    metrics = result.metrics["test"]
+    items = json.loads((result.output_dir / "result/test_epoch_best.json").read_text())
+    assert len(items) == 6 and len({item["question_id"] for item in items}) == 6
+    assert {"question", "answer", "prediction", "correct", "file"} <= set(items[0])
+    assert metrics["accuracy"] == pytest.approx(100 * sum(i["correct"] for i in items) / 6)
+    assert {"accuracy_what", "accuracy_who", "accuracy_where"} <= set(metrics)
+    assert not {"accuracy_how", "accuracy_when", "accuracy_other"} & set(metrics)
+    # "star" is no class: ranking cannot give it, and it counts as wrong
+    unknown = [item["answer"] == "star" for item in items]
+    assert 0 < sum(unknown) < 6
+    assert metrics["unknown_answers"] == pytest.approx(100 * sum(unknown) / 6)
+    assert all(item["prediction"] != "star" for item in items)
+    assert metrics["accuracy_who"] == 0
+
+
+def test_video_qa_by_generation_may_give_unknown_answers(start, monkeypatch):
+    from lavis_uniadapter.models import BlipUniAdapterVQA
+
+    monkeypatch.setattr(
+        BlipUniAdapterVQA, "_generate_answers", lambda self, samples, **_: ["star"] * 3
+    )
+    result = start("msrvtt_qa", "run.max_epoch=1", "run.inference_method=generate")
+    assert result.metrics["test"]["accuracy_who"] == 100
+    assert result.metrics["test"]["unknown_answers"] > 0
+
+
+def test_video_qa_learns_the_answer_and_not_its_neighbour(start, monkeypatch):
+    """An index is the answer that LAVIS's dataset meant, also where that is no class."""
+    from lavis_uniadapter.models import BlipUniAdapterVQA
+
+    seen = []
+    original = BlipUniAdapterVQA.forward
+
+    def forward(self, samples):
+        answers = zip(samples["question_id"].tolist(), samples["answer"], strict=True)
+        seen.extend(answers)
+        return original(self, samples)
+
+    monkeypatch.setattr(BlipUniAdapterVQA, "forward", forward)
+    start("msrvtt_qa", "run.max_epoch=1")
+    path = start.cache / "msrvtt/annotations/qa_train.json"
+    truth = {r["question_id"]: r["answer"] for r in json.loads(path.read_text())}
+    assert dict(seen) == truth and "star" in truth.values()
+
+
+def test_captions_are_scored_against_all_captions_of_the_video(start):
+    result = start("msrvtt_caption", "run.max_epoch=1")
+    items = json.loads((result.output_dir / "result/test_epoch_best.json").read_text())
+    assert [len(item["references"]) for item in items] == [2, 2]
+    assert len(result.runner.datasets["test"]) == 2
+
+
+def test_lavis_captioning_task_works_unchanged(start):
+    result = start(
+        *("coco_caption", "run.task=captioning", "run.report_metric=False", "run.max_epoch=1"),
+    )
+    written = json.loads((result.output_dir / "result/test_epochbest.json").read_text())
+    assert {item["image_id"] for item in written} == {17, 18}
+    assert all(isinstance(item["caption"], str) for item in written)
+
+
+@pytest.mark.skipif(not has_java(), reason="COCO's own evaluation needs Java")
+def test_caption_scores_equal_those_of_lavis_and_coco(start, monkeypatch):
+    import pycocoevalcap.eval
+
+    class NoSpice:  # it downloads a parser
+        def compute_score(self, gts, res):
+            return 0.0, [{"All": {"f": 0.0}}] * len(gts)
+
+        def method(self):
+            return "SPICE"
+
+    monkeypatch.setattr(pycocoevalcap.eval, "Spice", NoSpice)
+    ours = start("coco_caption", "run.valid_splits=[]")
+    coco_ground_truth(start.cache)
+    theirs = start("coco_caption", "run.task=captioning", "run.valid_splits=[]")
+    names = {"Bleu_1": "bleu_1", "Bleu_4": "bleu_4", "METEOR": "meteor"}
+    names |= {"ROUGE_L": "rouge_l", "CIDEr": "cider"}
+    for lavis_name, name in names.items():
+        expected = 100 * theirs.metrics["test"][lavis_name]
+        assert ours.metrics["test"][name] == pytest.approx(expected, abs=1e-6), name
+    assert ours.metrics["test"]["bleu_1"] > 0
+
+
+def test_lavis_retrieval_task_works_unchanged(start):
+    result = start("flickr_retrieval", "run.task=retrieval", "run.use_dist_eval_sampler=False")
+    assert "txt_r1" in result.metrics["test"]
+
+
+# --- bad data, found before training ------------------------------------------------------------
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    content = edit(content) or content
+    path.write_text(json.dumps(content))
+
+
+def refused(start, name, path, edit, expected, *options, evaluate=False, error=DatasetError):
+    BENCHMARKS[name](start.cache)
+    change(start.cache / path, edit)
+    with pytest.raises(error, match=expected):
+        start(name, *options, evaluate=evaluate)
+    assert not list(Path("output").rglob("*.pth"))
+
+
+def test_empty_answer_in_the_answer_list(start):
+    edit = lambda answers: [*answers[:2], " ", *answers[2:]]  # noqa: E731
+    path = "coco/annotations/answer_list.json"
+    refused(start, "vqav2", path, edit, r"(?s)answer list .*entry 2 is ' '", evaluate=True)
+
+
+def test_empty_answer_among_the_labels(start):
+    edit = lambda labels: {**labels, "": 5}  # noqa: E731
+    refused(start, "msvd_qa", "msvd/annotations/qa_ans2label.json", edit, "non-empty answers")
+
+
+@pytest.mark.parametrize("indices", [[0, 2], [1, 2], [0, 0], ["0", "1"]])
+def test_labels_that_are_no_numbering(start, indices):
+    edit = lambda labels: dict(zip(labels, indices, strict=False))  # noqa: E731
+    path = "msvd/annotations/qa_ans2label.json"
+    refused(start, "msvd_qa", path, edit, "number the answers|whole numbers")
+
+
+def test_question_id_twice(start):
+    def edit(records):
+        records[3]["question_id"] = records[1]["question_id"]
+
+    path = "msrvtt/annotations/qa_test.json"
+    refused(start, "msrvtt_qa", path, edit, r"(?s)'question_id' occur more than once.*22, 2 times")
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_evaluation_never_leaves_a_video_out(start, evaluate):
+    BENCHMARKS["msrvtt_qa"](start.cache)
+    (start.cache / "msrvtt/videos/video8.mp4").unlink()
+    with pytest.raises(DatasetError, match=r"(?s)1 of 2 files are missing.*video8\.mp4"):
+        start("msrvtt_qa", "datasets.msrvtt_qa.skip_missing=True", evaluate=evaluate)
+
+
+def test_missing_training_videos_stop_the_run_or_are_left_out(start, caplog):
+    BENCHMARKS["msrvtt_qa"](start.cache)
+    (start.cache / "msrvtt/videos/video0.mp4").unlink()
+    (start.cache / "msrvtt/videos/video2.mp4").write_bytes(b"no video")
+    with pytest.raises(DatasetError, match=r"(?s)1 of 5 files are missing.*video0.*video2"):
+        start("msrvtt_qa")
+    with caplog.at_level("WARNING", logger="lavis_uniadapter"):
+        result = start("msrvtt_qa", "datasets.msrvtt_qa.skip_missing=True", "run.max_epoch=1")
+    assert len(result.runner.datasets["train"]) == 9
+    assert "6 records left out" in caplog.text
+    assert "1 files are missing and 1 cannot be decoded" in caplog.text
+    assert "9 records remain" in caplog.text
+
+
+def test_no_training_video_at_all(start):
+    BENCHMARKS["msvd_caption"](start.cache)
+    for index in range(5):
+        (start.cache / f"msvd/videos/clip_{index}_{index + 5}.avi").unlink()
+    with pytest.raises(DatasetError, match="None of the 5 files"):
+        start("msvd_caption", "datasets.msvd_caption.skip_missing=True")
+
+
+def test_video_shorter_than_the_number_of_frames(start):
+    """Its frames are repeated: every clip of a batch has the same length."""
+    from miniature import write_video
+
+    BENCHMARKS["msrvtt_qa"](start.cache)
+    write_video(start.cache / "msrvtt/videos/video1.mp4", 1, num_frames=1)
+    result = start("msrvtt_qa", "run.max_epoch=1")
+    assert result.runner.datasets["train"][3]["video"].shape[1] == 2
+
+
+def test_captions_without_references_are_refused_or_written(start):
+    edit = lambda records: [{**r, "caption": []} for r in records]  # noqa: E731
+    path = "coco/annotations/coco_karpathy_test.json"
+
+    def without(records):
+        for record in records:
+            del record["caption"]
+
+    refused(start, "coco_caption", path, edit, "no caption to score against")
+    refused(start, "coco_caption", path, without, "no caption to score against")
+    result = start("coco_caption", "run.report_metric=False", "run.max_epoch=1")
+    assert len(json.loads((result.output_dir / "result/test_epoch_best.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("msrvtt_caption", ["model.prompt=there is"], "Give both the same"),
+        ("msrvtt_caption", ["run.selection_metric=ciderr"], "Did you mean 'cider'"),
+        ("msrvtt_caption", ["run.task=video_qa"], "answers no questions"),
+        ("msrvtt_qa", ["run.task=uniadapter_captioning"], "writes no captions"),
+        ("msrvtt_qa", ["run.inference_method=guess"], "rank or generate"),
+        ("vqav2", ["run.task=video_qa"], "run.task: vqa"),
+        ("vqav2", ['run.valid_splits=["test"]'], "cannot measure"),
+        ("msrvtt_qa", ["datasets.msrvtt_qa.type=evl"], "it has default"),
+        ("msrvtt_qa", ["datasets.msrvtt_qa.skip_missing=often"], "True or False"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(start, name, options, expected):
+    with pytest.raises(ConfigError, match=expected):
+        start(name, *options)
+
+
+# --- launchers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_launcher_starts_its_configuration(name, tmp_path):
+    """With a Python that only writes down what it is asked to do."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\necho "$@" >> "$ASKED"\n')
+    python.chmod(0o755)
+    asked = tmp_path / "asked"
+    subprocess.run(
+        ["bash", str(ROOT / f"run_scripts/{name}.sh"), "--options", "run.seed=7"],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path), "ASKED": str(asked), "NPROC": "3"},
+        capture_output=True,
+    )
+    last = asked.read_text().splitlines()[-1].split()
+    assert last[:2] == ["-m", "torch.distributed.run"]
+    assert "--nproc_per_node=3" in last
+    assert last[-2:] == ["--options", "run.seed=7"]
+    path = ROOT / last[last.index("--cfg-path") + 1]
+    assert path == PROJECTS / "train" / f"{name}.yaml" and path.is_file()
