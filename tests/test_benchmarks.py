@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from lavis_uniadapter import launch
 from lavis_uniadapter.checkpoint import base_state_dict
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.caption_metrics import has_java
 from lavis_uniadapter.runner import LATEST, LATEST_ADAPTER
 
@@ -91,6 +93,17 @@ def start(tmp_path, small_med_config, monkeypatch):
     run.cache = cache
     yield run
     launch.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def quick_caption_scores(monkeypatch):
+    """METEOR takes Java several seconds to start; a test of it asks for ``java_scores``."""
+    monkeypatch.setattr(caption_metrics, "has_java", lambda: False)
+
+
+@pytest.fixture
+def java_scores(quick_caption_scores, monkeypatch):
+    monkeypatch.setattr(caption_metrics, "has_java", has_java)
 
 
 METRIC = {
@@ -213,7 +226,7 @@ def test_lavis_captioning_task_works_unchanged(start):
 
 
 @pytest.mark.skipif(not has_java(), reason="COCO's own evaluation needs Java")
-def test_caption_scores_equal_those_of_lavis_and_coco(start, monkeypatch):
+def test_caption_scores_equal_those_of_lavis_and_coco(start, java_scores, monkeypatch):
     import pycocoevalcap.eval
 
     class NoSpice:  # it downloads a parser
@@ -354,6 +367,41 @@ def test_captions_without_references_are_refused_or_written(start):
 def test_what_does_not_go_together_is_refused(start, name, options, expected):
     with pytest.raises(ConfigError, match=expected):
         start(name, *options)
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["msrvtt_qa", "msrvtt_caption"])
+def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path, java_scores):
+    """Seven items on two ranks: one of them is predicted twice and counted once."""
+    BENCHMARKS[name](start.cache)
+    kind = "qa" if name == "msrvtt_qa" else "cap"
+
+    def grow(records):
+        more = [{**r, "video": "video0.mp4"} for r in records[:2]]
+        for number, record in enumerate(more):
+            record.update(question_id=100 + number, image_id=100)
+        return (records + more)[: 7 if kind == "qa" else None]
+
+    change(start.cache / f"msrvtt/annotations/{kind}_test.json", grow)
+    alone = start(name, evaluate=True)
+    path = PROJECTS / "eval" / f"{name}.yaml"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(ROOT / "evaluate.py"), "--cfg-path", str(path), "--options"),
+        *small_options(path, small_med_config),
+        *(f"model.pretrained={tmp_path / 'blip.pth'}", f"run.cache_root={start.cache}"),
+        *(*SMALL_RUN, "run.job_id=two"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [alone.output_dir / "result", alone.output_dir.parent / "two/result"]
+    for written in ("metrics_test_epoch_best.json", "test_epoch_best.json"):
+        one, two = (json.loads((folder / written).read_text()) for folder in files)
+        assert one == two
+    assert len(one) == (7 if kind == "qa" else 3)
 
 
 # --- launchers ----------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, PTBTokenizer
 
 logger = logging.getLogger(__name__)
 
+# COCO's tokenizer spells brackets out, and keeps them: it drops them in capitals alone.
+DROPPED = {*PUNCTUATIONS, '"'}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
+
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
 
@@ -85,4 +89,4 @@ def _words(text: str) -> list[str]:
     text = re.sub(r"n't\b", " n't", text)
     text = re.sub(r"('(?:s|m|d|re|ve|ll))\b", r" \1", text)
     tokens = re.findall(r"n't|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]", text)
-    return [token for token in tokens if token not in PUNCTUATIONS]
+    return [BRACKETS.get(token, token) for token in tokens if token not in DROPPED]
