@@ -1,6 +1,9 @@
 """The embedded data set: its contents, its layout, and that it never passes off stale files."""
 
+import hashlib
+import itertools
 import json
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,13 +13,20 @@ import lavis  # noqa: F401  (populates the registry)
 import numpy as np
 import pytest
 from lavis.common.registry import registry
-from lavis.datasets.datasets import retrieval_datasets
+from lavis.datasets.datasets import (
+    caption_datasets,
+    retrieval_datasets,
+    video_caption_datasets,
+    video_vqa_datasets,
+)
+from lavis.processors import load_processor
 from omegaconf import OmegaConf
 from PIL import Image
 from transformers import BertTokenizer
 
 import lavis_uniadapter
 from lavis_uniadapter.datasets import shapes
+from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.shapes import (
     CENTRES,
     COLOURS,
@@ -27,8 +37,11 @@ from lavis_uniadapter.datasets.shapes import (
     ensure_clips,
     ensure_stills,
 )
+from lavis_uniadapter.errors import ConfigError
 
-TOKENIZER = Path(lavis_uniadapter.__file__).parent / "configs" / "tokenizers" / "shapes"
+PACKAGE = Path(lavis_uniadapter.__file__).parent
+TOKENIZER = PACKAGE / "configs" / "tokenizers" / "shapes"
+SPLITS = ("train", "val", "test")
 TRAIN_CONTENTS = 140 * len(SIZES)  # 240 combinations less the 50 of val and the 50 of test
 STILLS = StillsConfig(num_train=TRAIN_CONTENTS + 20, num_val=12, num_test=12)
 CLIPS = ClipsConfig(num_train=12, num_val=5, num_test=16)
@@ -61,8 +74,13 @@ def clips(tmp_path_factory):
     return folder
 
 
-def records(folder, split):
-    return json.loads((folder / "annotations" / f"{split}.json").read_text())
+def records(folder, split, task=""):
+    """Records of retrieval, or of the task "cap_" or "qa_"."""
+    return json.loads((folder / "annotations" / f"{task}{split}.json").read_text())
+
+
+def file_name(record):
+    return record["image"] if "image" in record else record["video"]
 
 
 def decoded(path):
@@ -117,7 +135,7 @@ def test_another_seed_gives_other_files(ensure, config, tmp_path):
     ensure(replace(config, seed=1), tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.keys() == two.keys()
-    assert [name for name in one if one[name] == two[name]] == []
+    assert [name for name in one if one[name] == two[name]] == ["qa_ans2label.json"]
 
 
 @pytest.mark.parametrize(("ensure", "config"), KINDS)
@@ -125,22 +143,63 @@ def test_a_changed_count_leaves_the_other_items_alone(ensure, config, tmp_path):
     ensure(config, tmp_path / "one")
     ensure(replace(config, num_train=config.num_train + 1, num_val=3), tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
-    grown = {"generated.json", "train.json", "val.json"}
-    assert {name for name in one if one[name] != two[name]} == grown
+    grown = {f"{task}{split}.json" for task in ("", "cap_", "qa_") for split in ("train", "val")}
+    assert {name for name in one if one[name] != two[name]} == {"generated.json", *grown}
+
+
+@pytest.mark.parametrize(("ensure", "config"), KINDS)
+def test_what_is_asked_changes_nothing_else(ensure, config, tmp_path):
+    ensure(replace(config, questions_per_train_item=1), tmp_path / "one")
+    ensure(replace(config, questions_per_train_item=3), tmp_path / "two")
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert {name for name in one if one[name] != two[name]} == {"generated.json", "qa_train.json"}
+
+
+DRAWN_EVER_SINCE = [
+    pytest.param(
+        *KINDS[0].values,
+        "4f5f9f3aed3bf20f",
+        [(104.7, 88.0, 103.6), (104.3, 90.2, 101.3), (104.2, 89.5, 102.2), (103.7, 91.1, 100.4)],
+        id="stills",
+    ),
+    pytest.param(
+        *KINDS[1].values,
+        "dabd91fd9ca91756",
+        [(68.5, 62.2, 56.3), (68.2, 61.0, 56.7), (81.7, 74.8, 70.3), (73.8, 65.1, 63.1)],
+        id="clips",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ensure", "config", "annotations", "quadrants"), DRAWN_EVER_SINCE)
+def test_seed_0_gives_the_pictures_and_captions_that_it_always_gave(
+    ensure, config, annotations, quadrants, tmp_path
+):
+    ensure(config, tmp_path / "set")
+    # An item's caption is its last draw, so these files tell of every draw for a picture.
+    texts = [(tmp_path / "set" / "annotations" / f"{split}.json").read_bytes() for split in SPLITS]
+    assert hashlib.sha256(b"".join(texts)).hexdigest()[:16] == annotations
+
+    # No hash of pixels, in which builds of OpenCV and FFmpeg may differ by one.
+    path = tmp_path / "set" / config.visual_folder / config.file_name("train", 1)
+    picture = decoded(path).mean(axis=0) if path.suffix == ".mp4" else np.asarray(Image.open(path))
+    means = picture.reshape(2, 32, 2, 32, 3).mean(axis=(1, 3)).reshape(4, 3)
+    np.testing.assert_allclose(means, quadrants, atol=0.5)
 
 
 def test_every_item_has_a_random_source_of_its_own():
     configs = [config_cls(seed=seed) for config_cls in CONFIGS for seed in (0, 1)]
     draws = [
-        config.rng(split, index).random()
+        source(split, index).random()
         for config in configs
+        for source in (config.rng, config.questions_rng)
         for split in ("train", "val", "test")
         for index in (0, 1)
     ]
     # One for stills and clips, but another for every seed.
     dealing = {config.shuffling_rng().random() for config in configs}
     assert len(dealing) == 2
-    assert len({*draws, *dealing}) == 4 * 3 * 2 + 2
+    assert len({*draws, *dealing}) == 4 * 2 * 3 * 2 + 2
 
 
 # Splits
@@ -351,6 +410,123 @@ def test_training_wordings_vary_and_the_two_of_a_clip_differ(stills, clips):
     assert {"for", "the", "someone"} <= starts
 
 
+def wording(caption, content):
+    """A caption with the thing and the place of a content cut out."""
+    colour, shape, position, size = content
+    thing, place = f"a {size} {colour} {shape}", shapes.POSITION_PHRASES[position]
+    assert thing in caption and place in caption
+    return caption.replace(thing, "THING").replace(place, "PLACE")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captioning_numbers_the_items_and_trains_on_the_captions_of_retrieval(stills, clips, split):
+    for folder, config in ((stills, STILLS), (clips, CLIPS)):
+        retrieval, captioning = records(folder, split), records(folder, split, "cap_")
+        names = [file_name(record) for record in captioning]
+        assert names == [file_name(record) for record in retrieval]
+        if split == "train":
+            captions = [record["caption"] for record in captioning]
+            assert captions == [record["caption"] for record in retrieval]
+        numbers = dict(zip(dict.fromkeys(names), range(config.count(split)), strict=True))
+        assert [record["image_id"] for record in captioning] == [numbers[name] for name in names]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_captioning_is_evaluated_on_every_wording_of_training(stills, clips, split):
+    for folder in (stills, clips):
+        trained = {
+            wording(record["caption"], content(record)) for record in records(folder, "train")
+        }
+        assert len(trained) == 5
+        captioning, retrieval = records(folder, split, "cap_"), records(folder, split)
+        for record, described in zip(captioning, retrieval, strict=True):
+            right = [wording(caption, content(described)) for caption in record["caption"]]
+            assert len(right) == 5
+            assert set(right) == trained
+            assert record["caption"][:1] == described["caption"]
+
+
+# Questions
+
+
+def questions_about(content):
+    """Every question about a content, with its right answer."""
+    colour, shape, position, size = content
+    return {
+        f"what colour is the {shape}?": colour,
+        f"what {colour} shape can be seen?": shape,
+        f"where is the {colour} {shape}?": position,
+        f"how big is the {colour} {shape}?": size,
+    }
+
+
+def asked(folder, split):
+    """Questions with their answers, by file name."""
+    found = {}
+    for record in records(folder, split, "qa_"):
+        found.setdefault(file_name(record), []).append((record["question"], record["answer"]))
+    return found
+
+
+def shown(folder, split):
+    """Contents by file name, from the `objects` of the retrieval records."""
+    return {file_name(record): content(record) for record in records(folder, split)}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_every_evaluation_item_is_asked_about_every_attribute_it_shows(stills, clips, split):
+    for folder in (stills, clips):
+        assert asked(folder, split) == {
+            name: list(questions_about(content).items())
+            for name, content in shown(folder, split).items()
+        }
+
+
+def test_training_items_are_asked_as_much_as_configured_and_answered_truly(stills, clips):
+    for folder, number in ((stills, 2), (clips, 4)):
+        questions, contents_by_name = asked(folder, "train"), shown(folder, "train")
+        assert questions.keys() == contents_by_name.keys()
+        for name, pairs in questions.items():
+            assert len(dict(pairs)) == len(pairs) == number
+            assert dict(pairs).items() <= questions_about(contents_by_name[name]).items()
+
+
+def test_training_asks_about_all_attributes_alike(stills):
+    starts = Counter(
+        " ".join(record["question"].split()[:2]) for record in records(stills, "train", "qa_")
+    )
+    about_shapes = sum(starts.pop(f"what {colour}") for colour in COLOURS)
+    assert starts.keys() == {"what colour", "where is", "how big"}
+    assert sum(starts.values()) + about_shapes == 2 * STILLS.num_train
+    assert min(*starts.values(), about_shapes) > 0.4 * STILLS.num_train
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_questions_are_numbered_and_do_not_give_their_answers_away(stills, clips, split):
+    for folder in (stills, clips):
+        questions = records(folder, split, "qa_")
+        assert len({record["question_id"] for record in questions}) == len(questions)
+        for record in questions:
+            assert isinstance(record["question_id"], int)
+            assert record["answer"] not in record["question"].rstrip("?").split()
+
+
+def test_answers_are_labelled_from_zero_and_each_is_trained(stills, clips):
+    labels = json.loads((stills / "annotations" / "qa_ans2label.json").read_text())
+    assert sorted(labels.values()) == list(range(8 + 6 + 5 + 2))
+    assert labels == json.loads((clips / "annotations" / "qa_ans2label.json").read_text())
+    answers = {
+        split: {
+            record["answer"]
+            for folder in (stills, clips)
+            for record in records(folder, split, "qa_")
+        }
+        for split in SPLITS
+    }
+    assert answers["train"] == set(labels)
+    assert answers["val"] | answers["test"] <= set(labels)
+
+
 # Vocabulary
 
 
@@ -361,19 +537,39 @@ def test_vocabulary_file_is_what_the_word_lists_give():
     )
 
 
-def test_every_caption_word_is_one_token(stills, clips):
+def test_the_words_of_questions_stand_behind_those_of_captions():
+    tokens = shapes.tokenizer_vocabulary()
+    assert len(tokens) == len(set(tokens))
+    assert (tokens[5], tokens[108]) == ("a", "~")
+    assert tokens[109:156] == [word for word in shapes.caption_words() if word != "a"]
+    assert tokens[156:] == ["big", "colour", "how", "shape", "what", "where"]
+
+
+def test_the_text_encoder_has_room_for_the_vocabulary_and_the_two_tokens_of_blip():
+    med = json.loads((PACKAGE / "configs" / "models" / "shapes_med_config.json").read_text())
+    assert med["vocab_size"] >= len(shapes.tokenizer_vocabulary()) + 2
+
+
+def test_every_word_of_captions_questions_and_answers_is_one_token(stills, clips):
     tokenizer = BertTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]"]) == [0, 1]
-    captions = [
-        caption
-        for folder in (stills, clips)
-        for split in ("train", "val", "test")
-        for record in records(folder, split)
-        for caption in ([record["caption"]] if split == "train" else record["caption"])
-    ]
-    for caption in (*captions, *shapes.caption_words()):
-        assert tokenizer.tokenize(caption) == caption.split()
+    captions, questions, answers = set(), set(), set()
+    for folder, split in itertools.product((stills, clips), SPLITS):
+        for record in records(folder, split) + records(folder, split, "cap_"):
+            captions.update([record["caption"]] if split == "train" else record["caption"])
+        for record in records(folder, split, "qa_"):
+            questions.add(record["question"])
+            answers.add(record["answer"])
+
+    as_caption, as_question = load_processor("blip_caption"), load_processor("blip_question")
+    for caption in (*captions, *answers, *shapes.caption_words(), *shapes.question_words()):
+        assert tokenizer.tokenize(as_caption(caption)) == caption.split()
         assert tokenizer.unk_token_id not in tokenizer(caption)["input_ids"]
+    for question in questions:
+        words = question.removesuffix("?").split()
+        assert tokenizer.tokenize(as_question(question)) == [*words, "?"]
+        assert set(words) <= set(shapes.question_words())
+    assert answers <= set(shapes.question_words())
     assert {word for caption in captions for word in caption.split()} <= set(shapes.caption_words())
 
 
@@ -407,6 +603,8 @@ def test_an_unknown_key_is_named_with_the_known_ones(config_cls):
         (ClipsConfig, "visible_frames", 17),
         (ClipsConfig, "visible_frames", 0),
         (ClipsConfig, "captions_per_train_clip", 6),
+        (ClipsConfig, "questions_per_train_item", 5),
+        (StillsConfig, "questions_per_train_item", 0),
         (ClipsConfig, "distractors", True),
     ],
 )
@@ -496,14 +694,22 @@ def builder(name, **generate):
     return builder_cls(OmegaConf.merge(config, {"generate": generate}))
 
 
+@pytest.mark.parametrize("task", ["retrieval", "qa", "caption"])
 @pytest.mark.parametrize(
-    ("name", "config_cls"),
-    [("shapes_image_retrieval", StillsConfig), ("shapes_retrieval", ClipsConfig)],
+    ("prefix", "config_cls", "visual_storage"),
+    [
+        ("shapes_image", StillsConfig, {"images": {"storage": "shapes/stills/images"}}),
+        ("shapes", ClipsConfig, {"videos": {"storage": "shapes/clips/videos"}}),
+    ],
 )
-def test_the_default_configuration_files_say_the_defaults(name, config_cls):
-    generate = OmegaConf.to_container(builder(name).config.generate)
-    assert set(generate) == {field.name for field in fields(config_cls)}
-    assert config_cls.from_mapping(generate) == config_cls()
+def test_the_default_configuration_files_of_all_tasks_say_the_same(
+    prefix, task, config_cls, visual_storage
+):
+    config = OmegaConf.to_container(builder(f"{prefix}_{task}").config)
+    assert set(config["generate"]) == {field.name for field in fields(config_cls)}
+    assert config_cls.from_mapping(config["generate"]) == config_cls()
+    del config["build_info"]["annotations"]
+    assert config["build_info"] == visual_storage
 
 
 def test_lavis_loads_the_stills(cache_root):
@@ -557,6 +763,98 @@ def test_lavis_loads_the_clips(cache_root):
     assert (cache_root / "shapes" / "clips" / "generated.json").is_file()
 
 
+VISUAL_SHAPES = {"image": (3, 64, 64), "video": (3, 2, 64, 64)}
+
+
+def build_with_processors(name, text_processor):
+    """LAVIS's datasets of two, one and three items, their clips cut down to two frames."""
+    unprocessed = builder(name, num_train=2, num_val=1, num_test=3)
+    visual = {"name": "blip_image_eval", "image_size": 64}
+    if unprocessed.data_type == "videos":
+        visual = {"name": "blip_video_eval", "image_size": 64, "n_frms": 2}
+    text = {"name": text_processor}
+    unprocessed.config.vis_processor = {"train": visual, "eval": visual}
+    unprocessed.config.text_processor = {"train": text, "eval": text}
+    return unprocessed.build_datasets()
+
+
+def whole(dataset):
+    """All items as one batch."""
+    return dataset.collater([dataset[index] for index in range(len(dataset))])
+
+
+@pytest.mark.parametrize(
+    ("name", "visual_key", "dataset_cls", "train_questions"),
+    [
+        ("shapes_image_qa", "image", ImageQADataset, 2 * 2),
+        ("shapes_qa", "video", video_vqa_datasets.VideoQADataset, 2 * 4),
+    ],
+)
+def test_lavis_loads_the_questions(cache_root, name, visual_key, dataset_cls, train_questions):
+    datasets = build_with_processors(name, "blip_question")
+    assert {split: (type(dataset), len(dataset)) for split, dataset in datasets.items()} == {
+        "train": (dataset_cls, train_questions),
+        "val": (dataset_cls, 4),
+        "test": (dataset_cls, 12),
+    }
+    for dataset in datasets.values():
+        batch, annotation = whole(dataset), dataset.annotation
+        assert batch[visual_key].shape == (len(dataset), *VISUAL_SHAPES[visual_key])
+        assert batch["text_input"] == [record["question"] for record in annotation]
+        assert batch["question_id"].tolist() == [record["question_id"] for record in annotation]
+        answers = {label: answer for answer, label in dataset.class_labels.items()}
+        assert len(answers) == len(dataset.class_labels) == 21
+        given = [answers[label] for label in batch["answers"].tolist()]
+        assert given == [record["answer"] for record in annotation]
+
+
+@pytest.mark.parametrize(
+    ("name", "visual_key", "train_cls", "eval_cls", "train_ids"),
+    [
+        (
+            *("shapes_image_caption", "image"),
+            *(caption_datasets.CaptionDataset, caption_datasets.CaptionEvalDataset),
+            [0, 1],
+        ),
+        (
+            *("shapes_caption", "video"),
+            *(
+                video_caption_datasets.VideoCaptionDataset,
+                video_caption_datasets.VideoCaptionEvalDataset,
+            ),
+            [0, 0, 1, 1],
+        ),
+    ],
+)
+def test_lavis_loads_the_captions(cache_root, name, visual_key, train_cls, eval_cls, train_ids):
+    datasets = build_with_processors(name, "blip_caption")
+    assert {split: (type(dataset), len(dataset)) for split, dataset in datasets.items()} == {
+        "train": (train_cls, len(train_ids)),
+        "val": (eval_cls, 1),
+        "test": (eval_cls, 3),
+    }
+    train, test = whole(datasets["train"]), whole(datasets["test"])
+    assert train[visual_key].shape == (len(train_ids), *VISUAL_SHAPES[visual_key])
+    assert train["text_input"] == [record["caption"] for record in datasets["train"].annotation]
+    assert train["image_id"].tolist() == train_ids
+    assert test[visual_key].shape == (3, *VISUAL_SHAPES[visual_key])
+    assert test["image_id"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prefix", ["shapes_image", "shapes"])
+def test_all_tasks_use_what_was_drawn_once(cache_root, monkeypatch, prefix):
+    def build(task):
+        return builder(f"{prefix}_{task}", num_train=2, num_val=1, num_test=1).build_datasets()
+
+    build("qa")
+    monkeypatch.setattr(shapes, "_object_mask", None)
+    assert {task: len(build(task)["val"]) for task in ("retrieval", "qa", "caption")} == {
+        "retrieval": 1,
+        "qa": 4,
+        "caption": 1,
+    }
+
+
 def test_builder_refuses_an_unknown_generate_key(cache_root):
     with pytest.raises(ValueError, match="num_clips"):
         builder("shapes_retrieval", num_clips=3).build_datasets()
@@ -572,6 +870,19 @@ def test_builder_follows_moved_storage_and_refuses_scattered_storage(cache_root)
     for split in info.annotations:
         info.annotations[split].storage = f"elsewhere/annotations/{split}.json"
     assert len(moved.build_datasets()["train"]) == 1
+
+
+def test_builder_refuses_annotations_that_it_does_not_generate(cache_root):
+    questions = builder("shapes_qa")
+    questions.config.build_info.annotations.ans2label.storage = "shapes/clips/annotations/x.json"
+    with pytest.raises(ConfigError, match=r"annotations\.ans2label\..*qa_ans2label\.json"):
+        questions.build_datasets()
+
+    captions = builder("shapes_caption")
+    captions.config.build_info.annotations.tset = {"storage": "shapes/clips/annotations/x.json"}
+    with pytest.raises(ConfigError, match=r"build_info\.annotations\.tset'. Did you mean 'test'"):
+        captions.build_datasets()
+    assert list(cache_root.iterdir()) == []
 
 
 def test_an_encoder_that_does_not_open_is_an_error(tmp_path, monkeypatch):

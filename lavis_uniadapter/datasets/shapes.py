@@ -1,11 +1,18 @@
-"""The embedded data set "shapes": captioned stills and clips, drawn on first use from a seed.
+"""The embedded data set "shapes": stills and clips with captions and questions, from a seed.
 
 Stills show one coloured shape on a plain background. Clips show one in a short run of frames, on a
-blotched background; the other frames hold grey distractors, which no caption mentions, or nothing.
+blotched background; the other frames hold grey distractors, which no caption mentions and no
+question asks about, or nothing.
 
-A generated folder holds ``annotations/{train,val,test}.json`` in LAVIS's retrieval layout, the
-visual files in ``images/`` or ``videos/``, and ``generated.json``, which records what it was drawn
-from. The annotations' extra key ``objects`` tells what is visible, and in which frames.
+A generated folder holds the visual files in ``images/`` or ``videos/``, ``generated.json``, which
+records what it was drawn from, and in ``annotations/``, in LAVIS's layouts:
+
+* ``{train,val,test}.json`` for retrieval. Their extra key ``objects`` tells what is visible, and in
+  which frames.
+* ``cap_{train,val,test}.json`` for captioning: in training the captions of retrieval, in evaluation
+  a list of every wording.
+* ``qa_{train,val,test}.json`` for question answering, and the answers' labels in
+  ``qa_ans2label.json``.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -27,10 +34,16 @@ from tqdm import tqdm
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MARKER = "generated.json"
-ANNOTATIONS = "annotations"
 SPLITS = ("train", "val", "test")
+
+# Each task's files in the folder ANNOTATIONS.
+ANNOTATIONS = "annotations"
+RETRIEVAL_FILES = {split: f"{split}.json" for split in SPLITS}
+CAPTION_FILES = {split: f"cap_{split}.json" for split in SPLITS}
+QUESTION_FILES = {split: f"qa_{split}.json" for split in SPLITS}
+LABELS_FILE = "qa_ans2label.json"
 
 COLOURS = {
     "red": (215, 30, 35),
@@ -104,6 +117,15 @@ CLIP_TEMPLATES = (
     "someone holds up {thing} {place}",
 )
 
+# What is asked about each attribute of the coloured object; its value is the answer.
+QUESTIONS = {
+    "colour": "what colour is the {shape}?",
+    "shape": "what {colour} shape can be seen?",
+    "position": "where is the {colour} {shape}?",
+    "size": "how big is the {colour} {shape}?",
+}
+ANSWERS = (*COLOURS, *SHAPES, *CENTRES, *SIZES)
+
 # Combinations of colour, shape and position (of 240) kept for evaluation, whatever the counts.
 RESERVED_COMBINATIONS = {"val": 50, "test": 50}
 
@@ -121,6 +143,8 @@ class ShapesConfig:
             to decode some other small sizes, such as 48 and 72.
         num_train, num_val, num_test: stills or clips of each split.
         noise: standard deviation of the pixel noise, in grey levels of 0..255.
+        questions_per_train_item: how many of the QUESTIONS a training still or clip gets; those of
+            evaluation get all.
 
     Raises:
         ConfigError: a value has the wrong type or lies out of range.
@@ -132,9 +156,12 @@ class ShapesConfig:
     num_val: int = 1
     num_test: int = 1
     noise: float = 0.0
+    questions_per_train_item: int = 1
 
     visual_folder: ClassVar[str]
+    visual_key: ClassVar[str]  # of the annotation records, as LAVIS names it
     suffix: ClassVar[str]
+    templates: ClassVar[Sequence[str]]
     max_evaluation: ClassVar[Mapping[str, int]] = {
         split: combinations * len(SIZES) for split, combinations in RESERVED_COMBINATIONS.items()
     }
@@ -152,6 +179,11 @@ class ShapesConfig:
         self._require(self.noise >= 0, "noise", "at least 0")
         self._require(
             self.image_size >= 32 and self.image_size % 32 == 0, "image_size", "a multiple of 32"
+        )
+        self._require(
+            1 <= self.questions_per_train_item <= len(QUESTIONS),
+            "questions_per_train_item",
+            f"from 1 to {len(QUESTIONS)}",
         )
         self._require(self.num_train >= 1, "num_train", "at least 1")
         for split, most in self.max_evaluation.items():
@@ -178,9 +210,17 @@ class ShapesConfig:
         """Number of stills or clips in `split`."""
         return getattr(self, f"num_{split}")
 
+    def file_name(self, split: str, index: int) -> str:
+        """Name of one item's file in the visual folder."""
+        return f"{split}_{index:05d}{self.suffix}"
+
     def rng(self, split: str, index: int) -> np.random.Generator:
         """The random source of one item; independent of all the counts."""
         return np.random.default_rng([self.seed, self._stream, SPLITS.index(split), index])
+
+    def questions_rng(self, split: str, index: int) -> np.random.Generator:
+        """The random source of one item's questions: what is asked changes no picture."""
+        return np.random.default_rng([self.seed, self._stream, SPLITS.index(split), index, 1])
 
     def shuffling_rng(self) -> np.random.Generator:
         """The random source that deals contents out to the splits.
@@ -198,9 +238,12 @@ class StillsConfig(ShapesConfig):
     num_val: int = 100
     num_test: int = 100
     noise: float = 4.0
+    questions_per_train_item: int = 2
 
     visual_folder: ClassVar[str] = "images"
+    visual_key: ClassVar[str] = "image"
     suffix: ClassVar[str] = ".png"
+    templates: ClassVar[Sequence[str]] = STILL_TEMPLATES
     _stream: ClassVar[int] = 0
 
 
@@ -220,6 +263,7 @@ class ClipsConfig(ShapesConfig):
     num_val: int = 100
     num_test: int = 100
     noise: float = 8.0
+    questions_per_train_item: int = 4
     num_frames: int = 16
     fps: int = 8
     visible_frames: int = 4
@@ -227,7 +271,9 @@ class ClipsConfig(ShapesConfig):
     captions_per_train_clip: int = 2
 
     visual_folder: ClassVar[str] = "videos"
+    visual_key: ClassVar[str] = "video"
     suffix: ClassVar[str] = ".mp4"
+    templates: ClassVar[Sequence[str]] = CLIP_TEMPLATES
     _stream: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -240,14 +286,27 @@ class ClipsConfig(ShapesConfig):
             f"from 1 to num_frames = {self.num_frames}",
         )
         self._require(
-            1 <= self.captions_per_train_clip <= len(CLIP_TEMPLATES),
+            1 <= self.captions_per_train_clip <= len(self.templates),
             "captions_per_train_clip",
-            f"from 1 to {len(CLIP_TEMPLATES)}",
+            f"from 1 to {len(self.templates)}",
         )
 
 
-# What an item shows: (colour, shape, position, size).
-Content = tuple[str, str, str, str]
+class Content(NamedTuple):
+    """What an item shows."""
+
+    colour: str
+    shape: str
+    position: str
+    size: str
+
+    def caption(self, template: str) -> str:
+        """What one of the caption templates says of it."""
+        thing = _with_article(f"{self.size} {self.colour} {self.shape}")
+        return template.format(thing=thing, place=POSITION_PHRASES[self.position])
+
+
+# Draws an item into a folder and returns its records for retrieval.
 ItemWriter = Callable[[Any, str, int, Content, Path], list]
 
 
@@ -277,16 +336,23 @@ def _ensure(config: ShapesConfig, folder: Path, write_item: ItemWriter) -> None:
     # that could be taken for a finished one.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workplace:
         unfinished = Path(workplace) / folder.name
-        (unfinished / ANNOTATIONS).mkdir(parents=True)
+        annotations = unfinished / ANNOTATIONS
+        annotations.mkdir(parents=True)
         (unfinished / config.visual_folder).mkdir()
         contents = deal_contents(config)
         for split in SPLITS:
-            records = []
+            retrieval, captions, questions = [], [], []
             progress = tqdm(contents[split], desc=f"shapes {config.visual_folder}, {split}")
             for index, content in enumerate(progress):
-                records += write_item(config, split, index, content, unfinished)
-            lines = ",\n".join(json.dumps(record) for record in records)
-            (unfinished / ANNOTATIONS / f"{split}.json").write_text(f"[\n{lines}\n]\n")
+                written = write_item(config, split, index, content, unfinished)
+                retrieval += written
+                captions += _caption_records(config, split, index, content, written)
+                questions += _question_records(config, split, index, content)
+            _write_records(annotations / RETRIEVAL_FILES[split], retrieval)
+            _write_records(annotations / CAPTION_FILES[split], captions)
+            _write_records(annotations / QUESTION_FILES[split], questions)
+        labels = {answer: label for label, answer in enumerate(ANSWERS)}
+        (annotations / LABELS_FILE).write_text(json.dumps(labels, indent=1) + "\n")
         (unfinished / MARKER).write_text(json.dumps(_description(config), indent=1) + "\n")
         try:
             os.rename(unfinished, folder)
@@ -294,6 +360,11 @@ def _ensure(config: ShapesConfig, folder: Path, write_item: ItemWriter) -> None:
             # Another process may have been faster; its result is as good as ours.
             if not _holds(config, folder):
                 raise
+
+
+def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(record) for record in records)
+    path.write_text(f"[\n{lines}\n]\n")
 
 
 def _description(config: ShapesConfig) -> dict[str, Any]:
@@ -332,12 +403,12 @@ def deal_contents(config: ShapesConfig) -> dict[str, list[Content]]:
     the clips of the same seed; the evaluation splits repeat nothing.
     """
     rng = config.shuffling_rng()
-    combinations = list(itertools.product(COLOURS, SHAPES, CENTRES))
+    combinations = list(itertools.product(COLOURS, SHAPES, CENTRES))  # in the order of Content
     pools = _partition(combinations, RESERVED_COMBINATIONS, rng)
     contents = {}
     for split, pool in pools.items():
         # Shuffled after the product, so that the first items differ in every attribute.
-        sized = _shuffled([(*kind, size) for kind in pool for size in SIZES], rng)
+        sized = _shuffled([Content(*kind, size) for kind in pool for size in SIZES], rng)
         contents[split] = _cycle(sized, config.count(split))
     return contents
 
@@ -369,7 +440,7 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 def _write_still(
     config: StillsConfig, split: str, index: int, content: Content, folder: Path
 ) -> list[dict[str, Any]]:
-    """Draw one still into `folder`; returns its annotation records."""
+    """Draw one still into `folder`; returns its records for retrieval."""
     rng = config.rng(split, index)
     colour, shape, position, size = content
     picture = _still_background(config, rng)
@@ -377,54 +448,81 @@ def _write_still(
     picture = _paint(picture, mask, _jittered_colour(rng, colour))
     picture += rng.normal(0.0, config.noise, picture.shape)
 
-    name = f"{split}_{index:05d}"
-    path = folder / config.visual_folder / (name + config.suffix)
+    path = folder / config.visual_folder / config.file_name(split, index)
     Image.fromarray(_to_bytes(picture)).save(path)
 
-    shown = [{"colour": colour, "shape": shape, "position": position, "size": size}]
-    words = {
-        "thing": _with_article(f"{size} {colour} {shape}"),
-        "place": POSITION_PHRASES[position],
-    }
+    shown = [content._asdict()]
     if split == "train":
-        caption = _pick(rng, STILL_TEMPLATES).format(**words)
+        caption = content.caption(_pick(rng, config.templates))
         # Stills that show the same share an id: a text matches all of them, and none of them may
         # be drawn as a negative of another.
         content_id = f"{size} {colour} {shape} {position}"
         return [{"image": path.name, "image_id": content_id, "caption": caption, "objects": shown}]
-    caption = STILL_TEMPLATES[0].format(**words)
+    caption = content.caption(config.templates[0])
     return [{"image": path.name, "caption": [caption], "objects": shown}]
 
 
 def _write_clip(
     config: ClipsConfig, split: str, index: int, content: Content, folder: Path
 ) -> list[dict[str, Any]]:
-    """Draw and encode one clip into `folder`; returns its annotation records."""
+    """Draw and encode one clip into `folder`; returns its records for retrieval."""
     rng = config.rng(split, index)
-    colour, shape, position, size = content
     start = int(rng.integers(config.num_frames - config.visible_frames + 1))
-    thing = {
-        "colour": colour,
-        "shape": shape,
-        "position": position,
-        "size": size,
-        "frames": list(range(start, start + config.visible_frames)),
-    }
-    path = folder / config.visual_folder / f"{split}_{index:05d}{config.suffix}"
+    frames = list(range(start, start + config.visible_frames))
+    thing = {**content._asdict(), "frames": frames}
+    path = folder / config.visual_folder / config.file_name(split, index)
     _write_mp4(path, _clip_frames(config, rng, thing), config.fps)
 
-    words = {
-        "thing": _with_article(f"{size} {colour} {shape}"),
-        "place": POSITION_PHRASES[position],
-    }
     if split == "train":
-        wordings = _shuffled(CLIP_TEMPLATES, rng)[: config.captions_per_train_clip]
+        wordings = _shuffled(config.templates, rng)[: config.captions_per_train_clip]
         return [
-            {"video": path.name, "caption": wording.format(**words), "objects": [thing]}
+            {"video": path.name, "caption": content.caption(wording), "objects": [thing]}
             for wording in wordings
         ]
-    caption = CLIP_TEMPLATES[0].format(**words)
+    caption = content.caption(config.templates[0])
     return [{"video": path.name, "caption": [caption], "objects": [thing]}]
+
+
+def _caption_records(
+    config: ShapesConfig,
+    split: str,
+    index: int,
+    content: Content,
+    retrieval: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """One item's records in the layout of LAVIS's `CaptionDataset` and `VideoCaptionDataset`.
+
+    In training the captions of its `retrieval` records, one each; in evaluation one record with
+    every wording, as a generated caption may use any.
+    """
+    if split == "train":
+        captions = [record["caption"] for record in retrieval]
+    else:
+        captions = [[content.caption(template) for template in config.templates]]
+    name = config.file_name(split, index)
+    return [
+        {config.visual_key: name, "caption": caption, "image_id": index} for caption in captions
+    ]
+
+
+def _question_records(
+    config: ShapesConfig, split: str, index: int, content: Content
+) -> list[dict[str, Any]]:
+    """One item's records in the layout of LAVIS's `VideoQADataset`."""
+    asked = list(QUESTIONS)
+    if split == "train":
+        asked = _shuffled(asked, config.questions_rng(split, index))
+        asked = asked[: config.questions_per_train_item]
+    attributes = content._asdict()
+    return [
+        {
+            config.visual_key: config.file_name(split, index),
+            "question": QUESTIONS[attribute].format(**attributes),
+            "answer": attributes[attribute],
+            "question_id": index * len(QUESTIONS) + list(QUESTIONS).index(attribute),
+        }
+        for attribute in asked
+    ]
 
 
 def _clip_frames(
@@ -515,20 +613,26 @@ def _with_article(words: str) -> str:
 
 def caption_words() -> list[str]:
     """Every word that a caption may use, sorted."""
-    fixed = [
-        text
-        for template in (*STILL_TEMPLATES, *CLIP_TEMPLATES)
-        for text, *_ in string.Formatter().parse(template)
-    ]
-    phrases = (*fixed, *POSITION_PHRASES.values(), *COLOURS, *SHAPES, *SIZES, "a", "an")
-    return sorted({word for phrase in phrases for word in phrase.split()})
+    fixed = _fixed_words(*STILL_TEMPLATES, *CLIP_TEMPLATES)
+    phrases = (*POSITION_PHRASES.values(), *COLOURS, *SHAPES, *SIZES, "a", "an")
+    return sorted(fixed.union(*map(str.split, phrases)))
+
+
+def question_words() -> list[str]:
+    """Every word that a question or an answer may use, sorted."""
+    return sorted(_fixed_words(*QUESTIONS.values()).union(ANSWERS))
+
+
+def _fixed_words(*templates: str) -> set[str]:
+    texts = (text for template in templates for text, *_ in string.Formatter().parse(template))
+    return {word for text in texts for word in text.replace("?", "").split()}
 
 
 def tokenizer_vocabulary() -> list[str]:
     """The WordPiece vocabulary of the bundled tokenizer: token i stands at place i.
 
-    Besides the captions' words it has all ASCII characters, so that other English text falls
-    apart into letters instead of becoming unknown.
+    Besides the words of captions and questions it has all ASCII characters, so that other English
+    text falls apart into letters instead of becoming unknown.
     """
     characters = string.ascii_lowercase + string.digits
     tokens = (
@@ -537,5 +641,7 @@ def tokenizer_vocabulary() -> list[str]:
         *(f"##{character}" for character in characters),
         *string.punctuation,
         *caption_words(),
+        # Last, so that the tokens before keep their places.
+        *question_words(),
     )
     return list(dict.fromkeys(tokens))
