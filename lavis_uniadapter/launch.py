@@ -166,7 +166,7 @@ def _report_start(runner: RunnerBase, config: Config) -> None:
         lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
         if config.model_cfg.get("adapter_ckpt"):
             lines.append(f"adapter: {config.model_cfg.adapter_ckpt}")
-        if model.randomly_initialised not in ([], ["everything"]):
+        if model.randomly_initialised:
             lines.append(f"randomly initialised: {', '.join(model.randomly_initialised)}")
         lines.extend(model.adapter_summary().splitlines())
     for line in lines:

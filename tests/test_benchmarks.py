@@ -373,7 +373,7 @@ def test_what_does_not_go_together_is_refused(start, name, options, expected):
 
 
 @pytest.mark.parametrize("name", ["msrvtt_qa", "msrvtt_caption"])
-def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path, java_scores):
+def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path):
     """Seven items on two ranks: one of them is predicted twice and counted once."""
     BENCHMARKS[name](start.cache)
     kind = "qa" if name == "msrvtt_qa" else "cap"
@@ -395,6 +395,7 @@ def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path, 
         *(*SMALL_RUN, "run.job_id=two"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = str(tmp_path)  # without Java, as above
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     files = [alone.output_dir / "result", alone.output_dir.parent / "two/result"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from lavis_uniadapter.backbone import (
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
 
+logger = logging.getLogger(__name__)
 DEFAULT_SET = "default"
 
 
@@ -186,6 +188,12 @@ class TunedBlip(BaseModel):
                 str(source),
                 may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
             )
+            if self.randomly_initialised:
+                logger.warning(
+                    "'%s' has no %s: they start at random values. A BLIP checkpoint of "
+                    "pre-training or retrieval has them.",
+                    *(self.base_name, ", ".join(self.randomly_initialised)),
+                )
         self._fingerprint = None
 
     def attach_tuning(
