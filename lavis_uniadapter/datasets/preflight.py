@@ -96,7 +96,7 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
             problems.extend(_split_problems(split, annotations[split], layout))
     if isinstance(builder, VideoQABuilder):
         problems.extend(_class_label_problems(annotations.get("ans2label") or {}))
-    _raise_if_any(problems, "The dataset config cannot be used")
+    raise_if_any(problems, "The dataset config cannot be used")
 
 
 def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) -> UnusableFiles:
@@ -122,7 +122,7 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
             "answering and captioning, which alone can be checked; use one of them or a subclass."
         )
     title = f"The {split} dataset cannot be used"
-    _raise_if_any(_root_problems(dataset.vis_root), title)
+    raise_if_any(_root_problems(dataset.vis_root), title)
 
     problems = list(_record_problems(dataset.annotation, layout, f"the {split} annotations"))
     for attribute, problem_of in (
@@ -135,7 +135,7 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
     unusable = _unusable_files(dataset, layout, split)
     if not (skip_missing and split == "train"):
         problems.extend(_file_problems(unusable, len(_visual_paths(dataset, layout))))
-    _raise_if_any(problems, title)
+    raise_if_any(problems, title)
     return unusable
 
 
@@ -322,7 +322,8 @@ def _as_list(value: object) -> list:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _raise_if_any(problems: Iterable[str], title: str) -> None:
+def raise_if_any(problems: Iterable[str], title: str) -> None:
+    """Raise DatasetError that lists the problems under a title, if there are any."""
     lines = [f"\n- {problem}" for problem in problems]
     if lines:
         raise DatasetError(f"{title}:{''.join(lines)}")

@@ -1,0 +1,4 @@
+"""Turn the files of a benchmark that circulate into annotations in LAVIS's layout.
+
+``python -m lavis_uniadapter.prepare --help`` lists the commands.
+"""
