@@ -11,11 +11,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 
 from lavis_uniadapter import adapter_files, launch
@@ -71,7 +70,7 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
         "adapted": adapted.metrics["test"],
         "trained_parameters": counts["trainable"],
         "backbone_parameters": counts["backbone"],
-        "adapter_bytes": (folder / BEST_ADAPTER / adapter_files.TENSORS).stat().st_size,
+        "adapter_megabytes": adapter_megabytes(folder),
         "seconds": {
             "pretrain": pretrained.seconds,
             "zero_shot": zero_shot.seconds,
@@ -86,6 +85,11 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
     say("\npictures: %s\n          %s", folder / "curves.png", folder / "top5.png")
     say("adapter:  %s", folder / BEST_ADAPTER)
     return report
+
+
+def adapter_megabytes(folder: Path) -> float:
+    """Size of the tensors of the best adapter in a run's folder."""
+    return (folder / BEST_ADAPTER / adapter_files.TENSORS).stat().st_size / 1e6
 
 
 def chance(gallery: int) -> dict[str, float]:
@@ -126,7 +130,7 @@ def table(report: Mapping) -> str:
         f"gallery of {report['gallery']} clips, in colour, shape and place as in no training item",
         f"trained parameters {trained:,} beside a frozen backbone of {backbone:,} "
         f"({100 * trained / backbone:.1f}%)",
-        f"saved adapter {report['adapter_bytes'] / 1e6:.2f} MB",
+        f"saved adapter {report['adapter_megabytes']:.2f} MB",
         f"seconds: stills {seconds['pretrain']:.0f}, zero-shot {seconds['zero_shot']:.0f}, "
         f"adapting {seconds['adapt']:.0f}, all {seconds['total']:.0f}",
     ]
@@ -141,9 +145,8 @@ def _draw_matches(runner, model, picture: Path) -> None:
     number = min(QUERIES_SHOWN, len(dataset.text))
     texts = np.linspace(0, len(dataset.text) - 1, number).round().astype(int)
     ranking = np.argsort(-scores[texts], axis=1, kind="stable")[:, :TOP]
-    processor = dataset.vis_processor
-    mean, std = (torch.tensor(v)[:, None, None, None] for v in (processor.mean, processor.std))
-    clips = {i: dataset[i]["video"] * std + mean for i in set(ranking.flatten().tolist())}
+    denormalise = dataset.vis_processor.denormalise
+    clips = {i: denormalise(dataset[i]["video"]) for i in set(ranking.flatten().tolist())}
     plot_top_matches(
         clips,
         [dataset.text[t] for t in texts],
@@ -154,23 +157,39 @@ def _draw_matches(runner, model, picture: Path) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def run_from_command_line(
+    run: Callable[[int, str, Sequence[str]], object],
+    description: str,
+    output_dir: str,
+    argv: Sequence[str] | None,
+) -> int:
+    """Command line of a demo; returns the exit status.
+
+    Args:
+        run: takes seed, output_dir and options.
+        description: the module's docstring, whose first paragraph tells what it does.
+        output_dir: the default.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output-dir", default="output/demo")
+    parser.add_argument("--output-dir", default=output_dir)
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="section.key=value", help="for every stage"
     )
     args = parser.parse_args(argv)
     launch.log_to_console()
     try:
-        run_demo(args.seed, args.output_dir, args.options)
+        run(args.seed, args.output_dir, args.options)
     except launch.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         destroy_process_group()
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_from_command_line(run_demo, __doc__, "output/demo", argv)
 
 
 if __name__ == "__main__":

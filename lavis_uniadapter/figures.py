@@ -85,6 +85,35 @@ def plot_top_matches(
     plt.close(figure)
 
 
+def plot_described_clips(
+    clips: Mapping[str, Tensor], lines: Mapping[str, Sequence[str]], picture: Path, title: str
+) -> None:
+    """A sheet of clips, each above what a model says of it.
+
+    Args:
+        clips: by name, (3, frames, H, W) with values in 0..1.
+        lines: texts about each clip.
+    """
+    columns = min(3, len(clips))
+    rows = -(-len(clips) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 2.9 * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (name, clip) in zip(grid.flat, clips.items(), strict=False):
+        axes.imshow(_contact_sheet(clip))
+        axes.text(
+            *(0, -0.06, "\n".join(lines[name])),
+            transform=axes.transAxes,
+            verticalalignment="top",
+            fontsize=9,
+        )
+    figure.suptitle(title)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
+
+
 def _contact_sheet(clip: Tensor) -> np.ndarray:
     """Frames of a (3, T, H, W) clip in two rows, as an (2H, T/2 W, 3) picture."""
     frames = clip.permute(1, 2, 3, 0).clamp(0, 1).numpy()

@@ -269,6 +269,11 @@ class BlipVideoBaseProcessor(BaseProcessor):
         clip = functional_video.to_tensor(frames.permute(0, 2, 3, 1))
         return functional_video.normalize(clip, self.mean, self.std)
 
+    def denormalise(self, clip: Tensor) -> Tensor:
+        """A normalised clip (3, T, H, W) as colours in [0, 1]."""
+        mean, std = (torch.tensor(v)[:, None, None, None] for v in (self.mean, self.std))
+        return (clip * std + mean).clamp(0, 1)
+
     def _decode(self, path, positions: Tensor | float) -> Tensor:
         """Decode one frame per segment as uint8 (T, 3, H, W)."""
         frames = decode_frames(

@@ -10,6 +10,7 @@ from lavis_uniadapter.evaluation import caption_metrics as module
 from lavis_uniadapter.evaluation.answer_metrics import (
     Answered,
     answer_metrics,
+    majority_answers,
     normalise_answer,
     question_type,
 )
@@ -83,6 +84,13 @@ def test_accuracy_counts_every_question():
         "accuracy_other": 100.0,
         "unknown_answers": 40.0,
     }
+
+
+def test_majority_answers_by_kind_of_question():
+    training = [("what is it?", "dog"), ("What?", "dog"), ("what?", "cat")]
+    training += [("where?", "left"), ("is it?", "yes")] + [("how many?", "two")] * 3
+    asked = ["what is that?", "where is it?", "does it?", "who is it?"]
+    assert majority_answers(training, asked) == ["dog", "left", "yes", "two"]
 
 
 @needs_java

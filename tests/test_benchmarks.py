@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lavis.common.registry import registry
-from miniature import BENCHMARKS, coco_ground_truth
+from miniature import BENCHMARKS, coco_ground_truth, custom
 from omegaconf import OmegaConf
 
 from lavis_uniadapter import launch
@@ -20,7 +20,7 @@ from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.caption_metrics import has_java
-from lavis_uniadapter.runner import LATEST, LATEST_ADAPTER
+from lavis_uniadapter.runner import BEST_ADAPTER, LATEST, LATEST_ADAPTER
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "projects/uniadapter"
@@ -88,7 +88,8 @@ def start(tmp_path, small_med_config, monkeypatch):
             torch.save({"model": base_state_dict(model)}, base)
         training = () if evaluate else SMALL_TRAINING
         common = (f"model.pretrained={base}", f"run.cache_root={cache}")
-        return launch.run(path, [*small, *common, *SMALL_RUN, *training, *options], evaluate)
+        options = [*small, *common, *SMALL_RUN, *training, *options]
+        return launch.run(path, options, evaluate)
 
     run.cache = cache
     yield run
@@ -153,6 +154,40 @@ def test_benchmark_trains_and_evaluates(start, name):
         assert evaluated.metrics == trained.metrics
     else:
         assert set(evaluated.metrics["test"]) == set(trained.metrics["test"])
+
+
+@pytest.mark.parametrize("task", ["retrieval", "qa", "caption"])
+def test_own_data_trains_and_evaluates(start, tmp_path, task):
+    """The example of the README, in the current folder; nothing is copied anywhere."""
+    start.cache.mkdir()
+    custom(tmp_path / "my_data", task)
+    name = f"custom_{task}"
+    trained = start(name)
+    metric = {"retrieval": "t2v_r1", "qa": "accuracy", "caption": "cider"}[task]
+    assert metric in trained.metrics["test"]
+    adapter = f"model.adapter_ckpt={trained.output_dir / BEST_ADAPTER}"
+    # Only evaluated, it still chooses from the training answers.
+    evaluated = start(name, adapter, "run.evaluate=True")
+    assert evaluated.metrics == trained.metrics
+    assert set(evaluated.runner.datasets) == {"test"}
+    assert list(start.cache.iterdir()) == []
+    assert {p.name for p in (tmp_path / "my_data").iterdir()} == {
+        *("train.csv", "val.csv", "test.csv", "videos"),
+    }
+
+
+def test_wrong_rows_of_own_data_are_named_by_line(start, tmp_path):
+    start.cache.mkdir()
+    custom(tmp_path / "my_data", "qa")
+    path = tmp_path / "my_data/train.csv"
+    lines = path.read_text().splitlines()
+    lines[3] = "clip_1.mp4,what colour is it?,"
+    lines[5] = "clip_77.mp4,what colour is it?,red"
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        DatasetError, match=r"(?s)train\.csv:4: .*'answer'.*train\.csv:6: .*clip_77"
+    ):
+        start("custom_qa")
 
 
 def test_train_frames_and_evaluation_frames_differ_on_didemo(start):

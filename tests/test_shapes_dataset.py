@@ -455,8 +455,8 @@ def questions_about(content):
     return {
         f"what colour is the {shape}?": colour,
         f"what {colour} shape can be seen?": shape,
-        f"where is the {colour} {shape}?": position,
-        f"how big is the {colour} {shape}?": size,
+        f"where is the {colour} shape?": position,
+        f"how big is the {colour} shape?": size,
     }
 
 

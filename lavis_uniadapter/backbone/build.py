@@ -29,7 +29,9 @@ def build_visual_encoder(
     Args:
         vit_type: ``base``, ``large`` or ``custom``.
         image_size: side of a frame, pixels.
-        vit: for ``custom``: width, depth, num_heads, patch_size, mlp_ratio.
+        vit: for ``custom``: width, depth, num_heads, patch_size, mlp_ratio; and, if LAVIS's 0.02
+            is too little for a small ViT trained from scratch to tell places apart,
+            pos_embed_std, with which the positional embedding is drawn.
         drop_path_rate: stochastic depth; None for what LAVIS uses at this size.
 
     Raises:
@@ -44,10 +46,13 @@ def build_visual_encoder(
         size = VIT_SIZES[vit_type]
     elif vit_type == "custom":
         keys = VIT_SIZES["base"].keys()
-        reject_unknown_keys(vit or {}, keys, "model.vit")
+        reject_unknown_keys(vit or {}, (*keys, "pos_embed_std"), "model.vit")
         missing = [key for key in keys if key not in (vit or {})]
         if missing:
             raise ConfigError(f"model.vit_type is custom, so model.vit needs {', '.join(missing)}.")
+        std = vit.get("pos_embed_std", 0.02)
+        if not isinstance(std, int | float) or not std > 0:
+            raise ConfigError(f"model.vit.pos_embed_std is {std!r}; it must be a number above 0.")
         size = vit
     else:
         raise ConfigError(f"model.vit_type is '{vit_type}'; it must be base, large or custom.")
@@ -71,6 +76,8 @@ def build_visual_encoder(
         drop_path_rate=DROP_PATH[vit_type] if drop_path_rate is None else drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
+    if "pos_embed_std" in size:
+        nn.init.trunc_normal_(encoder.pos_embed, std=size["pos_embed_std"])
     encoder.vision_width = size["width"]
     return encoder
 

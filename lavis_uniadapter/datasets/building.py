@@ -12,6 +12,7 @@ from lavis.common.utils import get_cache_path
 from torch.utils.data import Dataset
 
 from lavis_uniadapter.datasets.builders import ShapesBuilder
+from lavis_uniadapter.datasets.custom import CustomBuilder
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import (
     SPLITS,
@@ -48,7 +49,10 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
                 del annotations[split]
         if isinstance(builder, ShapesBuilder):
             _on_main_process(builder._download_data)
-        _on_main_process(check_annotations, builder)
+        if isinstance(builder, CustomBuilder):
+            _on_main_process(builder.check_records)
+        else:
+            _on_main_process(check_annotations, builder)
         _name_local_annotations(annotations)
 
 

@@ -117,12 +117,14 @@ CLIP_TEMPLATES = (
     "someone holds up {thing} {place}",
 )
 
-# What is asked about each attribute of the coloured object; its value is the answer.
+# What is asked about each attribute of the coloured object; its value is the answer. None names
+# both colour and shape: training shows each such pair in some places alone, which could be learnt
+# instead of looking.
 QUESTIONS = {
     "colour": "what colour is the {shape}?",
     "shape": "what {colour} shape can be seen?",
-    "position": "where is the {colour} {shape}?",
-    "size": "how big is the {colour} {shape}?",
+    "position": "where is the {colour} shape?",
+    "size": "how big is the {colour} shape?",
 }
 ANSWERS = (*COLOURS, *SHAPES, *CENTRES, *SIZES)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -66,3 +66,22 @@ def answer_metrics(answered: Sequence[Answered], vocabulary: Collection[str]) ->
 
 def _percent(outcomes: Sequence[bool]) -> float:
     return 100 * sum(outcomes) / len(outcomes)
+
+
+def majority_answers(training: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[str]:
+    """What a model says that knows only how often answers occur, and sees nothing.
+
+    Args:
+        training: (question, answer) pairs, at least one.
+        questions: to be answered.
+
+    Returns:
+        For each question the most frequent training answer to its kind of question, or of all if
+        its kind was never asked.
+    """
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for question, answer in training:
+        counts[question_type(question)][answer] += 1
+    overall = sum(counts.values(), Counter())
+    kinds = map(question_type, questions)
+    return [(counts[kind] if kind in counts else overall).most_common(1)[0][0] for kind in kinds]

@@ -11,9 +11,9 @@ from pathlib import Path
 from lavis_uniadapter.datasets.preflight import (
     MAX_NAMED,
     DatasetError,
-    raise_if_any,
     decode_failures,
     listing,
+    raise_if_any,
 )
 from lavis_uniadapter.errors import name_some
 from lavis_uniadapter.prepare.annotations import AnnotationFile

@@ -1,0 +1,924 @@
+"""A user's own data: how it is read, what LAVIS's datasets make of it, and every error in it."""
+
+import csv
+import io
+import json
+import logging
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset
+from lavis.datasets.datasets import (
+    caption_datasets,
+    retrieval_datasets,
+    video_caption_datasets,
+    video_vqa_datasets,
+)
+from omegaconf import OmegaConf
+from PIL import Image
+from test_preflight import write_clip
+from torch.utils.data import default_collate
+
+import lavis_uniadapter.launch  # noqa: F401  (registers LAVIS's schedules, which configurations name)
+from lavis_uniadapter.config import load_config
+from lavis_uniadapter.datasets.image_qa import ImageQADataset
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.record_files import Problem, read_records, read_strings
+from lavis_uniadapter.errors import ConfigError
+
+TASKS = ("retrieval", "qa", "caption")
+KINDS = ("images", "videos")
+FORMATS = ("json", "jsonl", "csv", "tsv")
+KEY = {"images": "image", "videos": "video"}
+SUFFIX = {"images": "png", "videos": "mp4"}
+DATASETS = {
+    ("retrieval", "images"): (
+        retrieval_datasets.RetrievalDataset,
+        retrieval_datasets.RetrievalEvalDataset,
+    ),
+    ("retrieval", "videos"): (
+        retrieval_datasets.VideoRetrievalDataset,
+        retrieval_datasets.VideoRetrievalEvalDataset,
+    ),
+    ("caption", "images"): (caption_datasets.CaptionDataset, caption_datasets.CaptionEvalDataset),
+    ("caption", "videos"): (
+        video_caption_datasets.VideoCaptionDataset,
+        video_caption_datasets.VideoCaptionEvalDataset,
+    ),
+    ("qa", "images"): (ImageQADataset, ImageQADataset),
+    ("qa", "videos"): (video_vqa_datasets.VideoQADataset, video_vqa_datasets.VideoQADataset),
+}
+# Commas, quotes, tabs, a line break and letters beyond ASCII, that formats treat in their own way.
+CAPTIONS = ['A "red" disc, left', "ein blauer\nKreis – ☃", "one\tmore"]
+QUESTIONS = ["Which colour,\n exactly?", 'Is it "red"?', "How many?"]
+ANSWERS = ["red", "yes", "red"]
+
+
+def write(path, rows):
+    """Write rows (dicts of the same keys) in the format that the path's ending names."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        text = json.dumps(rows, indent=1)
+    elif path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    else:
+        buffer = io.StringIO(newline="")
+        dialect = {".csv": "excel", ".tsv": "excel-tab"}[path.suffix]
+        writer = csv.DictWriter(buffer, rows[0], dialect=dialect)
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    path.write_bytes(text.encode())
+    return path
+
+
+def rows_of(task, kind):
+    """Three rows on two files, the first and the last on the same."""
+    names = [f"sub/one.{SUFFIX[kind]}", f"two.{SUFFIX[kind]}", f"sub/one.{SUFFIX[kind]}"]
+    if task == "qa":
+        columns = zip(names, QUESTIONS, ANSWERS, strict=True)
+        return [{KEY[kind]: n, "question": q, "answer": a} for n, q, a in columns]
+    return [{KEY[kind]: n, "caption": c} for n, c in zip(names, CAPTIONS, strict=True)]
+
+
+def write_files(folder):
+    for name in ("sub/one", "two"):
+        path = folder / "videos" / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_clip(path)
+        path = folder / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 10), 200).save(path)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A current folder with a folder `mine`, where the images and videos are."""
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def config_of(kind, annotations, **section):
+    """A dataset section; annotations: by split, what goes below `storage`."""
+    processor = {"name": f"blip_{KEY[kind]}_eval", "image_size": 32}
+    if kind == "videos":
+        processor["n_frms"] = 2
+    return OmegaConf.create(
+        {
+            "data_type": kind,
+            "vis_processor": {"train": processor, "eval": processor},
+            "build_info": {
+                "annotations": {key: {"storage": path} for key, path in annotations.items()},
+                kind: {"storage": f"mine/{kind}"},
+            },
+            **section,
+        }
+    )
+
+
+def builder_of(task, config):
+    return registry.get_builder_class(f"custom_{task}")(config)
+
+
+def build(task, kind, annotations, **section):
+    return builder_of(task, config_of(kind, annotations, **section)).build_datasets()
+
+
+def error_of(task, kind, annotations, **section):
+    """The message of the DatasetError that both checking and building raise."""
+    builder = builder_of(task, config_of(kind, annotations, **section))
+    with pytest.raises(DatasetError) as checked:
+        builder.check_records()
+    with pytest.raises(DatasetError) as built:
+        builder.build_datasets()
+    assert str(checked.value) == str(built.value)
+    return str(built.value)
+
+
+def records(dataset):
+    return [{k: v for k, v in r.items() if k != "instance_id"} for r in dataset.annotation]
+
+
+def snapshot(folder):
+    return {path: path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+# What is built
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_gives_the_same_datasets_and_nothing_is_written(
+    form, task, kind, mine, tmp_path, monkeypatch
+):
+    rows = rows_of(task, kind)
+    for split in ("train", "val", "test"):
+        write(mine / f"{split}.{form}", rows)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path.parent / f"{tmp_path.name}-temp"))
+    Path(tempfile.tempdir).mkdir()
+    before = snapshot(tmp_path)
+    splits = {split: f"mine/{split}.{form}" for split in ("train", "val", "test")}
+    datasets = build(task, kind, splits)
+    assert snapshot(tmp_path) == before
+    assert list(Path(tempfile.tempdir).iterdir()) == []
+
+    assert list(datasets) == ["train", "val", "test"]
+    train_cls, eval_cls = DATASETS[task, kind]
+    assert type(datasets["train"]) is train_cls
+    assert type(datasets["val"]) is type(datasets["test"]) is eval_cls
+    key, (one, two, _) = KEY[kind], [row[KEY[kind]] for row in rows]
+    ids = {one: 0, two: 1} if task == "caption" else {one: one, two: two}
+    if task == "qa":
+        expected = [{**row, "question_id": number} for number, row in enumerate(rows)]
+        for dataset in datasets.values():
+            assert records(dataset) == expected
+            assert dataset.class_labels == {"red": 0, "yes": 1}
+    else:
+        assert records(datasets["train"]) == [{**row, "image_id": ids[row[key]]} for row in rows]
+        assert records(datasets["test"]) == [
+            {key: one, "caption": [CAPTIONS[0], CAPTIONS[2]], "image_id": ids[one]},
+            {key: two, "caption": [CAPTIONS[1]], "image_id": ids[two]},
+        ]
+        assert records(datasets["val"]) == records(datasets["test"])
+
+    shape = (3, 32, 32) if kind == "images" else (3, 2, 32, 32)
+    for split, dataset in datasets.items():
+        item = dataset[0]
+        assert item[key].shape == shape and item[key].isfinite().all()
+        if task == "qa":
+            assert (item["text_input"], item["answers"]) == (QUESTIONS[0], 0)
+            assert (item["question_id"], item["instance_id"]) == (0, "0")
+        elif split == "train":
+            assert item["text_input"] == CAPTIONS[0]
+            assert [dataset[i]["image_id"] for i in range(3)] == [0, 1, 0]
+
+
+def test_items_show_the_file_that_they_name(mine):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(mine / "images" / "red.png")
+    Image.new("RGB", (8, 8), (0, 0, 255)).save(mine / "images" / "blue.png")
+    rows = [
+        {"image": f"{answer}.png", "question": "Which colour?", "answer": answer}
+        for answer in ("red", "blue")
+    ]
+    write(mine / "train.csv", rows)
+    dataset = build("qa", "images", {"train": "mine/train.csv"})["train"]
+    pixels = torch.stack([dataset[i]["image"].mean(dim=(1, 2)) for i in range(2)])
+    assert pixels.argmax(dim=1).tolist() == [0, 2]
+    assert dataset.displ_item(1) == {
+        "file": str(mine / "images" / "blue.png"),
+        "question": "Which colour?",
+        "answer": "blue",
+    }
+
+
+def test_a_list_of_captions_is_an_item_each_in_training_and_one_in_evaluation(mine):
+    row = {"image": "two.png", "caption": ["one", " two "]}
+    write(mine / "a.json", [row])
+    datasets = build("retrieval", "images", {"train": "mine/a.json", "test": "mine/a.json"})
+    assert [record["caption"] for record in datasets["train"].annotation] == ["one", "two"]
+    assert [record["caption"] for record in datasets["test"].annotation] == [["one", "two"]]
+    assert datasets["test"].txt2img == {0: 0, 1: 0}
+
+
+def test_records_of_the_same_file_merge_whatever_way_it_is_spelt(mine):
+    rows = [
+        {"image": "sub/one.png", "caption": "a"},
+        {"image": "two.png", "caption": "b"},
+        {"image": "./sub/../sub//one.png", "caption": "c"},
+    ]
+    write(mine / "a.csv", rows)
+    dataset = build("retrieval", "images", {"val": "mine/a.csv"})["val"]
+    assert [(r["image"], r["caption"]) for r in dataset.annotation] == [
+        ("sub/one.png", ["a", "c"]),
+        ("two.png", ["b"]),
+    ]
+
+
+def test_several_files_of_a_split_are_read_in_turn(mine):
+    rows = rows_of("qa", "images")
+    write(mine / "a.csv", rows[:2])
+    write(mine / "b.json", rows[2:])
+    dataset = build("qa", "images", {"train": ["mine/a.csv", "mine/b.json"]})["train"]
+    assert records(dataset) == [{**row, "question_id": i} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_given_identifiers_are_kept_as_numbers_or_strings(form, mine):
+    write(mine / f"qa.{form}", [{**row, "question_id": 7 - i} for i, row in qa_rows()])
+    qa = build("qa", "images", {"train": f"mine/qa.{form}"})["train"]
+    assert default_collate([qa[i] for i in range(3)])["question_id"].tolist() == [7, 6, 5]
+
+    ids = {"sub/one.png": 40, "two.png": 30}
+    rows = [{**row, "image_id": ids[row["image"]]} for row in rows_of("caption", "images")]
+    write(mine / f"captions.{form}", rows)
+    caption = build("caption", "images", {"test": f"mine/captions.{form}"})["test"]
+    assert default_collate([caption[i] for i in range(2)])["image_id"].tolist() == [40, 30]
+    retrieval = build("retrieval", "images", {"test": f"mine/captions.{form}"})["test"]
+    assert [record["image_id"] for record in retrieval.annotation] == ["40", "30"]
+
+
+def qa_rows():
+    return enumerate(rows_of("qa", "images"))
+
+
+def test_training_images_may_share_an_identifier(mine):
+    rows = [{"image": name, "caption": "a", "image_id": "x"} for name in ("two.png", "sub/one.png")]
+    write(mine / "a.csv", rows)
+    dataset = build("retrieval", "images", {"train": "mine/a.csv"})["train"]
+    assert [dataset[i]["image_id"] for i in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_fields_that_nothing_reads_and_empty_identifiers_do_no_harm(form, mine):
+    rows = [{**row, "image_id": "", "note": "x"} for row in rows_of("caption", "images")]
+    write(mine / f"a.{form}", rows)
+    dataset = build("caption", "images", {"train": f"mine/a.{form}"})["train"]
+    assert records(dataset)[1] == {"image": "two.png", "caption": CAPTIONS[1], "image_id": 1}
+
+
+# Candidate answers
+
+
+def answered(mine, name, answers, **more):
+    rows = [{"image": "two.png", "question": f"{i}?", "answer": a} for i, a in enumerate(answers)]
+    return str(write(mine / name, rows))
+
+
+def test_candidates_are_the_training_answers_the_most_frequent_first(mine):
+    train = answered(mine, "train.csv", ["d", "c", "a ", "b", "a", "c", " a"])
+    test = answered(mine, "test.csv", ["c", "new"])
+    datasets = build("qa", "images", {"train": train, "test": test})
+    labels = {"a": 0, "c": 1, "d": 2, "b": 3}
+    assert datasets["train"].class_labels == datasets["test"].class_labels == labels
+    assert list(datasets["test"].class_labels) == ["a", "c", "d", "b"]
+    assert [datasets["test"][i]["answers"] for i in range(2)] == [1, 4]
+
+
+@pytest.mark.parametrize("name", ["answers.json", "answers.txt"])
+def test_an_answer_list_wins_and_what_it_lacks_is_counted(name, mine, caplog):
+    answers = ["zebra", "a b", "é"]
+    path = mine / name
+    text = json.dumps(answers) if path.suffix == ".json" else "zebra\n a b\r\né\n"
+    path.write_text(text, encoding="utf-8", newline="")
+    train = answered(mine, "train.csv", ["é", "é", "a b", "unknown"])
+    test = answered(mine, "test.csv", ["zebra", "no", "neither"])
+    splits = {"train": train, "test": test, "answer_list": str(path)}
+    with caplog.at_level(logging.WARNING, "lavis_uniadapter"):
+        datasets = build("qa", "images", splits)
+    assert datasets.keys() == {"train", "test"}
+    assert list(datasets["test"].class_labels.items()) == [("zebra", 0), ("a b", 1), ("é", 2)]
+    assert [datasets["train"][i]["answers"] for i in range(4)] == [2, 2, 1, 3]
+    assert f"{train}:5: the first of 1 of 4 questions whose answer is not among" in caplog.text
+    assert f"{test}:3: the first of 2 of 3 questions whose answer is not among" in caplog.text
+
+
+def test_evaluation_alone_has_the_candidates_of_training(mine):
+    # Their images need not be there.
+    rows = [{"image": "gone.png", "question": "?", "answer": answer} for answer in "bcc"]
+    train = str(write(mine / "train.csv", rows))
+    test = answered(mine, "test.csv", ["b"])
+    config = config_of("images", {"train": train, "test": test})
+    builder_of("qa", config)
+    del config.build_info.annotations.train  # as a run that only evaluates does
+    datasets = builder_of("qa", config).build_datasets()
+    assert datasets.keys() == {"test"}
+    assert datasets["test"].class_labels == {"c": 0, "b": 1}
+
+    Path(train).unlink()
+    with pytest.raises(DatasetError, match="train.csv: cannot be read") as caught:
+        builder_of("qa", config).check_records()
+    assert "or name the candidates under answer_list" in str(caught.value)
+
+
+def test_without_candidates_both_mends_are_named(mine):
+    config = config_of("images", {"test": answered(mine, "test.csv", ["b"])})
+    with pytest.raises(ConfigError, match=r"(?s)annotations\.train\.storage.*answer_list\.storage"):
+        builder_of("qa", config).check_records()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.json", '["a",\n "b", " a"]', ":2: has the answer 'a', as {path}:1 has"),
+        ("a.json", '["a",\n " "]', ":2: needs a non-empty string under 'answer', has ' '"),
+        ("a.json", '["a",\n 3]', ":2: needs a non-empty string under 'answer', has 3"),
+        ("a.json", '{"a": 0}', ":1: must be a list"),
+        ("a.json", "[]", ": holds no records"),
+        ("a.txt", "a\n\nb\n", ":2: needs a non-empty string under 'answer', has ''"),
+        ("a.txt", "a\nb\na\n", ":3: has the answer 'a', as {path}:1 has"),
+        ("a.txt", "", ": is empty"),
+        ("a.csv", "a\n", ": the file's name must end in .json or .txt"),
+    ],
+)
+def test_wrong_answer_lists_are_named(name, content, problem, mine):
+    path = mine / name
+    path.write_text(content)
+    test = answered(mine, "test.csv", ["b"])
+    message = error_of("qa", "images", {"test": test, "answer_list": str(path)})
+    assert f"{path}{problem.format(path=path)}" in message
+    assert "build_info.annotations.answer_list has 1 problem(s)" in message
+
+
+# Where the files lie
+
+
+def test_relative_paths_start_at_the_current_folder_not_at_the_cache(mine, monkeypatch):
+    write(mine / "a.csv", rows_of("retrieval", "images"))
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", "/nowhere")
+    config = config_of("images", {"train": "mine/a.csv", "val": ["mine/a.csv"]})
+    builder = builder_of("retrieval", config)
+    info = config.build_info
+    assert builder.config is config
+    assert info.annotations.train.storage == str(mine / "a.csv")
+    assert info.annotations.val.storage == [str(mine / "a.csv")]
+    assert info.images.storage == str(mine / "images")
+    monkeypatch.chdir("/")  # what was named is found from anywhere
+    datasets = builder.build_datasets()
+    assert datasets["train"].vis_root == str(mine / "images")
+    # building again, say, is from the same files
+    assert builder.config is config
+    assert info.annotations.train.storage == str(mine / "a.csv")
+
+
+def test_the_home_folder_may_be_abbreviated(mine, monkeypatch):
+    monkeypatch.setenv("HOME", str(mine))
+    write(mine / "a.csv", rows_of("retrieval", "images"))
+    assert len(build("retrieval", "images", {"train": "~/a.csv"})["train"]) == 3
+
+
+def test_lavis_loads_the_dataset_by_name(mine):
+    write(mine / "a.csv", rows_of("retrieval", "videos"))
+    config = config_of("videos", {"val": "mine/a.csv"})
+    config.build_info.videos.storage = None
+    OmegaConf.save({"datasets": {"custom_retrieval": config}}, "mine.yaml")
+    datasets = load_dataset("custom_retrieval", "mine.yaml", vis_path="mine/videos")
+    assert datasets["val"][0]["video"].shape == (3, 2, 32, 32)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_defaults_ask_for_what_is_missing(task, mine):
+    cls = registry.get_builder_class(f"custom_{task}")
+    with pytest.raises(ConfigError, match="data_type is None; set it to 'images' or 'videos'"):
+        cls()
+    defaults = OmegaConf.load(cls.default_config_path()).datasets[f"custom_{task}"]
+    write(mine / "a.csv", rows_of(task, "images"))
+    given = config_of("images", {"train": "mine/a.csv"})
+    datasets = cls(OmegaConf.merge(defaults, given)).build_datasets()
+    assert datasets.keys() == {"train"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_example_runs_are_ready_but_for_the_data(task, mine):
+    root = Path(__file__).resolve().parent.parent / "projects" / "uniadapter" / "train"
+    config = load_config(root / f"custom_{task}.yaml").datasets_cfg[f"custom_{task}"]
+    rows = rows_of(task, "videos")
+    for split in ("train", "val", "test"):
+        write(f"my_data/{split}.csv", rows)
+    (mine / "videos").rename("my_data/videos")
+    datasets = builder_of(task, config).build_datasets()
+    assert datasets["train"][0]["video"].shape == (3, 8, 224, 224)
+    assert datasets["test"][0]["video"].shape == (3, 8, 224, 224)
+    text = datasets["train"][0]["text_input"]
+    assert text.startswith("a picture of ") == (task == "caption")
+
+
+# Errors of the configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        ({"data_type": "features"}, ConfigError, "data_type is 'features'"),
+        ({"skip_missing": "yes"}, ConfigError, "skip_missing is 'yes'; set it to True or False"),
+        (
+            {"build_info": {"annotations": {"valid": {"storage": "a.csv"}}}},
+            ConfigError,
+            r"'build_info\.annotations\.valid'\. Did you mean 'val'\?",
+        ),
+        (
+            {"build_info": {"annotations": {"train": "a.csv"}}},
+            ConfigError,
+            r"annotations\.train is 'a\.csv'; write \{storage: <path>\}",
+        ),
+        (
+            {"build_info": {"annotations": {"train": {"storage": 3}}}},
+            ConfigError,
+            r"annotations\.train\.storage is 3; it must be a path",
+        ),
+        (
+            {"build_info": {"images": {"storage": ["a", "b"]}}},
+            ConfigError,
+            r"images\.storage is \['a', 'b'\]; it must be a path",
+        ),
+        (
+            {"build_info": {"annotations": {"val": {"storage": None}}}},
+            DatasetError,
+            r"annotations\.val\.storage is missing; set it to a file, or take 'val' out",
+        ),
+        (
+            {"build_info": {"annotations": {"val": None}}},
+            DatasetError,
+            r"annotations\.val\.storage is missing",
+        ),
+        (
+            {"build_info": {"annotations": None}},
+            DatasetError,
+            "names none of train, val, test; add one at least",
+        ),
+        (
+            {"build_info": {"images": None}},
+            DatasetError,
+            r"build_info\.images\.storage is missing; set it to the folder of the images",
+        ),
+        (
+            {"build_info": {"images": {"storage": "mine/nowhere"}}},
+            DatasetError,
+            "mine/nowhere, and there is no such folder",
+        ),
+        ({"build_info": None}, DatasetError, "(?s)images.storage is missing.*names none of train"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("task", TASKS)
+def test_wrong_configurations_are_named(task, change, error, named, mine):
+    write(mine / "a.csv", rows_of(task, "images"))
+    config = OmegaConf.merge(config_of("images", {"train": "mine/a.csv"}), change)
+    with pytest.raises(error, match=named):
+        builder_of(task, config).check_records()
+
+
+# Errors of the files
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_wrong_records_of_all_splits_are_listed_by_line(form, mine):
+    rows = [
+        {"image": "two.png", "caption": "fine"},
+        {"image": "two.png", "caption": ""},
+        {"image": "nowhere.png", "caption": ""},
+        {"image": "", "caption": "x"},
+        {"image": "../mine/images/two.png", "caption": "x"},
+        {"image": str(mine / "images" / "two.png"), "caption": "x"},
+        {"image": "nowhere.png", "caption": "again"},
+        {"image": "sub", "caption": "a folder"},
+    ]
+    for split in ("train", "val"):
+        write(mine / f"{split}.{form}", rows)
+    train, val = mine / f"train.{form}", mine / f"val.{form}"
+    message = error_of("retrieval", "images", {"train": str(train), "val": str(val)})
+    # JSON is written with a line a bracket and field; a table has a header.
+    line = {"json": lambda i: 2 + 4 * i, "jsonl": lambda i: 1 + i}.get(form, lambda i: 2 + i)
+    outside = "which is not below the visual folder; name a file below it"
+    expected = [
+        (1, "needs a non-empty string (or a list) under 'caption', has ''"),
+        (2, f"names 'nowhere.png', and there is no such file below {mine / 'images'}"),
+        (2, "needs a non-empty string (or a list) under 'caption', has ''"),
+        (3, "needs a file name under 'image', has ''"),
+        (4, f"names '../mine/images/two.png', {outside}"),
+        (5, f"names '{mine / 'images' / 'two.png'}', {outside}"),
+        (7, f"names 'sub', and there is no such file below {mine / 'images'}"),
+    ]
+    for split, path in (("train", train), ("val", val)):
+        section = message.split(f"build_info.annotations.{split} has 7 problem(s)")[1]
+        shown = section.split("\n- ")[0].splitlines()[1:]
+        assert sorted(shown) == sorted(
+            f"    {path}:{line(index)}: {text}" for index, text in expected
+        )
+        lines = [int(re.match(r".*?:(\d+): ", text).group(1)) for text in shown]
+        assert lines == sorted(lines)
+
+
+def test_the_first_twenty_problems_are_shown_and_the_others_counted(mine):
+    write(mine / "a.csv", [{"image": f"{i}.png", "caption": "x"} for i in range(23)])
+    message = error_of("retrieval", "images", {"train": "mine/a.csv"})
+    shown = re.findall(r"a\.csv:(\d+): names '(\d+)\.png'", message)
+    assert shown == [(str(2 + i), str(i)) for i in range(20)]
+    assert "has 23 problem(s)" in message and message.endswith("\n    and 3 more")
+
+
+QA = {"image": "two.png", "question": "?", "answer": "x"}
+CAPTION = {"image": "two.png", "caption": "x"}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "problem"),
+    [
+        ("retrieval", {"image": 3}, "needs a file name under 'image', has 3"),
+        ("retrieval", {"caption": []}, "under 'caption', has []"),
+        ("retrieval", {"caption": ["fine", ""]}, "under 'caption', has ['fine', '']"),
+        ("retrieval", {"caption": ["fine", 3]}, "under 'caption', has ['fine', 3]"),
+        ("caption", {"caption": None}, "under 'caption', has None"),
+        ("caption", {"caption": {"a": "b"}}, "under 'caption', has {'a': 'b'}"),
+        ("qa", {"question": " "}, "needs a non-empty string under 'question', has ' '"),
+        ("qa", {"answer": ""}, "needs a non-empty string under 'answer', has ''"),
+        ("qa", {"answer": ["a", "list"]}, "under 'answer', has ['a', 'list']"),
+        ("qa", {"answer": 2}, "under 'answer', has 2"),
+        ("qa", {"question_id": "q1"}, "needs a whole number, or nothing, under 'question_id'"),
+        ("qa", {"question_id": 1.5}, "under 'question_id', has 1.5"),
+        ("qa", {"question_id": -1}, "under 'question_id', has -1"),
+        ("qa", {"question_id": True}, "under 'question_id', has True"),
+        ("qa", {"question_id": 2**63}, "under 'question_id', has 9223372036854775808"),
+        ("caption", {"image_id": "video7"}, "whole number, or nothing, under 'image_id'"),
+        (
+            "retrieval",
+            {"image_id": [1]},
+            "a string or a whole number, or nothing, under 'image_id'",
+        ),
+        ("retrieval", {"image": "two.png\0"}, r"names 'two.png\x00', and there is no such file"),
+        ("retrieval", {"image": "\ud800"}, r"names '\ud800', and there is no such file"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_values_of_a_wrong_type_are_named(task, change, problem, split, mine):
+    sound = QA if task == "qa" else CAPTION
+    path = mine / "a.jsonl"
+    # The sound record has an identifier where the other has one.
+    first = {**sound, **{key: 5 for key in change if key.endswith("_id")}}
+    lines = [json.dumps(first), json.dumps({**sound, **change})]
+    path.write_text("\n".join(lines))
+    (mine / "answers.txt").write_text("x")
+    splits = {split: "mine/a.jsonl"}
+    if task == "qa":
+        splits["answer_list"] = "mine/answers.txt"
+    message = error_of(task, "images", splits)
+    assert f"{path}:2: " in message and problem in message
+    assert "has 1 problem(s)" in message
+
+
+def test_identifiers_are_given_everywhere_or_nowhere(mine):
+    rows = [{**QA, "question_id": i} for i in ("3", "", "4", "")]
+    path = write(mine / "a.csv", rows)
+    message = error_of("qa", "images", {"train": "mine/a.csv"})
+    assert f"{path}:3: has no 'question_id', and {path}:2 has one; give one in every" in message
+    assert f"{path}:5: " in message and f"{path}:4: " not in message
+    path = write(mine / "a.csv", rows[1:])
+    message = error_of("qa", "images", {"train": "mine/a.csv"})
+    assert f"{path}:3: has a 'question_id', and {path}:2 has none; give one in every" in message
+
+
+def test_a_question_id_is_unique_within_its_split_alone(mine):
+    rows = [{**QA, "question_id": i} for i in ("3", "03", "4")]
+    path = write(mine / "a.csv", rows)
+    message = error_of("qa", "images", {"train": "mine/a.csv"})
+    assert f"{path}:3: has the question_id 3, as {path}:2 has" in message
+    write(mine / "a.csv", rows[1:])
+    assert len(build("qa", "images", {"train": "mine/a.csv", "val": "mine/a.csv"})["val"]) == 2
+
+
+@pytest.mark.parametrize("task", ["retrieval", "caption"])
+def test_an_image_id_is_of_one_file_in_evaluation(task, mine):
+    rows = [
+        {"image": "two.png", "caption": "a", "image_id": "1"},
+        {"image": "two.png", "caption": "b", "image_id": "1"},
+        {"image": "sub/one.png", "caption": "c", "image_id": "1"},
+    ]
+    path = write(mine / "a.csv", rows)
+    assert len(build(task, "images", {"train": "mine/a.csv"})["train"]) == 3
+    message = error_of(task, "images", {"val": "mine/a.csv"})
+    assert f"{path}:4: gives 'sub/one.png' the image_id" in message
+    assert f"which {path}:2 gives to 'two.png'; give each file its own" in message
+    assert "has 1 problem(s)" in message
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_file_has_one_image_id(split, mine):
+    rows = [{"image": "two.png", "caption": "a", "image_id": i} for i in ("1", "2")]
+    path = write(mine / "a.csv", rows)
+    message = error_of("retrieval", "images", {split: "mine/a.csv"})
+    assert f"{path}:3: gives 'two.png' the image_id '2', and {path}:2 gives it '1'" in message
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_repeated_records_are_kept_and_counted(task, mine, caplog):
+    rows = rows_of(task, "images")
+    path = write(mine / "a.csv", [*rows[:1], *rows, rows[1]])
+    splits = {"train": "mine/a.csv", "val": "mine/a.csv"}
+    with caplog.at_level(logging.WARNING, "lavis_uniadapter"):
+        datasets = build(task, "images", splits)
+    assert len(datasets["train"]) == 5
+    line = 3 if task != "qa" else 4  # the first question takes two lines
+    assert caplog.text.count(f"{path}:{line}: the first of 2 that repeat an earlier one") == 2
+    caplog.clear()
+    write(mine / "a.csv", rows)
+    build(task, "images", splits)
+    assert caplog.text == ""
+
+
+def test_a_caption_repeated_within_a_record_is_counted(mine, caplog):
+    write(mine / "a.json", [{"image": "two.png", "caption": ["a", "a"]}])
+    build("retrieval", "images", {"val": "mine/a.json"})
+    assert "the first of 1 that repeat" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"", ": is empty"),
+        ("a.jsonl", b"\xef\xbb\xbf\n \n", ": is empty"),
+        ("a.csv", b"image,caption\r\n\r\n", ": holds no records"),
+        ("a.json", b" [ ]", ": holds no records"),
+        ("a.csv", b"image,text\ntwo.png,x\n", ":1: has no column 'caption', but 'image', 'text'."),
+        (
+            "a.csv",
+            b"\n\nimage;caption\n",
+            ":3: has no column 'image', 'caption', but 'image;caption'",
+        ),
+        ("a.csv", b"image,captions\n", ":1: has no column 'caption', but 'image', 'captions'. Did"),
+        ("a.csv", b"image,caption,caption\na,b,c\n", ":1: has the column 'caption' twice"),
+        ("a.csv", b"image,caption\ntwo.png\n", ":2: has 1 cells, and the header has 2; put a cell"),
+        ("a.csv", b"image,caption\ntwo.png,a, b\n", ":2: has 3 cells, and the header has 2"),
+        ("a.tsv", b"image\tcaption\ntwo.png\ta\tb\n", ":2: has 3 cells, and the header has 2; put"),
+        (
+            "a.csv",
+            b'image,caption\ntwo.png,"a\nb\n',
+            ":2: is no valid row (unexpected end of data)",
+        ),
+        ("a.csv", b'image,caption\ntwo.png,"a" b\n', ":2: is no valid row ("),
+        ("a.csv", b'image,"caption\n', ":1: is no valid row (unexpected end of data)"),
+        ("a.csv", b"image,caption\n\ntwo.png,caf\xe9\n", ":3: is not UTF-8 (byte 0xe9); save the"),
+        ("a.csv", b"\xef\xbb\xbfimage,caption\ntwo.png,caf\xe9\n", ":2: is not UTF-8 (byte 0xe9)"),
+        ("a.csv", "image,caption".encode("utf-16"), ":1: is not UTF-8 (byte 0xff)"),
+        ("a.json", b'{"image":\n "two.png"}', ":1: must be a list, [...]"),
+        (
+            "a.json",
+            b'\n[{"image": "two.png", "caption": "a"},\n\n3]',
+            ":4: must be an object, {...}",
+        ),
+        ("a.json", b'[{"image": "two.png"}]', ":1: has no field 'caption', but 'image'."),
+        ("a.json", b"[{}]", ":1: has no field 'image', 'caption', but nothing."),
+        ("a.json", b'[\n{"image":\n two}]', ":3: is no valid JSON (Expecting value)"),
+        ("a.json", b"[\n{}\n{}]", ":3: is no valid JSON (a ',' or the closing ']' is missing)"),
+        ("a.json", b"[{},\n]", ":2: is no valid JSON ("),
+        ("a.json", b"[{},\n{}", ":2: is no valid JSON (a ',' or the closing ']' is missing)"),
+        ("a.json", b"[{}]\n\nx", ":3: is no valid JSON (something follows the closing ']')"),
+        ("a.jsonl", b'\n{"image": "two.png",\n"caption": "a"}\n', ":2: is no valid JSON ("),
+        ("a.jsonl", b'["two.png", "a"]\n', ":1: must be an object, {...}, and is ['two.png', 'a']"),
+        ("a.txt", b"two.png a\n", ": the file's name must end in .json or .jsonl or .csv or .tsv"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_broken_files_are_named_with_the_line(name, content, problem, split, mine):
+    path = mine / name
+    path.write_bytes(content)
+    message = error_of("retrieval", "images", {split: f"mine/{name}"})
+    assert f"\n    {path}{problem}" in message
+
+
+def test_missing_annotation_files_and_folders_are_named(mine):
+    message = error_of("retrieval", "images", {"train": "mine/no.csv", "test": "mine/images"})
+    assert f"{mine / 'no.csv'}: cannot be read (No such file or directory)" in message
+    assert f"{mine / 'images'}: the file's name must end in" in message
+    (mine / "folder.csv").mkdir()
+    message = error_of("retrieval", "images", {"test": "mine/folder.csv"})
+    assert f"{mine / 'folder.csv'}: cannot be read (Is a directory)" in message
+
+
+def test_reading_goes_on_after_a_broken_line(mine):
+    path = mine / "a.csv"
+    path.write_text('image,caption\ntwo.png,"a" b\ntwo.png,a,b\n\nnowhere.png,c\ntwo.png,d\n')
+    message = error_of("retrieval", "images", {"train": "mine/a.csv"})
+    assert re.findall(r"a\.csv:(\d+)", message) == ["2", "3", "5"]
+    path = mine / "a.jsonl"
+    path.write_text('{"image"\n\n3\n{"image": "nowhere.png", "caption": "c"}\n')
+    message = error_of("retrieval", "images", {"train": "mine/a.jsonl"})
+    assert re.findall(r"a\.jsonl:(\d+)", message) == ["1", "3", "4"]
+
+
+# Files that are not there
+
+
+def test_missing_files_are_left_out_of_training_if_asked_to(mine, caplog):
+    rows = [
+        {"image": "./gone.png", "question": "a?", "answer": "gone"},
+        {"image": "two.png", "question": "b?", "answer": "x"},
+        {"image": "gone.png", "question": "c?", "answer": "gone"},
+        {"image": "gone too.png", "question": "d?", "answer": "x"},
+    ]
+    write(mine / "a.csv", rows)
+    assert "has 2 problem(s)" in error_of("qa", "images", {"train": "mine/a.csv"})
+    with caplog.at_level(logging.WARNING, "lavis_uniadapter"):
+        dataset = build("qa", "images", {"train": "mine/a.csv"}, skip_missing=True)["train"]
+    assert [record["question"] for record in dataset.annotation] == ["b?"]
+    assert "3 of 4 training records are left out (skip_missing): 2 of 3 files are" in caplog.text
+    assert f"missing below {mine / 'images'}, the first being 'gone.png'" in caplog.text
+    # the candidates are the same on a machine that has the files
+    assert dataset.class_labels == {"gone": 0, "x": 1}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_evaluation_never_leaves_a_file_out(split, mine):
+    write(mine / "train.csv", [CAPTION])
+    path = write(mine / "a.csv", [CAPTION, {"image": "gone.png", "caption": "x"}])
+    splits = {"train": "mine/train.csv", split: "mine/a.csv"}
+    message = error_of("retrieval", "images", splits, skip_missing=True)
+    assert f"{path}:3: names 'gone.png', and there is no such file" in message
+    assert f"build_info.annotations.{split} has 1 problem(s)" in message
+
+
+def test_other_problems_are_not_skipped(mine):
+    rows = [CAPTION, {"image": "gone.png", "caption": ""}, {"image": "gone.png", "caption": "x"}]
+    path = write(mine / "a.csv", rows)
+    message = error_of("retrieval", "images", {"train": "mine/a.csv"}, skip_missing=True)
+    assert f"{path}:3: needs a non-empty string" in message and "has 1 problem(s)" in message
+
+
+def test_a_training_split_without_any_file_is_refused(mine):
+    path = write(mine / "a.csv", [{"image": "gone.png", "caption": "x"}])
+    message = error_of("retrieval", "images", {"train": "mine/a.csv"}, skip_missing=True)
+    assert f"{path}:2: names 'gone.png'" in message
+
+
+def test_a_link_below_the_folder_may_lead_elsewhere(mine, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere.png")
+    (mine / "images" / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    write(mine / "a.csv", [{"image": "link.png", "caption": "x"}])
+    assert len(build("retrieval", "images", {"test": "mine/a.csv"})["test"]) == 1
+
+
+# The reader by itself
+
+
+def read(name, text, required=()):
+    """Records as (line, fields) and problems as strings, of a file with this text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        items = list(read_records(path, required))
+    assert all(item.place.path == str(path) for item in items)
+    return (
+        [(item.place.line, item.fields) for item in items if not isinstance(item, Problem)],
+        [(item.place.line, item.text) for item in items if isinstance(item, Problem)],
+    )
+
+
+# Every now and then one of the characters that files are made of or that some hold for line ends.
+any_character = st.characters(exclude_categories=["Cs"], exclude_characters="\0") | st.sampled_from(
+    "\"',\\\t \n\r\x0b\x0c\x1c\x85\u2028\ufeff"
+)
+any_text = st.text(any_character, max_size=6)
+any_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | any_text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(any_text, inner, max_size=3),
+    max_leaves=6,
+)
+json_space = st.text(" \t\n\r", max_size=3)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.dictionaries(any_text, any_value, max_size=3),
+            json_space,
+            json_space,
+            st.sampled_from([None, 1]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    json_space,
+    st.booleans(),
+)
+def test_json_is_read_as_by_json_with_true_lines(elements, space, bom):
+    content, expected = "[", []
+    for number, (element, before, after, indent) in enumerate(elements):
+        content += ("," if number else "") + before
+        expected.append((content.count("\n") + 1, element))
+        content += json.dumps(element, indent=indent, ensure_ascii=bom) + after
+    content += "]" + space
+    assert json.loads(content) == [element for _, element in expected]
+    assert read("a.json", "\ufeff" * bom + content) == (expected, [])
+
+
+@given(
+    st.lists(st.dictionaries(any_text, any_value, max_size=2), min_size=1, max_size=3),
+    st.integers(0, 10**6),
+    st.sampled_from([*'[]{},:" \n\\', "x", "1", ""]),
+)
+def test_damaged_json_is_read_or_refused_as_by_json(elements, position, damage):
+    content = json.dumps(elements, indent=1)
+    position %= len(content)
+    content = content[:position] + damage + content[position + 1 :]
+    found, problems = read("a.json", content)
+    try:
+        expected, broken = json.loads(content), None
+    except json.JSONDecodeError as error:
+        expected, broken = None, error.lineno
+    if broken is not None:
+        assert len(problems) >= 1
+        assert problems[-1][0] == broken or "must be a list" in problems[-1][1]
+    elif isinstance(expected, list) and expected and all(isinstance(e, dict) for e in expected):
+        assert ([fields for _, fields in found], problems) == (expected, [])
+    else:
+        assert problems
+
+
+@given(
+    st.lists(
+        st.dictionaries(any_text, any_value, max_size=3) | st.just(None), min_size=1, max_size=5
+    ),
+    st.sampled_from(["\n", "\r\n"]),
+)
+def test_jsonl_is_read_line_by_line(elements, newline):
+    lines = ["" if e is None else json.dumps(e, ensure_ascii=False) for e in elements]
+    expected = [(line, e) for line, e in enumerate(elements, start=1) if e is not None]
+    found, problems = read("a.jsonl", newline.join(lines))
+    assert found == expected
+    assert bool(problems) == (not expected)
+
+
+@given(
+    st.lists(st.lists(any_text, min_size=2, max_size=2).filter(any) | st.just([]), max_size=5),
+    st.sampled_from([",", "\t"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_tables_are_read_as_they_are_written_with_true_lines(rows, delimiter, newline, bom):
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(
+        buffer, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_NONNUMERIC
+    )
+    writer.writerow(["one", "two"])
+    expected = []
+    for row in rows:
+        line = len(re.findall("\r\n|\r|\n", buffer.getvalue())) + 1
+        writer.writerow(row)
+        if row:
+            expected.append((line, dict(zip(["one", "two"], row, strict=True))))
+    name = {",": "a.csv", "\t": "a.TSV"}[delimiter]
+    found, problems = read(name, "\ufeff" * bom + buffer.getvalue(), ("two", "one"))
+    assert found == expected
+    assert problems == ([] if expected else [(0, "holds no records")])
+
+
+def test_spaces_after_separators_and_empty_rows_are_passed_over():
+    found, _ = read("a.csv", 'one, two\na, b\n\n,\n "c, d", "e"\n', ("two",))
+    assert found == [(2, {"one": "a", "two": "b"}), (5, {"one": "c, d", "two": "e"})]
+
+
+def test_a_carriage_return_alone_ends_a_line_of_a_table():
+    found, problems = read("a.csv", 'one,two\r"a\rb",c\rd,e\r')
+    assert found == [(2, {"one": "a\rb", "two": "c"}), (4, {"one": "d", "two": "e"})]
+    assert problems == []
+
+
+def test_a_column_without_a_name_is_no_problem():
+    found, problems = read("a.csv", ",one,\n0,a,\n", ("one",))
+    assert (found[0][0], found[0][1]["one"], problems) == (2, "a", [])
+
+
+def test_strings_are_read_with_their_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo", newline="")
+    found = [(item.place.line, item.fields) for item in read_strings(tmp_path / "a.txt", "x")]
+    assert found == [(1, {"x": "one"}), (2, {"x": ""}), (3, {"x": "two"})]
+    (tmp_path / "a.json").write_text('\n["one",\n3]')
+    found = [(item.place.line, item.fields) for item in read_strings(tmp_path / "a.json", "x")]
+    assert found == [(2, {"x": "one"}), (3, {"x": 3})]
