@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from lavis_uniadapter.evaluation import caption_metrics as module
 from lavis_uniadapter.evaluation.answer_metrics import (
@@ -96,6 +97,18 @@ def test_majority_answers_by_kind_of_question():
 @needs_java
 def test_own_tokenizer_splits_as_cocos():
     assert tokenise(SENTENCES) == tokenise_by_java(SENTENCES)
+
+
+@needs_java
+def test_cocos_tokenizer_as_its_own_wrapper_calls_it():
+    expected = PTBTokenizer().tokenize({i: [{"caption": s}] for i, s in enumerate(SENTENCES)})
+    assert tokenise_by_java(SENTENCES) == [expected[i][0] for i in range(len(SENTENCES))]
+
+
+@needs_java
+def test_white_space_of_any_kind_breaks_no_line():
+    texts = ["one\u2028two", "three\x0bfour\r\nfive", "", "café"]
+    assert tokenise_by_java(texts) == ["one two", "three four five", "", "café"]
 
 
 def test_own_tokenizer():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
-from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, PTBTokenizer
+from pycocoevalcap.tokenizer import ptbtokenizer
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +69,35 @@ def caption_metrics(
 def tokenise_by_java(texts: Sequence[str]) -> list[str]:
     """Words by COCO's tokenizer, which is Stanford's, in lower case without punctuation.
 
+    Run here and not by ``pycocoevalcap``'s PTBTokenizer, which writes into its own package folder.
+
     Raises:
-        RuntimeError: if it does not give a line a text.
+        RuntimeError: if it fails or does not give a line a text.
     """
     # It works line by line, so white space of any kind must not break one.
-    captions = {i: [{"caption": " ".join(text.split())}] for i, text in enumerate(texts)}
-    tokenised = PTBTokenizer().tokenize(captions)
-    if tokenised.keys() != captions.keys():
+    lines = [" ".join(text.split()) for text in texts]
+    done = subprocess.run(
+        [
+            *(
+                "java",
+                "-cp",
+                str(Path(ptbtokenizer.__file__).with_name(STANFORD_CORENLP_3_4_1_JAR)),
+            ),
+            *("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"),
+            *("-encoding", "utf-8"),
+        ],
+        input="".join(f"{line}\n" for line in lines).encode(),
+        capture_output=True,
+    )
+    tokenised = done.stdout.decode().split("\n")[:-1]
+    if done.returncode or len(tokenised) != len(lines):
         raise RuntimeError(
-            f"COCO's tokenizer gave {len(tokenised)} lines for {len(captions)} captions. Check "
-            "that 'java -version' works."
+            f"COCO's tokenizer gave {len(tokenised)} lines for {len(lines)} captions. Check that "
+            f"'java -version' works. {done.stderr.decode(errors='replace')[-500:]}"
         )
-    return [tokenised[i][0] for i in captions]
+    return [
+        " ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in tokenised
+    ]
 
 
 def tokenise(texts: Sequence[str]) -> list[str]:

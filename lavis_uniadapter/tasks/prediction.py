@@ -48,7 +48,8 @@ class PredictionTask(BaseTask):
             RuntimeError: if an item got no prediction.
         """
         predictions: dict[int, str] = {}
-        for samples in tqdm(data_loader, desc="predicting", disable=not is_main_process()):
+        progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
+        for samples in progress:
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
             predictions.update(zip(indices, self.predict(model, samples), strict=True))
