@@ -14,7 +14,8 @@ from torch import nn
 from transformers import BertTokenizer
 
 from lavis_uniadapter import paths
-from lavis_uniadapter.backbone import build_text_decoder, encode_frames
+from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, encode_frames
+from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
 from lavis_uniadapter.features import visual_input
 from lavis_uniadapter.models.base import TunedBlip
 
@@ -57,6 +58,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         self.text_encoder = text_encoder
         self.text_decoder = text_decoder
         self.max_txt_len = max_txt_len
+        self._candidates: CandidateAnswers | None = None  # the answer list last ranked
         self.load_base(None)
 
     @classmethod
@@ -155,16 +157,33 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         loss = (samples["weight"] * output.loss).sum() / num_frames
         return loss, output, targets
 
+    def _rank_answers(self, samples, answer_list, num_ans_candidates) -> list[str]:
+        """Best answer of a list (``lavis`` ``BlipVQA``); see ``evaluation/answer_ranking.py``."""
+        if self._candidates is None or self._candidates.texts != tuple(answer_list):
+            self._candidates = CandidateAnswers.tokenise(answer_list, self.tokenizer)
+        scores, candidates = rank_answers(
+            self.text_decoder,
+            self._question_memory(samples),
+            self._candidates,
+            num_ans_candidates,
+        )
+        best = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
+        return [answer_list[i] for i in best.tolist()]
+
+    def _question_memory(self, samples) -> VisualMemory:
+        """Questions that have looked, as the answer decoder attends to them."""
+        states = self.forward_encoder(samples)[0].last_hidden_state
+        return self.text_decoder.project(states, samples["tokenized_text"].attention_mask)
+
     def _generate_answers(self, samples, num_beams=3, max_length=10, min_length=1) -> list[str]:
         """Beam search (``lavis`` ``BlipVQA``), blind to a question's padding.
 
         LAVIS lets answers see it, which makes them depend on the batch.
         """
-        encoder_output, _ = self.forward_encoder(samples)
-        states = encoder_output.last_hidden_state
-        memory = self.text_decoder.project(states, samples["tokenized_text"].attention_mask)
+        memory = self._question_memory(samples)
+        start = torch.full((len(memory.states), 1), self.tokenizer.bos_token_id)
         output = self.text_decoder.generate_from_memory(
-            torch.full((len(states), 1), self.tokenizer.bos_token_id, device=self.device),
+            start.to(self.device),
             memory,
             num_beams=num_beams,
             max_length=max_length,

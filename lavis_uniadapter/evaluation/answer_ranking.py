@@ -1,0 +1,133 @@
+"""LAVIS's ranking of candidate answers, each thing computed once.
+
+``lavis`` ``BlipVQA._rank_answers`` takes the candidates whose first token is likeliest and decodes
+every one of them whole, padded to the longest of the list, with the question's keys and values
+projected anew for each. Here they are projected once for a question; the first position, which all
+candidates share, is decoded once; a candidate is as long as it is; and its last position, of whose
+prediction nothing is read, is not decoded. The scores are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lavis_uniadapter.backbone import VisualMemory
+from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
+
+# Of the loss that LAVIS trains and ranks with (lavis.models.med, BertLMHeadModel).
+LABEL_SMOOTHING = 0.1
+# Bounds memory: a position's scores of all words of BERT take 122 kB.
+POSITIONS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class CandidateAnswers:
+    """An answer list in tokens.
+
+    Attributes:
+        texts: the answers.
+        token_ids: of each answer, without what every answer begins with and with [SEP].
+        bos_id: what every answer begins with.
+    """
+
+    texts: tuple[str, ...]
+    token_ids: tuple[Tensor, ...]
+    bos_id: int
+
+    @classmethod
+    def tokenise(cls, texts: Sequence[str], tokenizer) -> CandidateAnswers:
+        """Split answers into tokens, on the CPU.
+
+        Raises:
+            ValueError: for an answer without tokens, or no answer at all.
+        """
+        if not texts:
+            raise ValueError("answer_list is empty: there is nothing to choose from.")
+        tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
+        token_ids = tuple(
+            ids[mask.bool()][1:]
+            for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)
+        )
+        empty = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) < 2]
+        if empty:
+            raise ValueError(f"answer_list holds {empty[0]!r}, which has no token; take it out.")
+        return cls(tuple(texts), token_ids, tokenizer.bos_token_id)
+
+
+@torch.no_grad()
+def rank_answers(
+    decoder: AdaptedLMHeadDecoder,
+    memory: VisualMemory,
+    candidates: CandidateAnswers,
+    num_ans_candidates: int,
+) -> tuple[Tensor, Tensor]:
+    """Score the candidates that are likeliest by their first token.
+
+    Args:
+        decoder: the answer decoder.
+        memory: states of the questions, with their padding masked.
+        num_ans_candidates: how many of the candidates are scored for each question.
+
+    Returns:
+        (questions, k) log-likelihoods, label smoothing included, and (questions, k) indices of
+        the candidates that they belong to.
+    """
+    device = memory.states.device
+    questions = torch.arange(len(memory.states), device=device)
+    start = decoder.bert(
+        torch.full((len(questions), 1), candidates.bos_id, device=device),
+        encoder_hidden_states=memory.pairs(questions),
+        is_decoder=True,
+        use_cache=True,
+        return_dict=True,
+    )
+    first_logits = decoder.cls(start.last_hidden_state[:, 0]).float()
+    first_token = torch.stack([ids[0] for ids in candidates.token_ids]).to(device)
+    k = min(num_ans_candidates, len(first_token))
+    chosen = first_logits.softmax(dim=1)[:, first_token].topk(k, dim=1).indices
+
+    question_of = questions.repeat_interleave(k)
+    scores = _log_likelihood(
+        first_logits.repeat_interleave(k, dim=0), first_token[chosen.flatten()]
+    )
+    # Each goes on from the position that it shares with the others.
+    token_ids = [candidates.token_ids[i] for i in chosen.flatten().tolist()]
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    for pairs in _batches_of_one_length(lengths):
+        ids = torch.stack([token_ids[i] for i in pairs.tolist()]).to(device)
+        pairs = pairs.to(device)
+        of_pairs = question_of[pairs]
+        hidden = decoder.bert(
+            ids[:, :-1],
+            attention_mask=torch.ones_like(ids),
+            encoder_hidden_states=memory.pairs(of_pairs),
+            past_key_values=[
+                (keys[of_pairs], values[of_pairs]) for keys, values in start.past_key_values
+            ],
+            is_decoder=True,
+            return_dict=True,
+        ).last_hidden_state
+        likelihood = _log_likelihood(
+            decoder.cls(hidden).flatten(0, 1).float(), ids[:, 1:].flatten()
+        )
+        scores[pairs] += likelihood.view(len(pairs), -1).sum(dim=1)
+    return scores.view(len(questions), k), chosen
+
+
+def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
+    """Minus the smoothed cross entropy of (rows, words) logits; (rows,)."""
+    of_target = logits.gather(1, target[:, None]).squeeze(1)
+    smoothed = (1 - LABEL_SMOOTHING) * of_target + LABEL_SMOOTHING * logits.mean(dim=1)
+    return smoothed - logits.logsumexp(dim=1)
+
+
+def _batches_of_one_length(lengths: Tensor) -> Iterator[Tensor]:
+    """Indices in batches of equal length, of at most POSITIONS_AT_ONCE positions (or one item)."""
+    for length in lengths.unique().tolist():
+        yield from (
+            torch.nonzero(lengths == length).flatten().split(max(1, POSITIONS_AT_ONCE // length))
+        )

@@ -1,0 +1,126 @@
+"""Ranked answers against the same decoded whole, one by one, as LAVIS does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_adapter_contracts import perturb
+from test_vqa_model import build, questions, vqa_config  # noqa: F401
+
+from lavis_uniadapter.evaluation import answer_ranking
+from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
+
+ANSWERS = [
+    *("red", "blue", "a green star", "left", "square", "top", "red circle", "red square"),
+    *("a", "a small blue cross at the bottom", "xyz", "red", "there", "the left"),
+]
+
+
+@pytest.fixture
+def model(vqa_config):  # noqa: F811
+    model = build(vqa_config).eval()
+    perturb(model, by=0.1)
+    return model
+
+
+@pytest.fixture
+def samples(questions):  # noqa: F811
+    return {key: questions[key] for key in ("image", "text_input")}
+
+
+@torch.no_grad()
+def scores_one_by_one(model, samples, answers):
+    """(questions, answers) minus the loss of each answer decoded alone."""
+    encoder_output, _ = model.forward_encoder(samples)
+    mask = samples["tokenized_text"].attention_mask
+    rows = []
+    for question in range(len(samples["text_input"])):
+        losses = []
+        for answer in answers:
+            ids = model.tokenizer([answer], return_tensors="pt").input_ids
+            ids[:, 0] = model.tokenizer.bos_token_id
+            losses.append(
+                model.text_decoder(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    encoder_hidden_states=encoder_output.last_hidden_state[question][None],
+                    encoder_attention_mask=mask[question][None],
+                    labels=ids,
+                    return_dict=True,
+                    reduction="none",
+                ).loss
+            )
+        rows.append(-torch.cat(losses))
+    return torch.stack(rows)
+
+
+def ranked(model, samples, answers, k):
+    candidates = CandidateAnswers.tokenise(answers, model.tokenizer)
+    with torch.no_grad():
+        memory = model._question_memory(samples)
+    return rank_answers(model.text_decoder, memory, candidates, k)
+
+
+@pytest.mark.parametrize("positions_at_once", [1, 3, 1024])
+def test_scores_equal_those_of_whole_answers(model, samples, monkeypatch, positions_at_once):
+    monkeypatch.setattr(answer_ranking, "POSITIONS_AT_ONCE", positions_at_once)
+    expected = scores_one_by_one(model, dict(samples), ANSWERS)
+    scores, chosen = ranked(model, dict(samples), ANSWERS, len(ANSWERS))
+    assert all(sorted(row.tolist()) == list(range(len(ANSWERS))) for row in chosen)
+    torch.testing.assert_close(scores, expected.gather(1, chosen), rtol=1e-5, atol=1e-4)
+    assert expected.std(dim=1).min() > 1e-2
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_likeliest_first_tokens_are_scored(model, samples, k):
+    expected = scores_one_by_one(model, dict(samples), ANSWERS)
+    scores, chosen = ranked(model, dict(samples), ANSWERS, k)
+    assert scores.shape == chosen.shape == (2, k)
+    torch.testing.assert_close(scores, expected.gather(1, chosen), rtol=1e-5, atol=1e-4)
+
+
+def test_equal_answers_tie_and_the_first_wins(model, samples):
+    answers = ["red", "red", "red"]
+    scores, chosen = ranked(model, dict(samples), answers, 3)
+    assert torch.equal(scores, scores[:, :1].expand_as(scores))
+    assert model.predict_answers(dict(samples), answer_list=answers) == ["red", "red"]
+
+
+def test_a_list_of_one(model, samples):
+    assert model.predict_answers(dict(samples), answer_list=["top"]) == ["top", "top"]
+
+
+def test_the_question_is_projected_once_and_the_first_position_decoded_once(model, samples):
+    layer = model.text_decoder.bert.encoder.layer[0]
+    projected, decoded = [], []
+    layer.crossattention.self.key.register_forward_hook(
+        lambda module, args, out: projected.append(args[0].shape[0])
+    )
+    layer.register_forward_hook(lambda module, args, out: decoded.append(tuple(args[0].shape[:2])))
+    model.predict_answers(dict(samples), answer_list=["red", "blue", "a green star"])
+    assert projected == [2]  # the two questions
+    # one position a question, then one of each short answer and three of each long one
+    assert decoded == [(2, 1), (4, 1), (2, 3)]
+
+
+def test_the_answer_list_is_tokenised_once(model, samples, monkeypatch):
+    calls = []
+    original = CandidateAnswers.tokenise.__func__
+    monkeypatch.setattr(
+        CandidateAnswers,
+        "tokenise",
+        classmethod(lambda cls, *args: calls.append(1) or original(cls, *args)),
+    )
+    for _ in range(3):
+        model.predict_answers(dict(samples), answer_list=list(ANSWERS))
+    assert len(calls) == 1
+    model.predict_answers(dict(samples), answer_list=ANSWERS[:3])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"), [([], "nothing to choose from"), (["red", ""], "has no token")]
+)
+def test_what_cannot_be_ranked_is_named(model, samples, answers, expected):
+    with pytest.raises(ValueError, match=expected):
+        model.predict_answers(dict(samples), answer_list=answers)
