@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m benchmarks.<name>``, each with ``--help``. Not part of the package."""

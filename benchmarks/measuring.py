@@ -1,0 +1,109 @@
+"""What every benchmark needs: interleaved timing, the machine's own limit, results on file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--repeats", type=int, default=3, help="runs of each peer, interleaved")
+    options.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return options
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Wall-clock time of one call."""
+    synchronise(device)
+    started = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    peers: Mapping[str, Callable[[], float]], repeats: int
+) -> dict[str, dict[str, float | list[float]]]:
+    """Run each peer in turn, `repeats` times, so that a slow minute hits all of them alike.
+
+    Args:
+        peers: by name, work that returns the seconds it took.
+
+    Returns:
+        By name the seconds of every run and their median.
+    """
+    runs: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(repeats):
+        for name, work in peers.items():
+            runs[name].append(work())
+    return {n: {"runs": taken, "median": statistics.median(taken)} for n, taken in runs.items()}
+
+
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of large matrix products on this machine now, which no model can exceed."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    taken = [seconds(lambda: a @ b, device) for _ in range(9)]
+    return 2 * size**3 / statistics.median(taken) / 1e9
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the figures were measured on."""
+    about: dict[str, object] = {
+        "device": device,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+    }
+    if device == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(name: str, result: Mapping, folder: Path) -> Path:
+    """Write a result as JSON, named by benchmark and device."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}_{result['machine']['device']}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table in columns as wide as they need to be."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        first, *rest = (f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True))
+        print(f"{row[0]:<{widths[0]}}", *rest, sep="  ")
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
