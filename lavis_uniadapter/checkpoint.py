@@ -105,8 +105,8 @@ def load_base_state_dict(
     if problems and not any(key.startswith("visual_encoder.") for key in incoming):
         raise CheckpointError(
             f"'{source}' holds no BLIP backbone ({problems}). What a run with a frozen backbone "
-            "saved goes over its base: --adapter with its adapter_best folder, or "
-            "run.resume_ckpt_path; model.pretrained is the base itself."
+            "saved goes over its base: --adapter with its adapter_best or adapter_latest folder, "
+            "or run.resume_ckpt_path; model.pretrained is the base itself."
         )
     if problems:
         raise CheckpointError(

@@ -96,6 +96,7 @@ RUN_NUMBERS = {
     "min_lr": (0, False),
     "weight_decay": (0, False),
 }
+AMP_TYPES = ("bf16", "fp16")
 NEEDED = ("num_workers", "batch_size_eval", "output_dir")
 NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
 
@@ -222,6 +223,11 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     for key, (least, whole) in RUN_NUMBERS.items():
         if key in run:
             _check_number(f"run.{key}", run[key], least, whole)
+    if int(run.get("min_len", 0)) > int(run.get("max_len", 10**9)):
+        raise ConfigError(f"run.min_len {run.min_len} exceeds run.max_len {run.max_len}.")
+    amp = run.get("amp") or None
+    if amp not in (None, True, *AMP_TYPES):  # LAVIS's True is fp16
+        raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is missing.")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lavis_uniadapter import launch
 from lavis_uniadapter.demo import PROJECTS, adapter_megabytes, run_from_command_line
-from lavis_uniadapter.evaluation.answer_metrics import Answered, answer_metrics, majority_answers
+from lavis_uniadapter.evaluation.answer_metrics import answer_metrics, majority_answers
 from lavis_uniadapter.figures import plot_described_clips
 from lavis_uniadapter.runner import BEST
 
@@ -121,10 +121,8 @@ def majority_metrics(training: Sequence[Mapping], asked: Sequence[Mapping]) -> d
     """Accuracy of saying what is most often right of its kind of question in training."""
     pairs = [(record["question"], record["answer"]) for record in training]
     answers = majority_answers(pairs, [item["question"] for item in asked])
-    return answer_metrics(
-        [Answered(i["question"], i["answer"], a) for i, a in zip(asked, answers, strict=True)],
-        {answer for _, answer in pairs},
-    )
+    said = [{**item, "prediction": a} for item, a in zip(asked, answers, strict=True)]
+    return answer_metrics(said, {answer for _, answer in pairs})
 
 
 def _some_clips(dataset) -> dict:

@@ -37,7 +37,7 @@ from lavis_uniadapter.distributed import (
 )
 from lavis_uniadapter.errors import CheckpointError, ConfigError
 from lavis_uniadapter.processors import VideoDecodeError
-from lavis_uniadapter.runner import SPLIT_KINDS
+from lavis_uniadapter.runner import SPLIT_KINDS, check_splits
 
 logger = logging.getLogger("lavis_uniadapter")
 
@@ -94,8 +94,9 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     task = setup_task(config)
     make_buildable(config.datasets_cfg, _splits_of(config))
     datasets = task.build_datasets(config)
-    check_built(datasets, config.datasets_cfg)
+    check_splits(config.run_cfg, task, datasets)
     model = task.build_model(config)
+    check_built(datasets, config.datasets_cfg)  # last of the checks, as it opens every file
     seed_everything(seed + get_rank())
     job_id = from_main_process(_job_id(config) if is_main_process() else None)
     runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
@@ -212,6 +213,8 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     """The metrics of each split; of retrieval a line a direction."""
     lines = []
     for split, values in metrics.items():
+        if values is None:  # what LAVIS's runner returns on other ranks than the main one
+            continue
         rows: dict[str, list[str]] = {}
         for name, value in values.items():
             if name == "agg_metrics" and len(values) > 1:

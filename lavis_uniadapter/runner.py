@@ -54,33 +54,10 @@ class RunnerUniAdapter(RunnerBase):
         self.best_value: float | None = None
         self.best_metric = float("-inf")
         self.best_epoch: int | None = None
-        self._check_splits()
-        if not self.evaluate_only and not self.train_splits:
-            raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
+        check_splits(cfg.run_cfg, task, datasets)
         amp = cfg.run_cfg.get("amp") or None
         # LAVIS's True is fp16.
         self.amp = "fp16" if amp is True else amp
-        if self.amp not in (None, *AMP_DTYPES):
-            raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
-
-    def _check_splits(self) -> None:
-        kinds = ("test_splits",) if self.evaluate_only else SPLIT_KINDS
-        available = sorted({split for splits in self.datasets.values() for split in splits})
-        for kind in kinds:
-            for split in self.config.run_cfg.get(kind) or ():
-                if split not in available:
-                    raise ConfigError(
-                        f"run.{kind} names '{split}', and the datasets have "
-                        f"{', '.join(available)}.{nearest(split, available)}"
-                    )
-        if type(self.task) is VQATask and not self.evaluate_only:
-            for split in self.valid_splits:
-                if split not in self.task.ques_files:
-                    raise ConfigError(
-                        f"run.valid_splits names '{split}', which LAVIS's vqa task cannot measure: "
-                        "its annotations name no question and annotation file in COCO's layout. "
-                        "Set run.valid_splits=[]."
-                    )
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -463,6 +440,39 @@ class RunnerUniAdapter(RunnerBase):
             (self.output_dir / "log.txt").unlink(missing_ok=True)
         (self.output_dir / "config.json").write_text(
             json.dumps(self.config.to_dict(), indent=2) + "\n"
+        )
+
+
+def check_splits(run_cfg, task: BaseTask, datasets: dict[str, dict[str, Any]]) -> None:
+    """See that a run's splits exist, and that those of validation can be measured.
+
+    Raises:
+        ConfigError: naming the split and what to set.
+    """
+    available = sorted({split for splits in datasets.values() for split in splits})
+    for kind in ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS:
+        for split in run_cfg.get(kind) or ():
+            if split not in available:
+                raise ConfigError(
+                    f"run.{kind} names '{split}', and the datasets have "
+                    f"{', '.join(available)}.{nearest(split, available)}"
+                )
+    if run_cfg.evaluate:
+        return
+    if not run_cfg.get("train_splits"):
+        raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
+    valid_splits = run_cfg.get("valid_splits") or ()
+    unmeasured = ()
+    if type(task) is VQATask:  # LAVIS's own
+        unmeasured = [split for split in valid_splits if split not in task.ques_files]
+    elif not getattr(task, "report_metric", True):
+        unmeasured = valid_splits
+    if unmeasured:
+        raise ConfigError(
+            f"run.valid_splits names '{unmeasured[0]}', of which run.task measures nothing (its "
+            "annotations have no question and annotation file in COCO's layout, or "
+            "run.report_metric is False), so it cannot pick the best epoch. Set "
+            "run.valid_splits=[]."
         )
 
 

@@ -9,7 +9,6 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from lavis_uniadapter.evaluation import caption_metrics as module
 from lavis_uniadapter.evaluation.answer_metrics import (
-    Answered,
     answer_metrics,
     majority_answers,
     normalise_answer,
@@ -63,6 +62,7 @@ def test_question_types(question, expected):
         ("ice cream", "icecream", False),
         ("o'clock", "o ' clock", True),
         ("red", "red car", False),
+        ("Café", "cafe", True),
     ],
 )
 def test_normalised_answers(one, other, same):
@@ -70,14 +70,17 @@ def test_normalised_answers(one, other, same):
 
 
 def test_accuracy_counts_every_question():
-    answered = [
-        Answered("what is it?", "dog", "dog"),
-        Answered("what is it?", "zebra", "dog"),  # no answer of the vocabulary
-        Answered("who is it?", "man", "woman"),
-        Answered("is it?", "yes", "yes"),
-        Answered("what?", "okapi", "okapi"),  # generated, and no answer of the vocabulary
+    items = [
+        {"question": question, "answer": answer, "prediction": prediction}
+        for question, answer, prediction in (
+            ("what is it?", "dog", "dog"),
+            ("what is it?", "zebra", "dog"),  # no answer of the vocabulary
+            ("who is it?", "man", "woman"),
+            ("is it?", "yes", "yes"),
+            ("what?", "okapi", "okapi"),  # generated, and no answer of the vocabulary
+        )
     ]
-    metrics = answer_metrics(answered, ["dog", "man", "woman", "yes"])
+    metrics = answer_metrics(items, ["dog", "man", "woman", "yes"])
     assert metrics == {
         "accuracy": 60.0,
         "accuracy_what": pytest.approx(200 / 3),
@@ -147,10 +150,21 @@ def test_no_java_at_all(monkeypatch, tmp_path):
     assert set(metrics) == set(module.METRICS) - {"meteor"}
 
 
-def test_java_that_does_not_run_is_named(monkeypatch, tmp_path):
+def put_java_first(monkeypatch, tmp_path, script):
     java = tmp_path / "java"
-    java.write_text("#!/bin/sh\nexit 1\n")
+    java.write_text(f"#!/bin/sh\n{script}\n")
     java.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_java_that_does_not_run_counts_as_none(monkeypatch, tmp_path):
+    put_java_first(monkeypatch, tmp_path, "exit 1")
+    assert not has_java()
+    assert "meteor" not in caption_metrics(["a dog"], [["a dog"]])
+
+
+def test_java_that_fails_later_is_named(monkeypatch, tmp_path):
+    put_java_first(monkeypatch, tmp_path, '[ "$1" = -version ]')
+    assert has_java()
     with pytest.raises(RuntimeError, match="java -version"):
         caption_metrics(["a dog", "a cat"], [["a dog"], ["a cat"]])

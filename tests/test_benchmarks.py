@@ -92,6 +92,7 @@ def start(tmp_path, small_med_config, monkeypatch):
         return launch.run(path, options, evaluate)
 
     run.cache = cache
+    run.med_config = small_med_config
     yield run
     launch.destroy_process_group()
 
@@ -126,8 +127,10 @@ def test_benchmark_trains_and_evaluates(start, name):
     trained = start(name)
     assert (trained.output_dir / LATEST).is_file()
     log = [json.loads(line) for line in (trained.output_dir / "log.txt").read_text().splitlines()]
-    losses = [line["train_loss"] for line in log if "train_loss" in line]
-    assert len(losses) == 2 and losses[1] != losses[0]
+    assert sum("train_loss" in line for line in log) == 2
+    state = torch.load(trained.output_dir / LATEST, weights_only=True)["model"]
+    # what starts at zero has moved
+    assert all(value.any() for key, value in state.items() if key.endswith("up_textual.weight"))
     config = OmegaConf.load(PROJECTS / "train" / f"{name}.yaml")
     assert list(trained.runner.config.datasets_cfg) == list(config.datasets)
     for dataset_name in config.datasets:
@@ -139,21 +142,23 @@ def test_benchmark_trains_and_evaluates(start, name):
     for dataset in (*parts, datasets["test"]):
         assert type(dataset).__module__.startswith("lavis.datasets.datasets."), type(dataset)
 
-    evaluated = start(
-        name, f"model.adapter_ckpt={trained.output_dir / LATEST_ADAPTER}", evaluate=True
-    )
-    if name == "vqav2":  # trained: the test split, without answers; evaluated: the val split
-        assert trained.metrics == {"test": {}}
-        written = json.loads((trained.output_dir / "result/test_vqa_result.json").read_text())
+    # The best epoch is tested, or the last where nothing chooses.
+    folder = BEST_ADAPTER if config.run.valid_splits else LATEST_ADAPTER
+    adapter = f"model.adapter_ckpt={trained.output_dir / folder}"
+    evaluated = start(name, adapter, evaluate=True)
+    for metrics in (evaluated.metrics["test"], trained.metrics["test"]):
+        metrics.pop("agg_metrics", None)  # by the selection metric, which training alone has
+    assert evaluated.metrics == trained.metrics
+    if name == "vqav2":
+        assert trained.metrics == {"test": {}}  # has no answers
+        files = [run.output_dir / "result/test_vqa_result.json" for run in (trained, evaluated)]
+        written, again = (json.loads(path.read_text()) for path in files)
+        assert written == again
         assert {item["question_id"] for item in written} == {60, 61, 70, 71}
-        assert set(evaluated.metrics["val"]) == {"agg_metrics", "other"}
-        assert 0 <= evaluated.metrics["val"]["agg_metrics"] <= 100
-        return
-    assert METRIC[name] in trained.metrics["test"]
-    if not config.run.valid_splits:  # the last epoch is what was tested
-        assert evaluated.metrics == trained.metrics
+        val = start(name, adapter, 'run.test_splits=["val"]', evaluate=True).metrics["val"]
+        assert set(val) == {"agg_metrics", "other"} and 0 <= val["agg_metrics"] <= 100
     else:
-        assert set(evaluated.metrics["test"]) == set(trained.metrics["test"])
+        assert METRIC[name] in trained.metrics["test"]
 
 
 @pytest.mark.parametrize("task", ["retrieval", "qa", "caption"])
@@ -202,8 +207,10 @@ def test_video_qa_saves_each_question_and_counts_unknown_answers(start):
     metrics = result.metrics["test"]
     items = json.loads((result.output_dir / "result/test_epoch_best.json").read_text())
     assert len(items) == 6 and len({item["question_id"] for item in items}) == 6
-    assert {"question", "answer", "prediction", "correct", "file"} <= set(items[0])
-    assert metrics["accuracy"] == pytest.approx(100 * sum(i["correct"] for i in items) / 6)
+    assert {"question", "question_type", "answer", "prediction", "file"} <= set(items[0])
+    right = [item["prediction"] == item["answer"] for item in items]
+    assert [item["correct"] for item in items] == right
+    assert metrics["accuracy"] == pytest.approx(100 * sum(right) / 6)
     assert {"accuracy_what", "accuracy_who", "accuracy_where"} <= set(metrics)
     assert not {"accuracy_how", "accuracy_when", "accuracy_other"} & set(metrics)
     # "star" is no class: ranking cannot give it, and it counts as wrong
@@ -254,8 +261,9 @@ def test_captions_are_scored_against_all_captions_of_the_video(start):
 def test_lavis_captioning_task_works_unchanged(start):
     result = start(
         *("coco_caption", "run.task=captioning", "run.report_metric=False", "run.max_epoch=1"),
+        "run.valid_splits=[]",
     )
-    written = json.loads((result.output_dir / "result/test_epochbest.json").read_text())
+    written = json.loads((result.output_dir / "result/test_epoch0.json").read_text())
     assert {item["image_id"] for item in written} == {17, 18}
     assert all(isinstance(item["caption"], str) for item in written)
 
@@ -281,6 +289,70 @@ def test_caption_scores_equal_those_of_lavis_and_coco(start, java_scores, monkey
         expected = 100 * theirs.metrics["test"][lavis_name]
         assert ours.metrics["test"][name] == pytest.approx(expected, abs=1e-6), name
     assert ours.metrics["test"]["bleu_1"] > 0
+
+
+def test_caption_results_have_the_image_id_that_coco_wants(start):
+    result = start("coco_caption", "run.max_epoch=1")
+    items = json.loads((result.output_dir / "result/test_epoch_best.json").read_text())
+    assert [int(item["image_id"]) for item in items] == [17, 18]
+
+
+def test_predictions_are_on_file_before_they_are_scored(start, monkeypatch, tmp_path):
+    def fail(*args):
+        raise RuntimeError("scoring")
+
+    monkeypatch.setattr("lavis_uniadapter.tasks.captioning.caption_metrics", fail)
+    with pytest.raises(RuntimeError, match="scoring"):
+        start("msrvtt_caption", "run.valid_splits=[]", "run.max_epoch=1")
+    (path,) = tmp_path.rglob("result/test_epoch_0.json")
+    assert len(json.loads(path.read_text())) == 2
+
+
+def test_caption_task_on_another_kind_of_data_is_refused(start):
+    BENCHMARKS["msrvtt_retrieval"](start.cache)
+    config = OmegaConf.load(PROJECTS / "train/msrvtt_caption.yaml")
+    config.datasets = {"msrvtt_retrieval": config.datasets.msrvtt_caption}
+    OmegaConf.save(config, "mixed.yaml")
+    with pytest.raises(ConfigError, match="none of LAVIS's caption datasets"):
+        launch.run("mixed.yaml", [f"run.cache_root={start.cache}", "run.device=cpu"])
+
+
+def test_the_metric_that_chooses_is_the_one_that_is_named(start):
+    result = start("msrvtt_qa", "run.selection_metric=accuracy_what", "run.max_epoch=1")
+    assert result.metrics["test"]["agg_metrics"] == result.metrics["test"]["accuracy_what"]
+
+
+def two_retrieval_sets(start, *options):
+    """MSR-VTT and DiDeMo trained together."""
+    BENCHMARKS["msrvtt_retrieval"](start.cache)
+    BENCHMARKS["didemo_retrieval"](start.cache)
+    path = PROJECTS / "train/msrvtt_retrieval.yaml"
+    config = OmegaConf.load(path)
+    config.datasets.didemo_retrieval = config.datasets.msrvtt_retrieval
+    OmegaConf.save(config, "both.yaml")
+    common = [*small_options("both.yaml", start.med_config), *SMALL_RUN, *SMALL_TRAINING]
+    common += ["model.pretrained=null", f"run.cache_root={start.cache}", "run.max_epoch=1"]
+    return launch.run("both.yaml", [*common, *options])
+
+
+def test_visual_inputs_of_several_training_sets_are_told_apart(start):
+    result = two_retrieval_sets(start, "datasets.didemo_retrieval.build_info.annotations.test=null")
+    train = result.runner.datasets["train"]
+    assert len(train.datasets) == 2
+    ids = [train[i]["image_id"] for i in range(len(train))]
+    assert sorted(set(ids)) == list(range(10))  # five videos each
+
+
+def test_two_test_splits_are_refused_before_anything_is_built(start):
+    with pytest.raises(ConfigError, match=r"(?s)all have a 'test' split.*annotations.test=null"):
+        two_retrieval_sets(start)
+
+
+def test_unreadable_image_is_found_before_training(start):
+    BENCHMARKS["coco_caption"](start.cache)
+    (start.cache / "coco/images/val2014/COCO_val2014_000000000016.jpg").write_text("no image")
+    with pytest.raises(DatasetError, match=r"(?s)val dataset.*Cannot open image.*000016.jpg"):
+        start("coco_caption")
 
 
 def test_lavis_retrieval_task_works_unchanged(start):
@@ -381,8 +453,12 @@ def test_captions_without_references_are_refused_or_written(start):
 
     refused(start, "coco_caption", path, edit, "no caption to score against")
     refused(start, "coco_caption", path, without, "no caption to score against")
-    result = start("coco_caption", "run.report_metric=False", "run.max_epoch=1")
-    assert len(json.loads((result.output_dir / "result/test_epoch_best.json").read_text())) == 2
+    written_alone = ("run.report_metric=False", "run.max_epoch=1")
+    # nothing would choose the best epoch
+    with pytest.raises(ConfigError, match=r"valid_splits=\[\]"):
+        start("coco_caption", *written_alone)
+    result = start("coco_caption", *written_alone, "run.valid_splits=[]")
+    assert len(json.loads((result.output_dir / "result/test_epoch_0.json").read_text())) == 2
 
 
 @pytest.mark.parametrize(
@@ -394,7 +470,11 @@ def test_captions_without_references_are_refused_or_written(start):
         ("msrvtt_qa", ["run.task=uniadapter_captioning"], "writes no captions"),
         ("msrvtt_qa", ["run.inference_method=guess"], "rank or generate"),
         ("vqav2", ["run.task=video_qa"], "run.task: vqa"),
-        ("vqav2", ['run.valid_splits=["test"]'], "cannot measure"),
+        ("vqav2", ['run.valid_splits=["test"]'], "measures nothing"),
+        ("msrvtt_qa", ["run.selection_metric=accuracy_wht"], "Did you mean 'accuracy_what'"),
+        ("msrvtt_qa", ["run.selection_metric=accuracy_when"], "has no question of that kind"),
+        ("msrvtt_caption", ["run.min_len=25"], "exceeds run.max_len 20"),
+        ("msrvtt_retrieval", ["run.task=uniadapter_captioning"], "writes no captions"),
         ("msrvtt_qa", ["datasets.msrvtt_qa.type=evl"], "it has default"),
         ("msrvtt_qa", ["datasets.msrvtt_qa.skip_missing=often"], "True or False"),
     ],

@@ -79,7 +79,7 @@ def test_qa_and_caption_demo(tiny_qa_caption_demo, capsys):
     folder = tiny_qa_caption_demo / "out/qa-clips-seed3"
     items = json.loads((folder / "result/test_epoch_best.json").read_text())
     assert len(items) == 12
-    right = 100 * sum(item["correct"] for item in items) / 12
+    right = 100 * sum(item["prediction"] == item["answer"] for item in items) / 12
     assert report["qa"]["adapted"]["accuracy"] == pytest.approx(right)
     row = next(line for line in printed.splitlines() if line.startswith("after adapting"))
     assert f"{right:.1f}" in row.split()[2]

@@ -121,6 +121,8 @@ def test_every_file_in_every_model(lavis_file, build, caplog, source, task):
         model = build(task, path)
     assert model.randomly_initialised == expected
     assert ("start at random values" in caplog.text) == bool(expected)
+    never_saw_an_image = (source, task) == ("vqa", "caption")
+    assert ("never seen an image" in caplog.text) == never_saw_an_image
     for name in expected:
         assert name in caplog.text
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(("adapters", "momen"))}
@@ -168,5 +170,10 @@ def test_load_model_and_preprocess_of_every_type(arch, model_type, tmp_path, mon
     assert set(vis) == set(txt) == {"train", "eval"}
     video = model_type not in ("coco", "flickr", "vqav2")
     assert hasattr(vis["eval"], "n_frms") == video
+    assert model.adapter_config.frame_aware == (video and arch == "blip_uniadapter_retrieval")
+    side = {"coco": 384, "flickr": 384, "vqav2": 480, "shapes": 64}.get(model_type, 224)
+    assert config.model.image_size == side
+    for mode in ("train", "eval"):
+        assert config.preprocess.vis_processor[mode].image_size == side
     if arch == "blip_uniadapter_caption":
         assert txt["train"]("A dog.") == f"{model.prompt}a dog"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from lavis.common.dist_utils import is_main_process
@@ -43,9 +43,9 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
     """
     for name, config in datasets_cfg.items():
         builder = registry.get_builder_class(name)(config)
-        annotations = builder.config.build_info.annotations
+        annotations = _annotations(builder.config)
         for split in SPLITS:
-            if split in annotations and split not in splits:
+            if split in annotations and (split not in splits or annotations[split] is None):
                 del annotations[split]
         if isinstance(builder, ShapesBuilder):
             _on_main_process(builder._download_data)
@@ -54,6 +54,14 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
         else:
             _on_main_process(check_annotations, builder)
         _name_local_annotations(annotations)
+    for split in ("val", "test"):
+        having = [name for name in datasets_cfg if split in _annotations(datasets_cfg[name])]
+        if len(having) > 1:
+            raise ConfigError(
+                f"The datasets {', '.join(having)} all have a '{split}' split, and a run evaluates "
+                f"on one. Take it out of the others: datasets.<name>.build_info.annotations."
+                f"{split}=null."
+            )
 
 
 def check_built(datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping) -> None:
@@ -81,6 +89,24 @@ def check_built(datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Map
                     *(name, split, records, len(unusable.missing), len(unusable.undecodable)),
                     len(dataset),
                 )
+    trained = [by_split["train"] for by_split in datasets.values() if "train" in by_split]
+    _number_apart(dataset for dataset in trained if hasattr(dataset, "img_ids"))
+
+
+def _annotations(config: Mapping) -> Mapping:
+    return config.build_info.annotations
+
+
+def _number_apart(datasets: Iterable[Dataset]) -> None:
+    """Give the visual inputs of several training sets different numbers.
+
+    Each of LAVIS's datasets counts them from 0 in ``img_ids``, by which contrastive learning
+    tells what shows the same.
+    """
+    offset = 0
+    for dataset in datasets:
+        dataset.img_ids = {name: offset + i for name, i in dataset.img_ids.items()}
+        offset += len(dataset.img_ids)
 
 
 def _on_main_process(check: Callable[..., T], *args: Any) -> T:

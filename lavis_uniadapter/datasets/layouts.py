@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
-from lavis.datasets.datasets.coco_caption_datasets import COCOCapEvalDataset
+from lavis.datasets.datasets.coco_caption_datasets import (
+    COCOCapEvalDataset,
+    NoCapsEvalDataset,
+)
 from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
 from lavis.datasets.datasets.retrieval_datasets import (
     RetrievalDataset,
@@ -126,6 +129,10 @@ def _layout(visual_key: str, *fields: Field, **options) -> Layout:
     return Layout(visual_key, (Field(visual_key, is_text, "a file name"), *fields), **options)
 
 
+def _is_given(value: object) -> bool:
+    return value is not None
+
+
 _CAPTION = Field("caption", lambda value: isinstance(value, str), "a string")
 _CAPTIONS = Field("caption", are_texts, "a list of non-empty strings")
 _REFERENCES = Field(
@@ -136,7 +143,7 @@ _REFERENCES = Field(
 _QUESTION = Field("question", is_text, "a non-empty string")
 _ANSWER = Field("answer", is_text, "a non-empty string")
 _ANSWERS = Field("answer", are_texts, "a list of non-empty strings")
-_IMAGE_ID = Field("image_id", lambda value: value is not None, "an identifier")
+_IMAGE_ID = Field("image_id", _is_given, "an identifier")
 _QUESTION_ID = Field(
     "question_id",
     lambda value: isinstance(value, int | str) and value != "",
@@ -152,6 +159,7 @@ LAYOUTS: dict[type, Layout] = {
     CaptionDataset: _layout("image", _CAPTION, _IMAGE_ID),
     CaptionEvalDataset: _layout("image", _REFERENCES, _IMAGE_ID),
     COCOCapEvalDataset: _layout("image", _REFERENCES),  # takes the id from the file's name
+    NoCapsEvalDataset: _layout("image", _REFERENCES, Field("img_id", _is_given, "an identifier")),
     VideoCaptionDataset: _layout("video", _CAPTION, _IMAGE_ID),
     VideoCaptionEvalDataset: _layout("video", _REFERENCES, _IMAGE_ID),
     VideoQADataset: _layout("video", _QUESTION, _ANSWER, _QUESTION_ID, unique="question_id"),

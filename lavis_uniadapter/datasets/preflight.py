@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlparse
@@ -18,6 +18,7 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
+from PIL import Image
 from tqdm import tqdm
 
 from lavis_uniadapter.datasets.layouts import (
@@ -48,7 +49,7 @@ class UnusableFiles:
 
     Attributes:
         missing: paths that are not there.
-        undecodable: of videos that are there, why each yields no frames, by path.
+        undecodable: of those that are there, why each yields no frame or no image, by path.
     """
 
     missing: list[str]
@@ -100,10 +101,10 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
 
 
 def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) -> UnusableFiles:
-    """Check a built dataset: its records, and that every file is there and, if video, decodes.
+    """Check a built dataset: its records, and that every file is there and can be decoded.
 
     Of each distinct video the last frame that the split can sample is decoded: the very last one
-    in training, the middle of the last segment in evaluation.
+    in training, the middle of the last segment in evaluation. Of an image the header is read.
 
     Args:
         dataset: of a LAVIS class whose layout is known (`layouts.LAYOUTS`).
@@ -182,9 +183,24 @@ def decode_failures(paths: Sequence[str], split: str, n_frms: int | None) -> dic
             return str(error)
         return None
 
+    return _failures(failure, paths, f"{split} videos")
+
+
+def _failures(
+    failure: Callable[[str], str | None], paths: Sequence[str], what: str
+) -> dict[str, str]:
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        outcomes = tqdm(pool.map(failure, paths), total=len(paths), desc=f"checking {split} videos")
+        outcomes = tqdm(pool.map(failure, paths), total=len(paths), desc=f"checking {what}")
         return {path: why for path, why in zip(paths, outcomes, strict=True) if why}
+
+
+def _image_failure(path: str) -> str | None:
+    """Why an image cannot be opened; its header alone is read, as pixels take long."""
+    try:
+        with Image.open(path):
+            return None
+    except (OSError, Image.DecompressionBombError) as error:
+        return f"Cannot open image '{path}': {error}"
 
 
 def listing(items: Sequence[str]) -> str:
@@ -203,9 +219,9 @@ def _visual_paths(dataset: BaseDataset, layout: Layout) -> list[str]:
 def _unusable_files(dataset: BaseDataset, layout: Layout, split: str) -> UnusableFiles:
     paths = _visual_paths(dataset, layout)
     missing = [path for path in paths if not os.path.isfile(path)]
-    if layout.visual_key == "image":
-        return UnusableFiles(missing, {})
     present = sorted(set(paths).difference(missing))
+    if layout.visual_key == "image":
+        return UnusableFiles(missing, _failures(_image_failure, present, f"{split} images"))
     n_frms = getattr(dataset.vis_processor, "n_frms", None)
     return UnusableFiles(missing, decode_failures(present, split, n_frms))
 
@@ -219,7 +235,7 @@ def _file_problems(unusable: UnusableFiles, total: int) -> Iterator[str]:
         )
     if unusable.undecodable:
         reasons = list(unusable.undecodable.values())
-        yield f"{len(reasons)} videos cannot be decoded:{listing(reasons)}"
+        yield f"{len(reasons)} of {total} files cannot be decoded:{listing(reasons)}"
 
 
 def _root_problems(root: str) -> Iterator[str]:

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 
 # The first words by which MSRVTT-QA and MSVD-QA tell their questions apart.
 QUESTION_TYPES = ("what", "who", "how", "where", "when")
 OTHER = "other"
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question, its answer and what was predicted."""
-
-    question: str
-    answer: str
-    prediction: str
-
-    @property
-    def correct(self) -> bool:
-        return normalise_answer(self.prediction) == normalise_answer(self.answer)
-
-    @property
-    def question_type(self) -> str:
-        return question_type(self.question)
 
 
 def question_type(question: str) -> str:
@@ -36,15 +19,24 @@ def question_type(question: str) -> str:
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer without what a tokenizer changes on the way: case, and spaces about punctuation."""
-    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(answer.lower().split()))
+    """An answer without what BERT's tokenizer takes away: case, accents, spaces at punctuation."""
+    letters = unicodedata.normalize("NFD", answer.lower())
+    plain = "".join(c for c in letters if unicodedata.category(c) != "Mn")
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(plain.split()))
 
 
-def answer_metrics(answered: Sequence[Answered], vocabulary: Collection[str]) -> dict[str, float]:
+def is_correct(item: Mapping[str, str]) -> bool:
+    """Whether ``prediction`` is ``answer``, as far as a model can tell."""
+    return normalise_answer(item["prediction"]) == normalise_answer(item["answer"])
+
+
+def answer_metrics(
+    items: Sequence[Mapping[str, str]], vocabulary: Collection[str]
+) -> dict[str, float]:
     """Exact-match accuracy in percent.
 
     Args:
-        answered: at least one.
+        items: at least one, each with ``question``, ``answer`` and ``prediction``.
         vocabulary: the answers that ranking chooses from.
 
     Returns:
@@ -53,11 +45,11 @@ def answer_metrics(answered: Sequence[Answered], vocabulary: Collection[str]) ->
         as any other question: ranking has them wrong.
     """
     by_type: dict[str, list[bool]] = defaultdict(list)
-    for item in answered:
-        by_type[item.question_type].append(item.correct)
+    for item in items:
+        by_type[question_type(item["question"])].append(is_correct(item))
     known = {normalise_answer(answer) for answer in vocabulary}
-    unknown = [normalise_answer(item.answer) not in known for item in answered]
-    metrics = {"accuracy": _percent([item.correct for item in answered])}
+    unknown = [normalise_answer(item["answer"]) not in known for item in items]
+    metrics = {"accuracy": _percent([right for kind in by_type.values() for right in kind])}
     for kind in (*QUESTION_TYPES, OTHER):
         if kind in by_type:
             metrics[f"accuracy_{kind}"] = _percent(by_type[kind])

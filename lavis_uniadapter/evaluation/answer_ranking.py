@@ -91,9 +91,7 @@ def rank_answers(
     chosen = first_logits.softmax(dim=1)[:, first_token].topk(k, dim=1).indices
 
     question_of = questions.repeat_interleave(k)
-    scores = _log_likelihood(
-        first_logits.repeat_interleave(k, dim=0), first_token[chosen.flatten()]
-    )
+    scores = _log_likelihood(first_logits, first_token[chosen]).flatten()
     # Each goes on from the position that it shares with the others.
     token_ids = [candidates.token_ids[i] for i in chosen.flatten().tolist()]
     lengths = torch.tensor([len(ids) for ids in token_ids])
@@ -111,18 +109,16 @@ def rank_answers(
             is_decoder=True,
             return_dict=True,
         ).last_hidden_state
-        likelihood = _log_likelihood(
-            decoder.cls(hidden).flatten(0, 1).float(), ids[:, 1:].flatten()
-        )
-        scores[pairs] += likelihood.view(len(pairs), -1).sum(dim=1)
+        likelihood = _log_likelihood(decoder.cls(hidden).float(), ids[:, 1:, None])
+        scores[pairs] += likelihood.flatten(1).sum(dim=1)
     return scores.view(len(questions), k), chosen
 
 
-def _log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
-    """Minus the smoothed cross entropy of (rows, words) logits; (rows,)."""
-    of_target = logits.gather(1, target[:, None]).squeeze(1)
-    smoothed = (1 - LABEL_SMOOTHING) * of_target + LABEL_SMOOTHING * logits.mean(dim=1)
-    return smoothed - logits.logsumexp(dim=1)
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Minus the smoothed cross entropy of each of (..., n) targets under (..., words) logits."""
+    of_target = logits.gather(-1, targets)
+    smoothing = LABEL_SMOOTHING * logits.mean(dim=-1, keepdim=True)
+    return (1 - LABEL_SMOOTHING) * of_target + smoothing - logits.logsumexp(dim=-1, keepdim=True)
 
 
 def _batches_of_one_length(lengths: Tensor) -> Iterator[Tensor]:

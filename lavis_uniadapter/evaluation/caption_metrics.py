@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import shutil
@@ -27,7 +28,15 @@ METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
 
 def has_java() -> bool:
     """Whether COCO's tokenizer and METEOR can run."""
-    return shutil.which("java") is not None
+    return _runs(shutil.which("java"))
+
+
+@functools.cache
+def _runs(java: str | None) -> bool:
+    # a stub may be all there is: macOS has one that asks to install Java
+    return (
+        java is not None and not subprocess.run([java, "-version"], capture_output=True).returncode
+    )
 
 
 def caption_metrics(

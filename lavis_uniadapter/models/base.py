@@ -182,9 +182,11 @@ class TunedBlip(BaseModel):
         self.base_name = "random weights" if source is None else os.path.basename(str(source))
         self.randomly_initialised = [] if source is not None else ["everything"]
         if source is not None:
+            state = checkpoint.read_state_dict(source)
+            self.comment_on_base(state)
             self.randomly_initialised = checkpoint.load_base_state_dict(
                 self,
-                checkpoint.read_state_dict(source),
+                state,
                 str(source),
                 may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
             )
@@ -195,6 +197,9 @@ class TunedBlip(BaseModel):
                     *(self.base_name, ", ".join(self.randomly_initialised)),
                 )
         self._fingerprint = None
+
+    def comment_on_base(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Warn of a base checkpoint that fits in shape and was trained for something else."""
 
     def attach_tuning(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from lavis_uniadapter.backbone import build_text_decoder, encode_frames
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.features import visual_input
 from lavis_uniadapter.models.base import TunedBlip
+
+logger = logging.getLogger(__name__)
 
 
 @registry.register_model("blip_uniadapter_caption")
@@ -94,6 +97,15 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
 
     def _text_encoders(self) -> dict[str, nn.Module]:
         return {"text_decoder": self.text_decoder.bert}
+
+    def comment_on_base(self, state: Mapping[str, Tensor]) -> None:
+        has_questions = any(key.startswith("text_encoder.") for key in state)
+        if has_questions and not any(key.startswith("vision_proj.") for key in state):
+            logger.warning(
+                "'%s' looks like BLIP's VQA weights, whose decoder attends to questions and has "
+                "never seen an image. Captioning starts better from pre-training or captioning.",
+                self.base_name,
+            )
 
     def forward_encoder(self, samples: Mapping[str, Any]) -> Tensor:
         """Visual tokens (batch, frames * tokens, width) of ``image`` or ``video``."""

@@ -26,7 +26,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
 
     Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
     encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
-    by LAVIS's ``BlipVQA``.
+    as by LAVIS's ``BlipVQA``, each thing computed once.
 
     Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
     ``shapes`` (the small model of the embedded example).

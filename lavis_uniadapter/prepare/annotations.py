@@ -87,6 +87,9 @@ def write_together(
 ) -> list[str]:
     """Write annotation files into `folder`: all of them, or on any error none.
 
+    Each is written beside its place and then moved there; a process that is killed between two of
+    these moves, which take microseconds, leaves some moved and some not.
+
     Args:
         folder: made if need be.
         contents: records by file name.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lavis.common.registry import registry
+from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
+from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDataset
 from lavis.tasks.captioning import CaptionTask
 from torch.utils.data import Dataset
 
@@ -13,6 +15,8 @@ from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
 from lavis_uniadapter.tasks.prediction import PredictionTask
+
+CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
 
 
 @registry.register_task("uniadapter_captioning")
@@ -64,12 +68,18 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
         """LAVIS's datasets; for evaluation, one record a visual input, with all its captions.
 
         Raises:
-            ConfigError: if training captions do not begin with the model's prompt.
+            ConfigError: for a dataset that is none of LAVIS's for captioning, or if training
+                captions do not begin with the model's prompt.
             DatasetError: if a record of an evaluation split has no caption to score against.
         """
         datasets = super().build_datasets(cfg)
         for name, splits in datasets.items():
             for split, dataset in splits.items():
+                if not isinstance(dataset, CAPTION_DATASETS):
+                    raise ConfigError(
+                        f"run.task is uniadapter_captioning, and '{name}', {split} is a "
+                        f"{type(dataset).__name__}, which is none of LAVIS's caption datasets."
+                    )
                 if split == "train":
                     _check_prompt(dataset, cfg.model_cfg.get("prompt") or "", name)
                 else:
@@ -92,29 +102,33 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
         dataset.annotation = list(merged.values())
         dataset._add_instance_ids()
 
-    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[str]:
-        return model.generate(
+    def predict(self, model, samples):
+        captions = model.generate(
             samples,
             use_nucleus_sampling=False,
             num_beams=self.num_beams,
             max_length=self.max_len,
             min_length=self.min_len,
         )
-
-    def score(self, predictions, records):
-        items = [
-            {
-                "file": record.get("video", record.get("image")),
-                "image_id": record.get("image_id"),
-                "caption": prediction,
-                "references": record["caption"],
-            }
-            for record, prediction in zip(records, predictions, strict=True)
+        ids = samples["image_id"]
+        ids = ids.tolist() if torch.is_tensor(ids) else ids
+        return [
+            {"image_id": i, "caption": caption} for i, caption in zip(ids, captions, strict=True)
         ]
+
+    def describe(self, record):
+        return {
+            "file": record.get("video", record.get("image")),
+            "references": record["caption"],
+        }
+
+    def metrics(self, items):
         if not self.report_metric:
-            return {"agg_metrics": 0.0}, items
-        metrics = caption_metrics(predictions, [record["caption"] for record in records])
-        return {**metrics, "agg_metrics": metrics[self.selection_metric]}, items
+            return {"agg_metrics": 0.0}
+        metrics = caption_metrics(
+            [item["caption"] for item in items], [item["references"] for item in items]
+        )
+        return {**metrics, "agg_metrics": metrics[self.selection_metric]}
 
 
 def _check_prompt(dataset: Dataset, prompt: str, name: str) -> None:

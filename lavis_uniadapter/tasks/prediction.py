@@ -21,33 +21,31 @@ class PredictionTask(BaseTask):
 
     LAVIS's tasks pass predictions between ranks through files and recognise repetitions by
     ``question_id`` or ``image_id``, which may be no numbers. Here a prediction belongs to a record
-    of the dataset's ``annotation``, and every record must have one.
+    of the dataset's ``annotation``, and every record must have one. Predictions are on file before
+    they are scored.
 
-    A subclass answers ``predict`` and ``score``.
+    A subclass answers ``predict``, ``describe`` and ``metrics``.
     """
 
-    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[str]:
-        """One text an item of a batch."""
+    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """What is predicted for each item of a batch, under the names that it is saved under."""
         raise NotImplementedError
 
-    def score(
-        self, predictions: Sequence[str], records: Sequence[Mapping[str, Any]]
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics, ``agg_metrics`` among them (more is better), and what to save of each item.
-
-        Args:
-            predictions: one a record.
-            records: the dataset's annotation.
-        """
+    def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What is saved of a record of the annotation, beside its prediction."""
         raise NotImplementedError
 
-    def evaluation(self, model, data_loader, **kwargs):
-        """Score a split; returns (metrics, items) on the main process and None on the others.
+    def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Scores of a split, ``agg_metrics`` among them (more is better)."""
+        raise NotImplementedError
+
+    def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
+        """All items of a split with their predictions, on the main process; None on the others.
 
         Raises:
             RuntimeError: if an item got no prediction.
         """
-        predictions: dict[int, str] = {}
+        predictions: dict[int, Mapping[str, Any]] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
         for samples in progress:
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
@@ -56,7 +54,7 @@ class PredictionTask(BaseTask):
         shares: list = [None] * get_world_size()
         if get_world_size() > 1:
             dist.all_gather_object(shares, predictions)
-            predictions = {index: text for share in shares for index, text in share.items()}
+            predictions = {index: value for share in shares for index, value in share.items()}
         if not is_main_process():
             return None
         records = data_loader.dataset.annotation
@@ -66,15 +64,15 @@ class PredictionTask(BaseTask):
                 f"{len(missing)} of {len(records)} items got no prediction, the first being "
                 f"{records[min(missing)]}."
             )
-        return self.score([predictions[i] for i in range(len(records))], records)
+        return [{**self.describe(record), **predictions[i]} for i, record in enumerate(records)]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
-        """Write metrics and predictions to the run's ``result`` folder; returns the metrics."""
+        """Write predictions, then metrics, to the run's ``result`` folder; returns the metrics."""
         if val_result is None:
             return None
-        metrics, items = val_result
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
-        path.write_text(json.dumps(items, indent=1) + "\n")
+        path.write_text(json.dumps(val_result, indent=1) + "\n")
+        metrics = self.metrics(val_result)
         write_metrics(metrics, split_name, epoch)
         return metrics
 

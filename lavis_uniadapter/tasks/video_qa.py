@@ -12,8 +12,14 @@ from lavis.datasets.datasets.multimodal_classification_datasets import (
 )
 from lavis.tasks.vqa import VQATask
 
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.evaluation.answer_metrics import Answered, answer_metrics
+from lavis_uniadapter.errors import ConfigError, nearest
+from lavis_uniadapter.evaluation.answer_metrics import (
+    OTHER,
+    QUESTION_TYPES,
+    answer_metrics,
+    is_correct,
+    question_type,
+)
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 
@@ -27,17 +33,18 @@ class VideoQATask(PredictionTask, VQATask):
     are classes, and is scored on all.
 
     Settings (``run:``), as in LAVIS's ``vqa``: ``inference_method`` (rank | generate),
-    ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``.
+    ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``; and ``selection_metric``
+    (accuracy), which picks the best epoch.
     """
 
-    METRIC = "accuracy"
+    selection_metric = "accuracy"
 
     @classmethod
     def setup_task(cls, cfg):
         """Build from a configuration.
 
         Raises:
-            ConfigError: for a model that answers no questions, or an unknown method.
+            ConfigError: for a model that answers no questions, or an unknown method or metric.
         """
         model_cls = registry.get_model_class(cfg.model_cfg.arch)
         if not hasattr(model_cls, "predict_answers"):
@@ -48,17 +55,22 @@ class VideoQATask(PredictionTask, VQATask):
         method = cfg.run_cfg.get("inference_method", "rank")
         if method not in ("rank", "generate"):
             raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
-        return super().setup_task(cfg)
-
-    @property
-    def selection_metric(self) -> str:
-        return self.METRIC
+        task = super().setup_task(cfg)
+        task.selection_metric = cfg.run_cfg.get("selection_metric", cls.selection_metric)
+        known = ["accuracy", *(f"accuracy_{kind}" for kind in (*QUESTION_TYPES, OTHER))]
+        if task.selection_metric not in known:
+            raise ConfigError(
+                f"run.selection_metric is '{task.selection_metric}'."
+                f"{nearest(str(task.selection_metric), known)} Known: {', '.join(known)}."
+            )
+        return task
 
     def build_datasets(self, cfg):
         """LAVIS's datasets, with class labels for every answer in them.
 
         Raises:
-            ConfigError: for a dataset that has no class labels.
+            ConfigError: for a dataset that has no class labels, or a validation split without
+                questions of the kind that the selection metric is about.
         """
         datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
@@ -79,7 +91,19 @@ class VideoQATask(PredictionTask, VQATask):
         for _, dataset in every:
             dataset.class_labels = labels
         self._answers = list(labels)
+        self._check_selection_metric(datasets, cfg.run_cfg.get("valid_splits") or ())
         return datasets
+
+    def _check_selection_metric(self, datasets, valid_splits: Sequence[str]) -> None:
+        kind = self.selection_metric.removeprefix("accuracy").removeprefix("_")
+        for name, splits in datasets.items():
+            for split in set(valid_splits).intersection(splits if kind else ()):
+                questions = (record["question"] for record in splits[split].annotation)
+                if kind not in map(question_type, questions):
+                    raise ConfigError(
+                        f"run.selection_metric is '{self.selection_metric}', and {name}, {split} "
+                        f"has no question of that kind. Take accuracy."
+                    )
 
     def train_step(self, model, samples: Mapping[str, Any]) -> torch.Tensor:
         """Loss of a batch of LAVIS's ``VideoQADataset``: one answer a question, of weight 1."""
@@ -89,8 +113,8 @@ class VideoQATask(PredictionTask, VQATask):
             {**samples, "answer": answers, "n_answers": ones.long(), "weight": ones},
         )["loss"]
 
-    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[str]:
-        return model.predict_answers(
+    def predict(self, model, samples):
+        answers = model.predict_answers(
             samples=samples,
             answer_list=self.answer_list,
             inference_method=self.inference_method,
@@ -99,23 +123,21 @@ class VideoQATask(PredictionTask, VQATask):
             min_len=self.min_len,
             num_ans_candidates=self.num_ans_candidates,
         )
+        return [{"prediction": answer} for answer in answers]
 
-    def score(self, predictions, records):
-        answered = [
-            Answered(record["question"], record["answer"], prediction)
-            for record, prediction in zip(records, predictions, strict=True)
-        ]
-        metrics = answer_metrics(answered, self.answer_list)
-        items = [
-            {
-                "question_id": record["question_id"],
-                "file": record.get("video", record.get("image")),
-                "question": item.question,
-                "question_type": item.question_type,
-                "answer": item.answer,
-                "prediction": item.prediction,
-                "correct": item.correct,
-            }
-            for record, item in zip(records, answered, strict=True)
-        ]
-        return {**metrics, "agg_metrics": metrics[self.METRIC]}, items
+    def evaluation(self, model, data_loader, **kwargs):
+        items = super().evaluation(model, data_loader, **kwargs)
+        return items and [{**item, "correct": is_correct(item)} for item in items]
+
+    def describe(self, record):
+        return {
+            "question_id": record["question_id"],
+            "file": record.get("video", record.get("image")),
+            "question": record["question"],
+            "question_type": question_type(record["question"]),
+            "answer": record["answer"],
+        }
+
+    def metrics(self, items):
+        metrics = answer_metrics(items, self.answer_list)
+        return {**metrics, "agg_metrics": metrics[self.selection_metric]}
