@@ -9,6 +9,7 @@ recipe (crop, flip, RandAugment, normalise) without these faults.
 import inspect
 import math
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.extracted_frames import EXTRACTED_SUFFIX, clip_file, read_extracted_frames
 
 # The values of lavis.processors.blip_processors.BlipImageBaseProcessor.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -71,7 +73,8 @@ def decode_frames(
     """Decode chosen frames of a video, scaled while decoding (decord's bicubic).
 
     Args:
-        path: Video file.
+        path: Video file; where there is none, the frames that were extracted from it, beside it or
+            in its place (`clip_file`).
         choose_indices: Given the number of frames in the clip, returns the indices to decode.
         image_size: Height and width of the decoded frames, in pixels.
 
@@ -85,11 +88,16 @@ def decode_frames(
     A frame that is not damaged but without output, decord fills in from a neighbour. That is
     left on (`fault_tol`): a clip cut without re-encoding begins with such hidden frames.
     """
-    path = os.fspath(path)
+    path = clip_file(path)
     if not os.path.isfile(path):
         raise _decode_error(path, "there is no such file")
     if os.path.getsize(path) == 0:
         raise _decode_error(path, "the file is empty")
+    if path.endswith(EXTRACTED_SUFFIX):
+        try:
+            return read_extracted_frames(path, choose_indices, image_size)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise _decode_error(path, f"it is no archive of frames ({error})") from error
     try:
         reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
         frames = reader.get_batch(choose_indices(len(reader)))

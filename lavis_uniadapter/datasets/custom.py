@@ -47,6 +47,7 @@ from lavis_uniadapter.datasets.record_files import (
     read_strings,
 )
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.extracted_frames import clip_file
 
 logger = logging.getLogger(__name__)
 
@@ -315,7 +316,8 @@ class CustomBuilder(BaseDatasetBuilder, ABC):
     def _look_for_files(
         self, read: Annotations, places: Mapping[str, Place], root: str, may_skip: bool
     ) -> None:
-        missing = [name for name in places if not os.path.isfile(os.path.join(root, name))]
+        found = clip_file if self.visual_key == "video" else str
+        missing = [name for name in places if not os.path.isfile(found(os.path.join(root, name)))]
         if not (may_skip and self.skip_missing and len(missing) < len(places)):
             read.problems += [
                 Problem(places[name], f"names {name!r}, and there is no such file below {root}")

@@ -28,6 +28,7 @@ from lavis_uniadapter.datasets.layouts import (
     is_text,
     layout_of,
 )
+from lavis_uniadapter.extracted_frames import clip_file
 from lavis_uniadapter.processors import VideoDecodeError, decode_frames, sample_frame_indices
 
 MAX_NAMED = 20
@@ -218,7 +219,8 @@ def _visual_paths(dataset: BaseDataset, layout: Layout) -> list[str]:
 
 def _unusable_files(dataset: BaseDataset, layout: Layout, split: str) -> UnusableFiles:
     paths = _visual_paths(dataset, layout)
-    missing = [path for path in paths if not os.path.isfile(path)]
+    found = clip_file if layout.visual_key == "video" else str
+    missing = [path for path in paths if not os.path.isfile(found(path))]
     present = sorted(set(paths).difference(missing))
     if layout.visual_key == "image":
         return UnusableFiles(missing, _failures(_image_failure, present, f"{split} images"))

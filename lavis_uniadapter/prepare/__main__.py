@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_uniadapter.launch import USER_ERRORS
-from lavis_uniadapter.prepare import didemo, msrvtt
+from lavis_uniadapter.prepare import didemo, frames, msrvtt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and print its report; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m lavis_uniadapter.prepare",
-        description="Turn the files of a benchmark that circulate into LAVIS's annotations.",
+        description="Turn the files of a benchmark that circulate into LAVIS's annotations, and "
+        "videos into frames that train faster.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     shared = _benchmark_options()
     for benchmark in (msrvtt, didemo):
         benchmark.add_parser(commands, parents=[shared])
+    frames.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         report = args.run(args)

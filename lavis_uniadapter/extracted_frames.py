@@ -1,0 +1,101 @@
+"""Frames of a video that were extracted once, in a form that is read faster than the video.
+
+A zip archive, uncompressed, of JPEG pictures, named as the video and ``.frames.zip``. It stands
+beside the video or, in a folder of its own, in its place: whatever reads a video reads it.
+``python -m lavis_uniadapter.prepare frames`` writes them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXTRACTED_SUFFIX = ".frames.zip"
+ABOUT = "about.json"
+JPEG_QUALITY = 95
+
+
+def clip_file(path: str | os.PathLike) -> str:
+    """The file that holds a clip: its extracted frames where there are any, or the video."""
+    path = os.fspath(path)
+    extracted = path + EXTRACTED_SUFFIX
+    return extracted if os.path.isfile(extracted) else path
+
+
+def read_extracted_frames(
+    path: str, choose_indices: Callable[[int], Sequence[int]], image_size: int
+) -> Tensor:
+    """Read chosen frames, as `processors.decode_frames` reads those of a video.
+
+    Returns:
+        uint8 RGB tensor (number of indices, image_size, image_size, 3).
+
+    Raises:
+        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        about = json.loads(archive.read(ABOUT))
+        pictures = [
+            _read_picture(archive.read(_name(i)), image_size)
+            for i in choose_indices(about["num_frames"])
+        ]
+    return torch.from_numpy(np.stack(pictures))
+
+
+def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
+    """Write frames as an archive, whole or not at all.
+
+    Args:
+        path: of the archive.
+        frames: uint8 RGB (number, height, width, 3).
+        source_frames: how many frames the video has.
+    """
+    temporary = f"{path}.tmp"
+    about = {
+        "num_frames": len(frames),
+        "image_size": frames.shape[1],
+        "source_frames": source_frames,
+        "quality": JPEG_QUALITY,
+    }
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for index, frame in enumerate(frames.numpy()):
+                content = io.BytesIO()
+                Image.fromarray(frame).save(content, "JPEG", quality=JPEG_QUALITY)
+                archive.writestr(_name(index), content.getvalue())
+            archive.writestr(ABOUT, json.dumps(about))
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def read_about(path: str) -> dict[str, int]:
+    """What `write_extracted_frames` noted: num_frames, image_size, source_frames, quality.
+
+    Raises:
+        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read(ABOUT))
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}.jpg"
+
+
+def _read_picture(content: bytes, image_size: int) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as picture:
+        picture = picture.convert("RGB")
+        if picture.size != (image_size, image_size):
+            picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        return np.asarray(picture)
