@@ -127,3 +127,16 @@ def test_negatives_from_other_ranks_equal_those_of_one_batch(
         torch.testing.assert_close(
             result["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest
         )
+
+
+def test_losses_are_in_full_precision_under_autocast(build_model, video_batch):
+    model = build_model().train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(video_batch)
+    assert output.intermediate_output.itm_logits.dtype == torch.bfloat16  # autocast is on
+    for name in ("loss", "loss_itc", "loss_itm"):
+        assert output[name].dtype == torch.float32, name
+    sims = output.sims
+    assert sims.sim_i2t.dtype == sims.sim_t2i_targets.dtype == torch.float32
+    # coarser than float32 would be: bfloat16 keeps eight bits
+    assert (sims.sim_i2t - sims.sim_i2t.bfloat16().float()).abs().max() > 0

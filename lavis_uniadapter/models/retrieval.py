@@ -325,24 +325,28 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         with self.momentum_average.swapped_in():
             visuals_m, texts_m = self.encode_visual(samples), self.encode_text(tokens)
 
-        with torch.no_grad():
-            same = torch.eq(ids, torch.cat([ids.t(), self.idx_queue], dim=1)).float()
-            hard_targets = same / same.sum(1, keepdim=True)
-            image_feat_all = torch.cat([visuals_m.feat.t(), self.image_queue], dim=1)
-            text_feat_all = torch.cat([texts_m.feat.t(), self.text_queue], dim=1)
-            sim_i2t_m = visuals_m.feat @ text_feat_all / self.temp
-            sim_t2i_m = texts_m.feat @ image_feat_all / self.temp
-            targets_i2t, targets_t2i = (
-                alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets
-                for sim in (sim_i2t_m, sim_t2i_m)
+        # In float32 also under autocast: similarities are divided by a small temperature.
+        with torch.autocast(self.device.type, enabled=False):
+            visual_feat, text_feat = visuals.feat.float(), texts.feat.float()
+            visual_feat_m, text_feat_m = visuals_m.feat.float(), texts_m.feat.float()
+            with torch.no_grad():
+                same = torch.eq(ids, torch.cat([ids.t(), self.idx_queue], dim=1)).float()
+                hard_targets = same / same.sum(1, keepdim=True)
+                image_feat_all = torch.cat([visual_feat_m.t(), self.image_queue], dim=1)
+                text_feat_all = torch.cat([text_feat_m.t(), self.text_queue], dim=1)
+                sim_i2t_m = visual_feat_m @ text_feat_all / self.temp
+                sim_t2i_m = text_feat_m @ image_feat_all / self.temp
+                targets_i2t, targets_t2i = (
+                    alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets
+                    for sim in (sim_i2t_m, sim_t2i_m)
+                )
+            sim_i2t = visual_feat @ text_feat_all / self.temp
+            sim_t2i = text_feat @ image_feat_all / self.temp
+            loss = sum(
+                -(sim.log_softmax(dim=1) * targets).sum(dim=1).mean()
+                for sim, targets in ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
             )
-        sim_i2t = visuals.feat @ text_feat_all / self.temp
-        sim_t2i = texts.feat @ image_feat_all / self.temp
-        loss = sum(
-            -(sim.log_softmax(dim=1) * targets).sum(dim=1).mean()
-            for sim, targets in ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
-        )
-        self._dequeue_and_enqueue(visuals_m.feat, texts_m.feat, ids)
+        self._dequeue_and_enqueue(visual_feat_m, text_feat_m, ids)
         sims = BlipSimilarity(
             sim_i2t=sim_i2t,
             sim_t2i=sim_t2i,
