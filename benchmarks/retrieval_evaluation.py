@@ -55,7 +55,7 @@ class Gallery(Dataset):
 
 
 def give_features(ours, theirs, embeds: torch.Tensor, frames: int) -> None:
-    """Make both models look features up instead of encoding pixels."""
+    """Make models (theirs may be None) look features up instead of encoding pixels."""
 
     def look_up(image):
         return embeds[image[:, 0, 0, 0].long().cpu()].to(image.device)
@@ -69,7 +69,8 @@ def give_features(ours, theirs, embeds: torch.Tensor, frames: int) -> None:
         )
 
     ours.encode_visual = encode_visual
-    theirs.visual_encoder.forward_features = look_up
+    if theirs is not None:
+        theirs.visual_encoder.forward_features = look_up
 
 
 def lavis_share(theirs, loader, k: int, shares: int, device: str):

@@ -1,0 +1,124 @@
+"""Clips that a DataLoader delivers a second, from videos and from extracted frames.
+
+Videos of 320 x 240 pixels and ten seconds are drawn and encoded first. Set beside the clips that a
+training step eats a second, where ``benchmarks.training_step`` has been run on this device.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from benchmarks import measuring
+from lavis_uniadapter.prepare.__main__ import main as prepare
+from lavis_uniadapter.processors import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+
+SIZE, FPS, SECONDS = (320, 240), 25, 10
+
+
+class Clips(Dataset):
+    """Every clip of a folder, several times over."""
+
+    def __init__(self, paths: list[str], processor, times: int):
+        self.paths, self.processor = paths * times, processor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        return self.processor(self.paths[index])
+
+
+def draw_videos(folder: Path, number: int) -> list[str]:
+    """Moving noise over a drifting gradient, which compresses about as badly as film."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    width, height = SIZE
+    for index in tqdm(range(number), desc="drawing videos"):
+        writer = cv2.VideoWriter(
+            str(folder / f"{index}.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), FPS, SIZE
+        )
+        texture = rng.integers(0, 256, (height // 8, 2 * width // 8, 3), dtype=np.uint8)
+        texture = cv2.resize(texture, (2 * width, height), interpolation=cv2.INTER_CUBIC)
+        for frame in range(FPS * SECONDS):
+            writer.write(np.roll(texture, 3 * frame, axis=1)[:, :width])
+        writer.release()
+    return sorted(str(path) for path in folder.glob("*.mp4"))
+
+
+def clips_per_second(paths: list[str], processor, workers: int, times: int) -> float:
+    loader = DataLoader(Clips(paths, processor, times), batch_size=8, num_workers=workers)
+    started = time.perf_counter()
+    number = sum(len(batch) for batch in loader)
+    return number / (time.perf_counter() - started)
+
+
+def main() -> None:
+    options = measuring.parser(__doc__)
+    options.add_argument("--videos", type=int, default=24)
+    options.add_argument("--times", type=int, default=4, help="that each is read in a run")
+    options.add_argument("--frames", type=int, default=8)
+    options.add_argument("--workers", type=int, default=2)
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        videos, frames = Path(folder) / "videos", Path(folder) / "frames"
+        paths = draw_videos(videos, args.videos)
+        size = sum(Path(path).stat().st_size for path in paths) / 1e6
+        started = time.perf_counter()
+        if prepare(["frames", "--videos", str(videos), "--output", str(frames)]):
+            raise SystemExit("the frames could not be extracted")
+        extracting = time.perf_counter() - started
+        extracted = [path.replace(str(videos), str(frames)) for path in paths]
+        frames_size = sum(path.stat().st_size for path in frames.iterdir()) / 1e6
+        peers = {}
+        for mode, processor_cls in (
+            ("train", BlipVideoTrainProcessor),
+            ("eval", BlipVideoEvalProcessor),
+        ):
+            processor = processor_cls(image_size=224, n_frms=args.frames)
+            for source, of_source in (("videos", paths), ("extracted frames", extracted)):
+                peers[f"{mode}, {source}"] = lambda p=processor, s=of_source: (
+                    len(s) * args.times / clips_per_second(s, p, args.workers, args.times)
+                )
+        times = measuring.interleaved(peers, args.repeats)
+    rates = {name: args.videos * args.times / taken["median"] for name, taken in times.items()}
+    result = {
+        "machine": measuring.machine(args.device),
+        "videos": args.videos,
+        "frames_per_clip": args.frames,
+        "workers": args.workers,
+        "video_megabytes": size,
+        "extracted_megabytes": frames_size,
+        "extracting_seconds": extracting,
+        "clips_per_second": rates,
+        "seconds": times,
+        "training_step_clips_per_second": appetite(args.output, args.device),
+    }
+    measuring.print_table(("source", "clips a second"), list(rates.items()))
+    print(
+        f"extracting {args.videos} videos took {extracting:.1f} s; "
+        f"{size:.0f} MB of video, {frames_size:.0f} MB of frames"
+    )
+    for batch, eaten in result["training_step_clips_per_second"].items():
+        print(f"a training step of {batch} clips eats {eaten:.2f} clips a second")
+    print("written:", measuring.save("data_path", result, args.output))
+
+
+def appetite(folder: Path, device: str) -> dict[str, float]:
+    """Clips a second that our training step takes, by batch, if that has been measured."""
+    path = folder / f"training_step_{device}.json"
+    if not path.is_file():
+        return {}
+    cases = json.loads(path.read_text())["cases"]
+    return {str(c["batch"]): c["batch"] / c["peers"]["ours"]["seconds"] for c in cases}
+
+
+if __name__ == "__main__":
+    main()
