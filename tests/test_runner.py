@@ -291,8 +291,8 @@ def torchrun(number, script, options, cwd):
     return done
 
 
-@pytest.mark.parametrize("dist_eval_sampler", [True, False])
-def test_two_processes_evaluate_as_one(run, tmp_path, tiny_cache, dist_eval_sampler):
+@pytest.mark.parametrize(("processes", "dist_eval_sampler"), [(2, True), (2, False), (3, True)])
+def test_processes_evaluate_as_one(run, tmp_path, tiny_cache, processes, dist_eval_sampler):
     """An odd gallery, so the shares are uneven; the loader sharded or whole on each rank."""
     options = [
         *(*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"),
@@ -300,7 +300,7 @@ def test_two_processes_evaluate_as_one(run, tmp_path, tiny_cache, dist_eval_samp
         f"run.use_dist_eval_sampler={dist_eval_sampler}",
     ]
     alone = run("shapes_retrieval", evaluate=True).metrics["test"]
-    torchrun(2, "evaluate.py", options, tmp_path)
+    torchrun(processes, "evaluate.py", options, tmp_path)
     folder = tmp_path / "output/shapes_retrieval/several"
     together = json.loads((folder / "result/metrics_test_epoch_best.json").read_text())
     assert together == alone

@@ -86,6 +86,27 @@ def test_gallery_of_one(model):
     assert scores.shape == (1, 1) and scores.item() > -50
 
 
+def test_features_on_disk_give_the_same_scores(model, caplog):
+    loader = DataLoader(Gallery(5, texts_each=2), batch_size=2)
+    how = {"k_test": 3, "itc_weight": 0.0, "rerank_batch": 4}
+    in_memory = two_stage_scores(model, loader, **how)
+    with caplog.at_level(logging.INFO):
+        on_disk = two_stage_scores(model, loader, **how, feature_memory=0)
+    assert "wait on disk" in caplog.text
+    for one, other in zip(in_memory, on_disk, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_features_that_fit_nowhere_are_refused(model, monkeypatch):
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr("lavis_uniadapter.evaluation.two_stage.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match="TMPDIR"):
+        two_stage_scores(
+            *(model, DataLoader(Gallery(5), batch_size=2)),
+            **{"k_test": 3, "itc_weight": 0, "rerank_batch": 4, "feature_memory": 0},
+        )
+
+
 def test_contrastive_only(model):
     loader = DataLoader(Gallery(3), batch_size=2)
     v2t, t2v = two_stage_scores(model, loader, k_test=0, itc_weight=0.0, rerank_batch=2)

@@ -9,6 +9,8 @@ they are dropped; a pair shortlisted both ways is scored once; texts are as long
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ TEXT_BATCH = 256
 # Defaults of the settings.
 K_TEST = 128
 RERANK_BATCH = 64
+FEATURE_MEMORY = 16.0
 
 
 @dataclass
@@ -43,27 +46,94 @@ class _Texts:
         return torch.tensor([len(ids) for ids in self.input_ids])
 
 
+class VisualStore:
+    """Visual embeddings between the two stages: in main memory, or on disk if they are too many.
+
+    A clip of 8 frames of 224 px takes 4.8 MB in float32, an image of 384 px 1.8 MB. On disk they
+    are what they are in memory, so that scores do not depend on where they waited.
+
+    Args:
+        number: of embeddings that will be added.
+        memory: gigabytes that they may take in main memory.
+    """
+
+    def __init__(self, number: int, memory: float):
+        self._number = number
+        self._memory = memory
+        self._places: dict[int, int] = {}
+        self._embeds: Tensor | None = None
+        self._file = None
+
+    def add(self, index: int, embeds: Tensor) -> None:
+        """Keep (tokens, width) embeddings of a gallery index."""
+        if self._embeds is None:
+            self._embeds = self._allocate(embeds.shape, embeds.dtype)
+        place = self._places[index] = len(self._places)
+        self._embeds[place] = embeds.cpu()
+
+    def _allocate(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        size = self._number * shape.numel() * dtype.itemsize
+        if size <= self._memory * 1e9:
+            return torch.empty(self._number, *shape, dtype=dtype)
+        # unlinked when it is closed, also by a crash
+        self._file = tempfile.NamedTemporaryFile(prefix="visual-features-")
+        free = shutil.disk_usage(self._file.name).free
+        if free < size:
+            raise ConfigError(
+                f"The gallery's visual features take {size / 1e9:.1f} GB, more than "
+                f"run.feature_memory {self._memory:g} allows in memory and than the "
+                f"{free / 1e9:.1f} GB free in {tempfile.gettempdir()}. Set TMPDIR to a larger "
+                "disk, raise run.feature_memory, or evaluate on more processes."
+            )
+        logger.info(
+            "%.1f GB of visual features wait on disk (run.feature_memory %g)",
+            size / 1e9,
+            self._memory,
+        )
+        flat = torch.from_file(
+            self._file.name, shared=True, size=self._number * shape.numel(), dtype=dtype
+        )
+        return flat.view(self._number, *shape)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._places
+
+    def indices(self) -> list[int]:
+        """The gallery indices that are kept, in the order in which they came."""
+        return list(self._places)
+
+    def stack(self, indices: list[int]) -> Tensor:
+        """(indices, tokens, width) embeddings."""
+        return self._embeds[[self._places[i] for i in indices]]
+
+
 @dataclass
 class _Visuals:
     """This rank's share of the visual inputs, by gallery index, and all unit vectors."""
 
-    embeds: dict[int, Tensor]
+    embeds: VisualStore
     frame_feat: dict[int, Tensor]
     feat: Tensor
 
 
-def check_settings(k_test: int, rerank_batch: int) -> None:
-    """Raise ConfigError for a negative k_test or a rerank_batch below 1."""
-    if k_test < 0 or rerank_batch < 1:
+def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
+    """Raise ConfigError for a negative k_test or feature_memory, or a rerank_batch below 1."""
+    if k_test < 0 or rerank_batch < 1 or feature_memory < 0:
         raise ConfigError(
             f"run.k_test is {k_test} and must be >= 0; run.rerank_batch is {rerank_batch} and "
-            "must be >= 1."
+            f"must be >= 1; run.feature_memory is {feature_memory} and must be >= 0."
         )
 
 
 @torch.no_grad()
 def two_stage_scores(
-    model, data_loader, *, k_test: int, itc_weight: float, rerank_batch: int
+    model,
+    data_loader,
+    *,
+    k_test: int,
+    itc_weight: float,
+    rerank_batch: int,
+    feature_memory: float = FEATURE_MEMORY,
 ) -> tuple[Tensor, Tensor]:
     """Score a gallery both ways.
 
@@ -74,6 +144,8 @@ def two_stage_scores(
         itc_weight: added to the matching score times the similarity; the released code uses 0,
             LAVIS 1.
         rerank_batch: pairs scored at once, which bounds memory.
+        feature_memory: gigabytes of visual features that each rank keeps in memory between the
+            two stages; where its share of the gallery takes more, they wait on disk.
 
     Returns:
         (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank.
@@ -82,12 +154,12 @@ def two_stage_scores(
         ConfigError: for a negative k_test or a rerank_batch below 1.
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
-    check_settings(k_test, rerank_batch)
+    check_settings(k_test, rerank_batch, feature_memory)
     was_training = model.training
     model.eval()
     try:
         texts = _encode_texts(model, list(data_loader.dataset.text))
-        visuals = _encode_visuals(model, data_loader)
+        visuals = _encode_visuals(model, data_loader, feature_memory)
         sims = visuals.feat @ texts.feat.t()
         if k_test == 0:
             return sims, sims.t()
@@ -140,14 +212,14 @@ def _encode_texts(model, texts: list[str]) -> _Texts:
     return _Texts(input_ids, _sum_over_ranks(feat))
 
 
-def _encode_visuals(model, data_loader) -> _Visuals:
+def _encode_visuals(model, data_loader, feature_memory: float) -> _Visuals:
     """Encode this rank's share: the items whose index falls to it, whether or not the loader is
     sharded, so an item that a sampler repeats to even out the ranks still counts once."""
     number = len(data_loader.dataset)
     rank, world = get_rank(), get_world_size()
     feat = torch.zeros(number, model.vision_proj.out_features, device=model.device)
     times_seen = torch.zeros(number, dtype=torch.long, device=model.device)
-    embeds: dict[int, Tensor] = {}
+    embeds = VisualStore(len(range(rank, number, world)), feature_memory)
     frame_feat: dict[int, Tensor] = {}
     for samples in _progress(data_loader, "encode visual inputs", len(data_loader)):
         x = samples["video"] if "video" in samples else samples["image"]
@@ -162,8 +234,7 @@ def _encode_visuals(model, data_loader) -> _Visuals:
         feat[index] = encoded.feat.to(feat.dtype)
         times_seen[index] += 1
         for place, i in enumerate(index.tolist()):
-            # Kept where memory is plentiful, as LAVIS does; a clip of 8 frames takes 4.8 MB.
-            embeds[i] = encoded.embeds[place].cpu()
+            embeds.add(i, encoded.embeds[place])
             frame_feat[i] = encoded.frame_feat[place]
     times_seen = _sum_over_ranks(times_seen)
     if not bool((times_seen == 1).all()):
@@ -189,15 +260,13 @@ def _rerank(model, texts: _Texts, visuals: _Visuals, chosen: Tensor, rerank_batc
     """Matching score of each chosen (visual, text) pair, zero elsewhere; (visuals, texts)."""
     scores = torch.zeros(chosen.shape, device=model.device)
     lengths = texts.lengths()
-    wanted = {i: torch.nonzero(chosen[i].cpu()).flatten() for i in visuals.embeds}
+    wanted = {i: torch.nonzero(chosen[i].cpu()).flatten() for i in visuals.embeds.indices()}
     number = sum(len(text_index) for text_index in wanted.values())
     with tqdm(
         total=number, desc="rerank pairs", leave=False, disable=not is_main_process()
     ) as progress:
         for group in _groups(wanted, rerank_batch):
-            memory = model.text_encoder.project(
-                torch.stack([visuals.embeds[i] for i in group]).to(model.device)
-            )
+            memory = model.text_encoder.project(visuals.embeds.stack(group).to(model.device))
             frame_feat = torch.stack([visuals.frame_feat[i] for i in group])
             text_index = torch.cat([wanted[i] for i in group])
             place = torch.cat([torch.full((len(wanted[i]),), p) for p, i in enumerate(group)])

@@ -26,7 +26,12 @@ from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, two_stage_scores
+from lavis_uniadapter.evaluation.two_stage import (
+    FEATURE_MEMORY,
+    K_TEST,
+    RERANK_BATCH,
+    two_stage_scores,
+)
 from lavis_uniadapter.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
@@ -63,7 +68,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     HEADS = ("vision_proj", "text_proj", "itm_head")
     HAS_FRAME_FEATURES = True
     # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
-    RUN_KEYS = ("k_test", "itc_weight", "rerank_batch")
+    RUN_KEYS = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
     MODEL_KEYS = (
         *TunedBlip.MODEL_KEYS,
         "embed_dim",
@@ -436,6 +441,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             k_test=task_cfg.get("k_test", K_TEST),
             itc_weight=task_cfg.get("itc_weight", 0.0),
             rerank_batch=task_cfg.get("rerank_batch", RERANK_BATCH),
+            feature_memory=task_cfg.get("feature_memory", FEATURE_MEMORY),
         )
         return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
 

@@ -26,7 +26,11 @@ class UniAdapterRetrievalTask(RetrievalTask):
     @classmethod
     def setup_task(cls, cfg):
         run = cfg.run_cfg
-        check_settings(run.get("k_test", K_TEST), run.get("rerank_batch", RERANK_BATCH))
+        check_settings(
+            run.get("k_test", K_TEST),
+            run.get("rerank_batch", RERANK_BATCH),
+            run.get("feature_memory", 0),
+        )
         return cls(cfg=run)
 
     def build_datasets(self, cfg):
