@@ -56,7 +56,9 @@ def destroy_process_group() -> None:
 
 
 def from_main_process(value: T) -> T:
-    """The main process's value, on every rank."""
+    """The main process's value, on every rank; without a group, this process's own."""
+    if not dist.is_initialized():
+        return value
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]

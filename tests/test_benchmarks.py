@@ -343,6 +343,17 @@ def test_visual_inputs_of_several_training_sets_are_told_apart(start):
     assert sorted(set(ids)) == list(range(10))  # five videos each
 
 
+@pytest.mark.parametrize("name", ["avsd_dialogue", "laion2B_multi", "imagenet", "nlvr"])
+def test_other_datasets_of_lavis_are_left_to_lavis(name):
+    from lavis.datasets.builders.base_dataset_builder import load_dataset_config
+
+    from lavis_uniadapter.datasets.building import make_buildable
+
+    cls = registry.get_builder_class(name)
+    config = load_dataset_config(cls.default_config_path())
+    make_buildable({name: config}, {"train"})
+
+
 def test_two_test_splits_are_refused_before_anything_is_built(start):
     with pytest.raises(ConfigError, match=r"(?s)all have a 'test' split.*annotations.test=null"):
         two_retrieval_sets(start)

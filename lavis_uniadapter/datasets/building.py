@@ -94,7 +94,8 @@ def check_built(datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Map
 
 
 def _annotations(config: Mapping) -> Mapping:
-    return config.build_info.annotations
+    # LAVIS's web datasets and image folders have none
+    return (config.get("build_info") or {}).get("annotations") or {}
 
 
 def _number_apart(datasets: Iterable[Dataset]) -> None:

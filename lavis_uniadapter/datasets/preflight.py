@@ -73,6 +73,9 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     Raises:
         DatasetError: Listing every problem found in all splits.
     """
+    classes = (builder.train_dataset_cls, builder.eval_dataset_cls)
+    if not any(cls is not None and layout_of(cls) is not None for cls in classes):
+        return
     config = builder.config
     data_type = config.get("data_type")
     if data_type not in ("images", "videos"):
