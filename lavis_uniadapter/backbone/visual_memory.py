@@ -88,11 +88,30 @@ class LayerMemory:
         weights = self.token_weights[:, None, None, :].expand(-1, 1, query.shape[2], -1)
         folded = query if self.layout is None else self.layout.fold(query)
         weights = weights if self.layout is None else self.layout.fold(weights)
-        logits = folded @ self.keys.transpose(-1, -2) * (weights / math.sqrt(query.shape[-1]))
-        if self.mask is not None:
-            logits = logits + self.mask
-        context = F.dropout(logits.softmax(dim=-1), dropout) @ self.values
+        weights = weights / math.sqrt(query.shape[-1])
+        if query.device.type == "cpu" and not torch.is_grad_enabled():
+            context = self._attend_head_by_head(folded, weights)
+        else:
+            logits = folded @ self.keys.transpose(-1, -2) * weights
+            if self.mask is not None:
+                logits = logits + self.mask
+            context = F.dropout(logits.softmax(dim=-1), dropout) @ self.values
         return context if self.layout is None else self.layout.unfold(context, query.shape[2])
+
+    def _attend_head_by_head(self, folded: Tensor, weights: Tensor) -> Tensor:
+        """The same without gradient, in pieces that stay in a processor's cache."""
+        context = torch.empty_like(folded)
+        visuals, heads = folded.shape[:2]
+        for visual in range(visuals):
+            for head in range(heads):
+                logits = folded[visual, head] @ self.keys[visual, head].t()
+                logits.mul_(weights[visual, 0])
+                if self.mask is not None:
+                    logits.add_(self.mask[visual].flatten(0, -2))
+                torch.mm(
+                    logits.softmax(dim=-1), self.values[visual, head], out=context[visual, head]
+                )
+        return context
 
     def attention_map(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities (pairs, heads, length, tokens), and the values they weight, per pair."""
