@@ -8,6 +8,8 @@ with the questions encoded beforehand, so that ranking alone is timed.
 from __future__ import annotations
 
 import random
+import tempfile
+from pathlib import Path
 
 import torch
 from lavis.models.blip_models.blip_vqa import BlipVQA
@@ -16,21 +18,32 @@ from benchmarks import measuring
 from benchmarks.arithmetic import Text
 from benchmarks.models import WORDS, build, random_captions
 
+VOCABULARY = 20000
+
+
+def tokenizer_folder(folder: str) -> str:
+    """A vocabulary as large as BERT's, of words of one token each."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*WORDS, *(f"word{i}" for i in range(VOCABULARY))]
+    Path(folder, "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+    return folder
+
 
 def answer_list(number: int, longest: int, seed: int) -> list[str]:
-    """Answers as VQAv2's list has them: most of one word, few of up to `longest`."""
+    """Different answers of the lengths that VQAv2's list has, about: most of one token."""
     picker = random.Random(seed)
-    answers: dict[str, None] = {}
-    while len(answers) < number:
-        words = picker.choices((1, 2, 3, longest), (80, 14, 5, 1))[0]
-        letters = [picker.choice("abcdefghij") for _ in range(words - 1)]
-        answers[" ".join([picker.choice(WORDS), *letters])] = None
-    return list(answers)
+    words = iter(picker.sample(range(VOCABULARY), VOCABULARY))
+    lengths = picker.choices((1, 2, 3, longest), (70, 20, 8, 2), k=number - 1)
+    return [" ".join(f"word{next(words)}" for _ in range(n)) for n in (longest, *lengths)]
 
 
 @torch.no_grad()
 def run(args) -> dict:
-    model = build("blip_uniadapter_vqa", "vqav2", args.device, image_size=32).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizer_folder(folder)
+        model = build(
+            "blip_uniadapter_vqa", "vqav2", args.device, image_size=32, tokenizer=tokenizer
+        ).eval()
     answers = answer_list(args.answers, args.longest, args.seed)
     samples = {
         "image": torch.randn(args.questions, 3, 32, 32, device=args.device),
@@ -102,7 +115,7 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=8)
     options.add_argument("--answers", type=int, default=3129, help="of the list")
     options.add_argument("--candidates", type=int, default=128)
-    options.add_argument("--longest", type=int, default=6, help="words of the longest answers")
+    options.add_argument("--longest", type=int, default=8, help="tokens of the longest answers")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     print("\nwritten:", measuring.save("answer_ranking", run(args), args.output))
