@@ -195,6 +195,13 @@ def test_wrong_rows_of_own_data_are_named_by_line(start, tmp_path):
         start("custom_qa")
 
 
+def test_the_training_configuration_evaluates_as_well(start):
+    """Visual Genome has training questions alone, and is then not asked for."""
+    evaluated = start("vqav2", "run.evaluate=True")
+    assert set(evaluated.runner.datasets) == {"test"}
+    assert list(evaluated.runner.config.datasets_cfg) == ["coco_vqa"]
+
+
 def test_train_frames_and_evaluation_frames_differ_on_didemo(start):
     trained = start("didemo_retrieval", "run.max_epoch=1")
     datasets = trained.runner.datasets

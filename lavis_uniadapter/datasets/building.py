@@ -31,8 +31,8 @@ T = TypeVar("T")
 def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
     """Check a configuration's datasets, and make it one that LAVIS's builders build.
 
-    Splits that the run does not use are taken out: whoever only evaluates needs no training data.
-    Every problem of a dataset is named, before anything is built.
+    Splits that the run does not use are taken out, and datasets that have no others: whoever only
+    evaluates needs no training data. Every problem of a dataset is named, before anything is built.
 
     Args:
         datasets_cfg: a node a dataset, as LAVIS's builders take it; changed in place.
@@ -41,12 +41,16 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
     Raises:
         DatasetError: listing what is missing or malformed.
     """
-    for name, config in datasets_cfg.items():
+    for name, config in list(datasets_cfg.items()):
         builder = registry.get_builder_class(name)(config)
         annotations = _annotations(builder.config)
-        for split in SPLITS:
-            if split in annotations and (split not in splits or annotations[split] is None):
-                del annotations[split]
+        there = [split for split in SPLITS if split in annotations]
+        unused = [s for s in there if s not in splits or annotations[s] is None]
+        for split in unused:
+            del annotations[split]
+        if there and there == unused:
+            del datasets_cfg[name]
+            continue
         if isinstance(builder, ShapesBuilder):
             _on_main_process(builder._download_data)
         if isinstance(builder, CustomBuilder):
