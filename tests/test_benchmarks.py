@@ -494,6 +494,11 @@ def test_captions_without_references_are_refused_or_written(start):
         ("msrvtt_caption", ["run.min_len=25"], "exceeds run.max_len 20"),
         ("msrvtt_retrieval", ["run.task=uniadapter_captioning"], "writes no captions"),
         ("msrvtt_qa", ["datasets.msrvtt_qa.type=evl"], "it has default"),
+        (
+            "msrvtt_qa",
+            ["run.evaluate=True", 'run.test_splits=["tset"]'],
+            "splits are tset, and the datasets have test, train, val",
+        ),
         ("msrvtt_qa", ["datasets.msrvtt_qa.skip_missing=often"], "True or False"),
     ],
 )

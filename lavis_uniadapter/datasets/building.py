@@ -40,11 +40,14 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
 
     Raises:
         DatasetError: listing what is missing or malformed.
+        ConfigError: if no dataset has any of the splits, or several have the same one to evaluate.
     """
+    available: set[str] = set()
     for name, config in list(datasets_cfg.items()):
         builder = registry.get_builder_class(name)(config)
         annotations = _annotations(builder.config)
         there = [split for split in SPLITS if split in annotations]
+        available.update(there)
         unused = [s for s in there if s not in splits or annotations[s] is None]
         for split in unused:
             del annotations[split]
@@ -58,6 +61,12 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
         else:
             _on_main_process(check_annotations, builder)
         _name_local_annotations(annotations)
+    if not datasets_cfg:
+        raise ConfigError(
+            f"The run's splits are {', '.join(sorted(splits)) or 'none'}, and the datasets have "
+            f"{', '.join(sorted(available)) or 'none'}. Correct run.train_splits, valid_splits or "
+            "test_splits."
+        )
     for split in ("val", "test"):
         having = [name for name in datasets_cfg if split in _annotations(datasets_cfg[name])]
         if len(having) > 1:
