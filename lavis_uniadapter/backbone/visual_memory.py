@@ -188,7 +188,8 @@ class VisualMemory:
                 projected = linear(self.states)
                 if delta is not None:
                     projected = projected + delta
-                projections.append(attention.transpose_for_scores(projected))
+                # In one piece: matrix products would copy it, and keep the copy for backward.
+                projections.append(attention.transpose_for_scores(projected).contiguous())
             self._projected[attention] = tuple(projections)
         keys, values = self._projected[attention]
         return LayerMemory(keys, values, self.mask, self._layout, self._token_weights)

@@ -297,10 +297,14 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         tokens = self.tokenize(
             samples["text_input"], padding="max_length" if gathers_texts else "longest"
         )
+        # Averages first, while no activations are kept for the backward pass.
+        self.momentum_average.update()
+        with self.momentum_average.swapped_in():
+            momentum = self.encode_visual(samples), self.encode_text(tokens)
         visuals = self.encode_visual(samples)
         texts = self.encode_text(tokens)
 
-        loss_itc, sims, momentum = self._contrastive_loss(samples, tokens, visuals, texts, ids)
+        loss_itc, sims = self._contrastive_loss(samples, visuals, texts, *momentum, ids)
         if not torch.isfinite(loss_itc):  # negatives cannot be drawn from such similarities
             raise FloatingPointError(
                 f"loss_itc is not finite at step {samples['iters']} of epoch {samples['epoch']}. "
@@ -322,14 +326,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             ),
         )
 
-    def _contrastive_loss(self, samples, tokens, visuals, texts, ids):
+    def _contrastive_loss(self, samples, visuals, texts, visuals_m, texts_m, ids):
         alpha = self.alpha * self._rampup_factor(
             samples["epoch"], samples["iters"], samples["num_iters_per_epoch"]
         )
-        self.momentum_average.update()
-        with self.momentum_average.swapped_in():
-            visuals_m, texts_m = self.encode_visual(samples), self.encode_text(tokens)
-
         # In float32 also under autocast: similarities are divided by a small temperature.
         with torch.autocast(self.device.type, enabled=False):
             visual_feat, text_feat = visuals.feat.float(), texts.feat.float()
@@ -360,7 +360,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             sim_i2t_targets=targets_i2t,
             sim_t2i_targets=targets_t2i,
         )
-        return loss / 2, sims, (visuals_m, texts_m)
+        return loss / 2, sims
 
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
         """Positives, a hard negative visual for each text and a hard negative text for each visual.
