@@ -9,6 +9,7 @@ recipe (crop, flip, RandAugment, normalise) without these faults.
 import inspect
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 
@@ -28,6 +29,10 @@ from lavis_uniadapter.extracted_frames import EXTRACTED_SUFFIX, clip_file, read_
 # The values of lavis.processors.blip_processors.BlipImageBaseProcessor.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The FFmpeg inside decord builds a codec's tables when it is first opened, and ends the process if
+# two threads do so at once.
+_OPENING = threading.Lock()
 
 CROP_ASPECT_RATIOS = (3 / 4, 4 / 3)
 
@@ -99,7 +104,8 @@ def decode_frames(
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise _decode_error(path, f"it is no archive of frames ({error})") from error
     try:
-        reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
+        with _OPENING:
+            reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
         frames = reader.get_batch(choose_indices(len(reader)))
     # decord asserts that there are frames; a DECORDError is no RuntimeError.
     except (RuntimeError, AssertionError, DECORDError) as error:

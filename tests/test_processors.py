@@ -1,4 +1,5 @@
 import random
+import time
 import wave
 
 import cv2
@@ -446,3 +447,31 @@ def test_eval_knows_no_augmentation():
 def test_options_out_of_range_are_named(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         BlipVideoTrainProcessor.from_config(option)
+
+
+def test_threads_open_videos_one_at_a_time(tmp_path, monkeypatch):
+    """The FFmpeg inside decord ends the process if two first openings of a codec coincide."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    paths = [tmp_path / f"{i}.mp4" for i in range(8)]
+    for path in paths:
+        path.write_bytes(b"not read")
+    opening, most = [], []
+
+    class Reader:
+        def __init__(self, path, **kwargs):
+            opening.append(path)
+            most.append(len(opening))
+            time.sleep(0.01)
+            opening.remove(path)
+
+        def __len__(self):
+            return 1
+
+        def get_batch(self, indices):
+            return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+
+    monkeypatch.setattr(processors, "VideoReader", Reader)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda path: processors.decode_frames(path, lambda n: [0], 8), paths))
+    assert len(most) == 8 and max(most) == 1
