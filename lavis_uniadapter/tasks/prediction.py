@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lavis.tasks.base_task import BaseTask
 from tqdm import tqdm
 
 
-class PredictionTask(BaseTask):
+class PredictionTask(BaseTask, ABC):
     """Predicts for every item of a split, gathers over ranks, and scores once.
 
     LAVIS's tasks pass predictions between ranks through files and recognise repetitions by
@@ -27,17 +28,17 @@ class PredictionTask(BaseTask):
     A subclass answers ``predict``, ``describe`` and ``metrics``.
     """
 
+    @abstractmethod
     def predict(self, model, samples: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         """What is predicted for each item of a batch, under the names that it is saved under."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """What is saved of a record of the annotation, beside its prediction."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Scores of a split, ``agg_metrics`` among them (more is better)."""
-        raise NotImplementedError
 
     def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
         """All items of a split with their predictions, on the main process; None on the others.
