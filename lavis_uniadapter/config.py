@@ -142,7 +142,20 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     check = getattr(registry.get_model_class(given.model.arch), "check_config", None)
     if check is not None:
         check(config.model_cfg)
+        _check_image_sizes(config)
     return config
+
+
+def _check_image_sizes(config: Config) -> None:
+    size = config.model_cfg.get("image_size")
+    for name, section in config.datasets_cfg.items():
+        for mode, processor in (section.get("vis_processor") or {}).items():
+            given = (processor or {}).get("image_size", size)
+            if given != size:
+                raise ConfigError(
+                    f"datasets.{name}.vis_processor.{mode}.image_size is {given} and "
+                    f"model.image_size is {size}. Give both the same."
+                )
 
 
 def _check_model(model: Mapping) -> None:

@@ -11,6 +11,9 @@ train_benchmark() {
     local name="$1"
     shift
     : "${NPROC:=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+    if [ "$NPROC" = 1 ]; then
+        exec python train.py --cfg-path "projects/uniadapter/train/$name.yaml" "$@"
+    fi
     exec python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" \
         train.py --cfg-path "projects/uniadapter/train/$name.yaml" "$@"
 }

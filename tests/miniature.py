@@ -242,7 +242,7 @@ def flickr30k(cache: Path) -> None:
 
 
 def custom(folder: Path, task: str) -> None:
-    """A user's own clips with ``train.csv``, ``val.csv`` and ``test.csv``, as the README has it."""
+    """A user's own clips with ``train.csv`` (``qa_train.csv``) and so on."""
     parts = {"train": range(5), "val": range(5, 7), "test": range(7, 9)}
     for split, indices in parts.items():
         rows = ["video,caption" if task != "qa" else "video,question,answer"]
@@ -254,7 +254,8 @@ def custom(folder: Path, task: str) -> None:
                 rows += [f"{name},what colour is it?,{colour}", f"{name},what is it?,{shape}"]
             else:
                 rows += [f'{name},"{caption(index, w)}"' for w in (0, 1)]
-        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+        name = f"qa_{split}.csv" if task == "qa" else f"{split}.csv"
+        (folder / name).write_text("\n".join(rows) + "\n")
 
 
 MSRVTT_VIDEOS = tuple(f"video{i}.mp4" for i in range(9))

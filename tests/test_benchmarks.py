@@ -176,15 +176,17 @@ def test_own_data_trains_and_evaluates(start, tmp_path, task):
     assert evaluated.metrics == trained.metrics
     assert set(evaluated.runner.datasets) == {"test"}
     assert list(start.cache.iterdir()) == []
+    prefix = "qa_" if task == "qa" else ""
     assert {p.name for p in (tmp_path / "my_data").iterdir()} == {
-        *("train.csv", "val.csv", "test.csv", "videos"),
+        *(f"{prefix}{split}.csv" for split in ("train", "val", "test")),
+        "videos",
     }
 
 
 def test_wrong_rows_of_own_data_are_named_by_line(start, tmp_path):
     start.cache.mkdir()
     custom(tmp_path / "my_data", "qa")
-    path = tmp_path / "my_data/train.csv"
+    path = tmp_path / "my_data/qa_train.csv"
     lines = path.read_text().splitlines()
     lines[3] = "clip_1.mp4,what colour is it?,"
     lines[5] = "clip_77.mp4,what colour is it?,red"
@@ -494,6 +496,7 @@ def test_captions_without_references_are_refused_or_written(start):
         ("msrvtt_caption", ["run.min_len=25"], "exceeds run.max_len 20"),
         ("msrvtt_retrieval", ["run.task=uniadapter_captioning"], "writes no captions"),
         ("msrvtt_qa", ["datasets.msrvtt_qa.type=evl"], "it has default"),
+        ("msrvtt_qa", ["model.image_size=64"], "image_size is 32 and model.image_size is 64"),
         (
             "msrvtt_qa",
             ["run.evaluate=True", 'run.test_splits=["tset"]'],
@@ -554,16 +557,15 @@ def test_launcher_starts_its_configuration(name, tmp_path):
     python.write_text('#!/bin/bash\necho "$@" >> "$ASKED"\n')
     python.chmod(0o755)
     asked = tmp_path / "asked"
-    subprocess.run(
-        ["bash", str(ROOT / f"run_scripts/{name}.sh"), "--options", "run.seed=7"],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "VIRTUAL_ENV": str(tmp_path), "ASKED": str(asked), "NPROC": "3"},
-        capture_output=True,
-    )
+    command = ["bash", str(ROOT / f"run_scripts/{name}.sh"), "--options", "run.seed=7"]
+    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path), "ASKED": str(asked), "NPROC": "3"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
     last = asked.read_text().splitlines()[-1].split()
     assert last[:2] == ["-m", "torch.distributed.run"]
     assert "--nproc_per_node=3" in last
     assert last[-2:] == ["--options", "run.seed=7"]
+    alone = {**environment, "NPROC": "1"}
+    subprocess.run(command, check=True, cwd=tmp_path, env=alone, capture_output=True)
+    assert asked.read_text().splitlines()[-1].startswith("train.py --cfg-path")
     path = ROOT / last[last.index("--cfg-path") + 1]
     assert path == PROJECTS / "train" / f"{name}.yaml" and path.is_file()

@@ -132,7 +132,7 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
 
 
 def _check_prompt(dataset: Dataset, prompt: str, name: str) -> None:
-    given = getattr(dataset.text_processor, "prompt", "")
+    given = getattr(dataset.text_processor, "prompt", "") or ""
     if given != prompt:
         raise ConfigError(
             f"datasets.{name}.text_processor.train.prompt is {given!r} and model.prompt is "
