@@ -422,7 +422,7 @@ def test_the_example_runs_are_ready_but_for_the_data(task, mine):
     config = load_config(root / f"custom_{task}.yaml").datasets_cfg[f"custom_{task}"]
     rows = rows_of(task, "videos")
     for split in ("train", "val", "test"):
-        write(f"my_data/{split}.csv", rows)
+        write(f"my_data/{'qa_' if task == 'qa' else ''}{split}.csv", rows)
     (mine / "videos").rename("my_data/videos")
     datasets = builder_of(task, config).build_datasets()
     assert datasets["train"][0]["video"].shape == (3, 8, 224, 224)

@@ -108,9 +108,7 @@ class LayerMemory:
                 logits.mul_(weights[visual, 0])
                 if self.mask is not None:
                     logits.add_(self.mask[visual].flatten(0, -2))
-                torch.mm(
-                    logits.softmax(dim=-1), self.values[visual, head], out=context[visual, head]
-                )
+                context[visual, head] = logits.softmax(dim=-1) @ self.values[visual, head]
         return context
 
     def attention_map(self, query: Tensor) -> tuple[Tensor, Tensor]:
