@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
@@ -96,7 +97,7 @@ RUN_NUMBERS = {
     "min_lr": (0, False),
     "weight_decay": (0, False),
 }
-AMP_TYPES = ("bf16", "fp16")
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NEEDED = ("num_workers", "batch_size_eval", "output_dir")
 NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
 
@@ -239,7 +240,7 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     if int(run.get("min_len", 0)) > int(run.get("max_len", 10**9)):
         raise ConfigError(f"run.min_len {run.min_len} exceeds run.max_len {run.max_len}.")
     amp = run.get("amp") or None
-    if amp not in (None, True, *AMP_TYPES):  # LAVIS's True is fp16
+    if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
         raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
         if run.get(key) is None:

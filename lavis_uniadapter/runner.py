@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from tqdm import tqdm
 
 from lavis_uniadapter.checkpoint import describe_mismatch
+from lavis_uniadapter.config import AMP_DTYPES
 from lavis_uniadapter.errors import CheckpointError, ConfigError, nearest
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ LATEST = "checkpoint_latest.pth"
 BEST_ADAPTER = "adapter_best"
 LATEST_ADAPTER = "adapter_latest"
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @registry.register_runner("runner_uniadapter")

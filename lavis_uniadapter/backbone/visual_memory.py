@@ -89,7 +89,7 @@ class LayerMemory:
         folded = query if self.layout is None else self.layout.fold(query)
         weights = weights if self.layout is None else self.layout.fold(weights)
         weights = weights / math.sqrt(query.shape[-1])
-        if query.device.type == "cpu" and not torch.is_grad_enabled():
+        if query.device.type == "cpu" and not torch.is_grad_enabled() and not dropout:
             context = self._attend_head_by_head(folded, weights)
         else:
             logits = folded @ self.keys.transpose(-1, -2) * weights
@@ -99,7 +99,7 @@ class LayerMemory:
         return context if self.layout is None else self.layout.unfold(context, query.shape[2])
 
     def _attend_head_by_head(self, folded: Tensor, weights: Tensor) -> Tensor:
-        """The same without gradient, in pieces that stay in a processor's cache."""
+        """The same without gradient and dropout, in pieces that stay in a processor's cache."""
         context = torch.empty_like(folded)
         visuals, heads = folded.shape[:2]
         for visual in range(visuals):
