@@ -7,6 +7,7 @@ one process; so there is always a group here, if need be of size 1.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from typing import TypeVar
 
@@ -51,8 +52,14 @@ def init_process_group(device: str) -> None:
 
 
 def destroy_process_group() -> None:
+    """Leave the group, and end its threads.
+
+    A distributed model holds the group in a reference cycle. Were it left to the interpreter's
+    shutdown, gloo's threads could outlive the object that joins them, which aborts the process.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def from_main_process(value: T) -> T:

@@ -249,14 +249,19 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
         options.append(f"model.adapter_ckpt={args.adapter}")
     log_to_console()
     try:
-        result = run(args.cfg_path, options, evaluate)
+        _run_and_report(args.cfg_path, options, evaluate)
     except USER_ERRORS as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         destroy_process_group()
+    return 0
+
+
+def _run_and_report(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
+    """Keeps nothing of the run, so that the process group can end with it."""
+    result = run(cfg_path, options, evaluate)
     if result.metrics is not None:
         logger.info("%s", metrics_table(result.metrics))
         logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
-    return 0

@@ -331,6 +331,15 @@ def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path, tiny_cache):
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads through /proc")
+def test_a_run_ends_its_process_group(tmp_path, tiny_cache):
+    """Threads of gloo that are left to the interpreter's shutdown abort it now and then."""
+    options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.batch_size_train=2"]
+    options += ["run.max_epoch=1", "run.test_splits=[]", "run.valid_splits=[]"]
+    done = torchrun(2, "tests/gloo_threads_after_a_run.py", options, tmp_path)
+    assert done.stdout.count("left: []") == 2, done.stdout
+
+
 def test_script_says_what_it_does(tmp_path, tiny_cache):
     """A plain ``python train.py`` without torchrun."""
     options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.max_epoch=1"]
