@@ -15,6 +15,7 @@ import contextlib
 import copy
 import json
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from lavis_uniadapter.backbone.vision import SdpaAttention
 
 PEERS = ("ours", "as released", "lavis full")
 IMAGE_SIZE = 224
+TEXT_LENGTH = 12.0
 
 
 class WrittenOutCrossAttention(SdpaCrossAttention):
@@ -188,6 +190,33 @@ def gflop(peer: str, number: int, frames: int, length: float) -> float:
     return encode + (encode + match) * (1 + backward)
 
 
+def run_interleaved(
+    number: int, frames: int, repeats: int, device: str
+) -> tuple[dict[str, list[dict]], dict[str, str]]:
+    """Run each peer in turn, each time in a process of its own.
+
+    Returns:
+        By peer what each of its processes measured, and by peer that failed (a batch may not fit
+        this machine's memory) how it did; the others go on.
+    """
+    runs: dict[str, list[dict]] = {peer: [] for peer in PEERS}
+    failures: dict[str, str] = {}
+    for _ in range(repeats):
+        for peer in PEERS:
+            if peer in failures:
+                continue
+            command = [sys.executable, "-m", "benchmarks.training_step", "--peer", peer]
+            command += ["--batches", str(number), "--frames", str(frames), "--device", device]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                runs[peer].append(json.loads(done.stdout.splitlines()[-1]))
+            elif done.returncode == -signal.SIGKILL:
+                failures[peer] = "killed by the system, as it does when memory runs out"
+            else:
+                failures[peer] = (done.stderr.splitlines() or [f"exit {done.returncode}"])[-1]
+    return runs, failures
+
+
 def main() -> None:
     options = measuring.parser(__doc__)
     options.add_argument("--batches", nargs="+", type=int, default=[2, 4, 8])
@@ -202,23 +231,16 @@ def main() -> None:
 
     cases = []
     for number in args.batches:
-        runs: dict[str, list[dict]] = {peer: [] for peer in PEERS}
         rate = measuring.matmul_rate(args.device)
-        for _ in range(args.repeats):
-            for peer in PEERS:
-                command = [sys.executable, "-m", "benchmarks.training_step", "--peer", peer]
-                command += ["--batches", str(number), "--frames", str(args.frames)]
-                command += ["--device", args.device]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(done.stderr)
-                runs[peer].append(json.loads(done.stdout.splitlines()[-1]))
-        length = 12.0
+        runs, failures = run_interleaved(number, args.frames, args.repeats, args.device)
         case = {"batch": number, "frames": args.frames, "matmul_gflop_per_s": rate, "peers": {}}
         for peer, results in runs.items():
+            if peer in failures:
+                case["peers"][peer] = {"failed": failures[peer]}
+                continue
             # the last step of a process: the first also allocates
             seconds = statistics.median(result["seconds"][-1] for result in results)
-            needed = gflop(peer, number, args.frames, length)
+            needed = gflop(peer, number, args.frames, TEXT_LENGTH)
             case["peers"][peer] = {
                 "seconds": seconds,
                 "runs": [result["seconds"] for result in results],
@@ -231,7 +253,9 @@ def main() -> None:
         measuring.print_table(
             ("peer", "seconds", "peak GB", "GFLOP", "share of limit"),
             [
-                (
+                (peer, about["failed"], "", "", "")
+                if "failed" in about
+                else (
                     *(peer, about["seconds"], about["peak_gigabytes"], about["gflop"]),
                     f"{100 * about['share_of_limit']:.0f}%",
                 )

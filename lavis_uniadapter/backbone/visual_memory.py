@@ -13,6 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lavis_uniadapter.adapters import KeyValueAdapter
 
@@ -89,14 +90,23 @@ class LayerMemory:
         folded = query if self.layout is None else self.layout.fold(query)
         weights = weights if self.layout is None else self.layout.fold(weights)
         weights = weights / math.sqrt(query.shape[-1])
-        if query.device.type == "cpu" and not torch.is_grad_enabled() and not dropout:
+        if torch.is_grad_enabled():
+            # Probabilities are computed again for the backward pass: three tensors of (pairs,
+            # heads, length, tokens) a layer cost more to keep than to recompute.
+            context = checkpoint(
+                self._attend_at_once, folded, weights, dropout, use_reentrant=False
+            )
+        elif query.device.type == "cpu" and not dropout:
             context = self._attend_head_by_head(folded, weights)
         else:
-            logits = folded @ self.keys.transpose(-1, -2) * weights
-            if self.mask is not None:
-                logits = logits + self.mask
-            context = F.dropout(logits.softmax(dim=-1), dropout) @ self.values
+            context = self._attend_at_once(folded, weights, dropout)
         return context if self.layout is None else self.layout.unfold(context, query.shape[2])
+
+    def _attend_at_once(self, folded: Tensor, weights: Tensor, dropout: float) -> Tensor:
+        logits = folded @ self.keys.transpose(-1, -2) * weights
+        if self.mask is not None:
+            logits = logits + self.mask
+        return F.dropout(logits.softmax(dim=-1), dropout) @ self.values
 
     def _attend_head_by_head(self, folded: Tensor, weights: Tensor) -> Tensor:
         """The same without gradient and dropout, in pieces that stay in a processor's cache."""
