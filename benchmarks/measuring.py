@@ -88,10 +88,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def result_path(name: str, device: str, folder: Path) -> Path:
+    return folder / f"{name}_{device}.json"
+
+
 def save(name: str, result: Mapping, folder: Path) -> Path:
     """Write a result as JSON, named by benchmark and device."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}_{result['machine']['device']}.json"
+    path = result_path(name, result["machine"]["device"], folder)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
 

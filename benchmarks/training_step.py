@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -217,6 +218,15 @@ def run_interleaved(
     return runs, failures
 
 
+def measured_before(folder: Path, device: str, leave_out: list[int]) -> list[dict]:
+    """Cases of other batch sizes on file, which large batches take too long to measure again."""
+    path = measuring.result_path("training_step", device, folder)
+    if not path.is_file():
+        return []
+    cases = json.loads(path.read_text())["cases"]
+    return [case for case in cases if case["batch"] not in leave_out]
+
+
 def main() -> None:
     options = measuring.parser(__doc__)
     options.add_argument("--batches", nargs="+", type=int, default=[2, 4, 8])
@@ -229,7 +239,7 @@ def main() -> None:
         print(json.dumps(run_peer(args.peer, number, args.frames, 2, args.device)))
         return
 
-    cases = []
+    cases = measured_before(args.output, args.device, leave_out=args.batches)
     for number in args.batches:
         rate = measuring.matmul_rate(args.device)
         runs, failures = run_interleaved(number, args.frames, args.repeats, args.device)
@@ -248,7 +258,11 @@ def main() -> None:
                 "gflop": needed,
                 "share_of_limit": needed / rate / seconds,
             }
-        cases.append(case)
+        cases.append({**case, "torch": torch.__version__})
+        cases.sort(key=lambda case: case["batch"])
+        # at once: a later case may take long, or all memory
+        result = {"machine": measuring.machine(args.device), "cases": cases}
+        measuring.save("training_step", result, args.output)
         print(f"\nB = {number}, {args.frames} frames of {IMAGE_SIZE} px")
         measuring.print_table(
             ("peer", "seconds", "peak GB", "GFLOP", "share of limit"),
@@ -262,7 +276,6 @@ def main() -> None:
                 for peer, about in case["peers"].items()
             ],
         )
-    result = {"machine": measuring.machine(args.device), "cases": cases}
     if args.check_batch:
         worst = check_equal_gradients(args.check_batch, args.frames, args.device)
         result["largest_relative_gradient_difference"] = worst

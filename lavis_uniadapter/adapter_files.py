@@ -1,10 +1,16 @@
-"""Adapter folders: ``adapter.safetensors`` and ``adapter_config.json``. Nothing is pickled."""
+"""Adapter folders: the tensors, what they are, and a model card. Nothing is pickled.
+
+``adapter.safetensors`` holds adapters and trained heads, ``adapter_config.json`` the method, its
+configuration, the base checkpoint's name and fingerprint, metrics and versions, and ``README.md``
+tells people the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,18 +20,20 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from lavis.common.registry import registry
 from torch import nn
 
-from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.checkpoint import describe_mismatch
 from lavis_uniadapter.errors import CheckpointError, ConfigError, name_some
 from lavis_uniadapter.tuning import TUNING_METHODS
+from lavis_uniadapter.version import __version__
+
+logger = logging.getLogger(__name__)
 
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
-FORMAT_VERSION = 1
-# Fields of AdapterConfig that matter in training alone; all others decide what is computed.
-TRAINING_FIELDS = ("init", "dropout")
+CARD = "README.md"
+FORMAT_VERSION = 2
 
 
 def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
@@ -38,7 +46,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
     tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
     folder = Path(folder)
     strangers = (
-        [path.name for path in folder.iterdir() if path.name not in (TENSORS, CONFIG)]
+        [path.name for path in folder.iterdir() if path.name not in (TENSORS, CONFIG, CARD)]
         if folder.is_dir()
         else [folder.name] * folder.exists()
     )
@@ -55,16 +63,19 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
             "format_version": FORMAT_VERSION,
             "arch": type(model).__name__,
             "method": model.tuning,
-            "adapter": model.adapter_config.to_dict(),
+            "configuration": model.method_config.to_dict(),
+            "settings": {name: getattr(model, name) for name in model.SETTINGS},
             "base": {"name": model.base_name, "fingerprint": model.base_fingerprint},
             "keys": len(tensors),
             "blake2b": _hash_file(new / TENSORS),
             "metrics": dict(metrics),
             "versions": {
-                name: importlib.metadata.version(name) for name in ("torch", "salesforce-lavis")
+                "lavis_uniadapter": __version__,
+                **{n: importlib.metadata.version(n) for n in ("torch", "salesforce-lavis")},
             },
         }
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (new / CARD).write_text(_model_card(model, config, tensors))
         written = _read_tensors(new, config)
         if not all(torch.equal(written[key], value) for key, value in tensors.items()):
             raise CheckpointError(f"'{folder}': what was written does not read back the same.")
@@ -84,15 +95,21 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
             f"'{folder}' was tuned by '{config['method']}' and this model is built for "
             f"'{model.tuning}'. Set model.tuning: {config['method']}."
         )
-    theirs = AdapterConfig.from_mapping(config["adapter"]).to_dict()
-    ours = model.adapter_config.to_dict()
-    different = [k for k in ours if ours[k] != theirs[k] and k not in TRAINING_FIELDS]
-    if different and TUNING_METHODS[model.tuning].has_adapters:
+    config_cls = TUNING_METHODS[model.tuning].config_cls
+    theirs = config_cls.from_mapping(config["configuration"]).to_dict()
+    ours = model.method_config.to_dict()
+    different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
+    if different:
         changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
         raise CheckpointError(
             f"'{folder}' has another adapter configuration than the model: {changes}. "
-            "Set model.adapter to the folder's values."
+            f"Set model.{config_cls.SECTION} to the folder's values."
         )
+    for key, value in config["settings"].items():
+        if (own := getattr(model, key, None)) != value:
+            logger.warning(
+                "'%s' was trained with %s %r, and the model has %r.", folder, key, value, own
+            )
     tensors = _read_tensors(folder, config)
     base = config["base"]
     if base["fingerprint"] != model.base_fingerprint and not force:
@@ -103,9 +120,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
             "load_adapter(folder, force=True)."
         )
     new = name not in model.adapters.names()
-    target = (
-        model._build_set(model.tuning, model.adapter_config) if new else model.adapters.get(name)
-    )
+    target = model._build_set() if new else model.adapters.get(name)
     problems = describe_mismatch(target.state_dict(), tensors)
     if problems:
         raise CheckpointError(f"'{folder}' does not fit this model: {problems}.")
@@ -114,6 +129,65 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         target.requires_grad_(False)
         target.train(model.training)
         model.adapters.add(name, target)
+
+
+def _model_card(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> str:
+    """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
+    number = sum(t.numel() for t in tensors.values())
+    arch = _registered_name(model)
+    rows = [
+        ("model", f"`{arch}`"),
+        ("tuning", f"`{config['method']}`"),
+        *((f"{k}", f"`{v}`") for k, v in {**config["configuration"], **config["settings"]}.items()),
+        ("parameters", f"{number:,}"),
+        ("base checkpoint", f"{config['base']['name']}"),
+        ("its fingerprint", f"`{config['base']['fingerprint']}`"),
+        *config["versions"].items(),
+    ]
+    metrics = [(name, f"{value:g}") for name, value in config["metrics"].items()]
+    return f"""---
+library_name: lavis_uniadapter
+tags: [{config["method"]}, blip, lavis]
+---
+
+# {config["method"]} adapter for {arch}
+
+It holds what was trained beside a frozen BLIP, and works on that base checkpoint alone:
+
+```python
+import lavis_uniadapter
+from lavis.models import load_model_and_preprocess
+
+model, vis, txt = load_model_and_preprocess("{arch}", MODEL_TYPE, is_eval=True)
+model.load_adapter(THIS_FOLDER)
+```
+
+| | |
+|---|---|
+{_table_rows(rows)}
+
+## Measured
+
+{_metrics_table(metrics)}
+"""
+
+
+def _registered_name(model: nn.Module) -> str:
+    """The name under which LAVIS's registry has the model's class."""
+    names = registry.mapping["model_name_mapping"]
+    return next((n for n, cls in names.items() if cls is type(model)), type(model).__name__)
+
+
+def _table_rows(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _metrics_table(metrics: list[tuple[str, str]]) -> str:
+    if not metrics:
+        return "Nothing was measured when this was saved."
+    return "| metric | value |\n|---|---|\n" + _table_rows(metrics)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -125,7 +199,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     try:
         config = json.loads((folder / CONFIG).read_text())
-        for key in ("method", "adapter", "base", "keys", "blake2b"):
+        for key in ("method", "configuration", "settings", "base", "keys", "blake2b"):
             config[key]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error

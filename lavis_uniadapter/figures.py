@@ -122,3 +122,35 @@ def _contact_sheet(clip: Tensor) -> np.ndarray:
     half = len(frames) // 2
     rows = [np.concatenate(list(part), axis=1) for part in (frames[:half], frames[half:])]
     return np.concatenate(rows, axis=0)
+
+
+def plot_comparison(
+    points: Mapping[str, tuple[float, float, float]], metric: str, picture: Path, title: str
+) -> None:
+    """A metric against trained parameters, a point a method.
+
+    Args:
+        points: by method (trained parameters, mean, standard deviation); methods that train
+            nothing are drawn as a line across.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for index, (name, (parameters, mean, deviation)) in enumerate(points.items()):
+        colour = f"C{index % 10}"
+        if not parameters:
+            axes.axhline(mean, color="grey", linestyle=":", label=name)
+            continue
+        marker = "osD^vP*X<>"[index // 10 % 10]
+        axes.errorbar(
+            *(parameters, mean, deviation),
+            color=colour,
+            marker=marker,
+            linestyle="none",
+            capsize=3,
+            label=name,
+        )
+    axes.set(xlabel="trained parameters", ylabel=metric, xscale="log", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import math
 import os
 import random
 import re
@@ -21,12 +22,13 @@ import lavis.runners  # noqa: F401  (registers LAVIS's runners)
 import numpy as np
 import torch
 from lavis.common.config import Config
-from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks import setup_task
 from tqdm import tqdm
 
+from lavis_uniadapter import run_folders
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
@@ -101,6 +103,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     job_id = from_main_process(_job_id(config) if is_main_process() else None)
     runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
+    if is_main_process():  # of an earlier run under the same name
+        (Path(runner.output_dir) / run_folders.SUMMARY).unlink(missing_ok=True)
     log_to_file(Path(runner.output_dir))
     _report_start(runner, config)
     if config.run_cfg.evaluate:
@@ -109,7 +113,42 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
         metrics = runner.evaluate(skip_reload=True)
     else:
         metrics = runner.train()
-    return RunResult(Path(runner.output_dir), metrics, runner, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    _write_summary(runner, config, metrics, seconds)
+    return RunResult(Path(runner.output_dir), metrics, runner, seconds)
+
+
+@main_process
+def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
+    """``summary.json``, by which a run is known to have finished; see ``run_folders``."""
+    parameters = list(runner._model.parameters())
+    trained = [] if config.run_cfg.evaluate else [p for p in parameters if p.requires_grad]
+    run_folders.write_json(
+        Path(runner.output_dir) / run_folders.SUMMARY,
+        {
+            "arch": config.model_cfg.arch,
+            "tuning": config.model_cfg.get("tuning"),
+            "task": config.run_cfg.task,
+            "seed": int(config.run_cfg.seed),
+            "device": str(config.run_cfg.device),
+            "processes": get_world_size(),
+            "parameters": {
+                "trained": sum(p.numel() for p in trained),
+                "total": sum(p.numel() for p in parameters),
+            },
+            "metrics": metrics,
+            "best": {
+                "score": _finite_or_none(getattr(runner, "best_metric", None)),
+                "epoch": getattr(runner, "best_epoch", None),
+            },
+            "seconds": seconds,
+            "peak_bytes": run_folders.peak_bytes(torch.device(config.run_cfg.device)),
+        },
+    )
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _splits_of(config: Config) -> set[str]:
@@ -265,3 +304,7 @@ def _run_and_report(cfg_path: str, options: Sequence[str], evaluate: bool) -> No
     if result.metrics is not None:
         logger.info("%s", metrics_table(result.metrics))
         logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

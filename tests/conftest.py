@@ -75,3 +75,9 @@ def video_batch():
         "iters": 3,
         "num_iters_per_epoch": 10,
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory):
+    """One cache of generated data for all runs."""
+    return tmp_path_factory.mktemp("cache")

@@ -46,12 +46,6 @@ TINY_RUN = (
 )
 
 
-@pytest.fixture(scope="session")
-def tiny_cache(tmp_path_factory):
-    """One cache of generated data for all runs."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def run(tmp_path, tiny_cache, monkeypatch):
     """Run a configuration in an empty folder, in this process."""

@@ -170,7 +170,7 @@ def test_load_model_and_preprocess_of_every_type(arch, model_type, tmp_path, mon
     assert set(vis) == set(txt) == {"train", "eval"}
     video = model_type not in ("coco", "flickr", "vqav2")
     assert hasattr(vis["eval"], "n_frms") == video
-    assert model.adapter_config.frame_aware == (video and arch == "blip_uniadapter_retrieval")
+    assert model.method_config.frame_aware == (video and arch == "blip_uniadapter_retrieval")
     side = {"coco": 384, "flickr": 384, "vqav2": 480, "shapes": 64}.get(model_type, 224)
     assert config.model.image_size == side
     for mode in ("train", "eval"):

@@ -69,6 +69,24 @@ def test_fast_equals_slow(build_model, frames, k_test, rerank_batch, frame_aware
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("k_test", [1, 3, 100])
+def test_ties_are_scored_as_slowly(model, k_test):
+    """Twice the same clip and text: which of two equals a shortlist takes does not matter."""
+    gallery = Gallery(5, texts_each=1, frames=3)
+    gallery.visuals[3] = gallery.visuals[1]
+    gallery.text[4] = gallery.text[2]
+    expected = slow_scores(model, gallery, k_test, itc_weight=0.0)
+    loader = DataLoader(gallery, batch_size=2)
+    actual = two_stage_scores(model, loader, k_test=k_test, itc_weight=0.0, rerank_batch=3)
+    for ours, theirs in zip(actual, expected, strict=True):
+        ours, theirs = ours.sort(dim=1).values, theirs.sort(dim=1).values
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    if k_test == 100:
+        v2t, t2v = actual
+        torch.testing.assert_close(v2t[1], v2t[3], rtol=0, atol=1e-5)
+        torch.testing.assert_close(t2v[2], t2v[4], rtol=0, atol=1e-5)
+
+
 def test_frame_aware_attention_acts_in_evaluation(build_model):
     scores = {}
     for frame_aware in (True, False):

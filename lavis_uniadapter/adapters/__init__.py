@@ -1,15 +1,19 @@
-"""Adapters in plain torch; nothing here knows LAVIS."""
+"""Tuning methods in plain torch, a file each; nothing here knows LAVIS."""
 
 from lavis_uniadapter.adapters.bank import (
     AdapterBank,
     AdapterSet,
     AdapterSlot,
-    BackboneGeometry,
+    DeltaSlot,
     KeyValueSlot,
-    UniAdapterSet,
 )
-from lavis_uniadapter.adapters.config import AdapterConfig
-from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter, UniAdapter
+from lavis_uniadapter.adapters.bitfit import BitFitSet
+from lavis_uniadapter.adapters.bottleneck import BottleneckAdapterSet
+from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig, MethodConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry, BiasSite, LinearSite
+from lavis_uniadapter.adapters.linear import LinearSet
+from lavis_uniadapter.adapters.lora import LoraConfig, LoraSet
+from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter, UniAdapter, UniAdapterSet
 
 __all__ = [
     "AdapterBank",
@@ -17,8 +21,18 @@ __all__ = [
     "AdapterSet",
     "AdapterSlot",
     "BackboneGeometry",
+    "BiasSite",
+    "BitFitSet",
+    "BottleneckAdapterSet",
+    "BottleneckConfig",
+    "DeltaSlot",
     "KeyValueAdapter",
     "KeyValueSlot",
+    "LinearSet",
+    "LinearSite",
+    "LoraConfig",
+    "LoraSet",
+    "MethodConfig",
     "UniAdapter",
     "UniAdapterSet",
 ]

@@ -4,119 +4,57 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
-from torch import nn
-
-from lavis_uniadapter.adapters.config import AdapterConfig
-from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter, UniAdapter
-
-
-@dataclass(frozen=True)
-class BackboneGeometry:
-    """The sizes of a backbone that adapters must fit.
-
-    Attributes:
-        visual_width, visual_depth: of the visual encoder.
-        text_width, text_depth: of the text encoder.
-        memory_widths: for each encoder with cross-attention, by its name in the model, the width
-            of the states that it attends to.
-    """
-
-    visual_width: int
-    visual_depth: int
-    text_width: int
-    text_depth: int
-    memory_widths: dict[str, int] = field(default_factory=dict)
+from torch import Tensor, nn
 
 
 class AdapterSet(nn.Module):
     """Everything that one tuned task owns: adapters by layer, key/value adapters, heads.
 
-    This base class has heads only (``tuning: linear``). A method with adapters is a subclass that
-    fills ``key_value`` and answers ``layer`` and ``layer_parameters``.
+    A method is a subclass, built from (heads, config, geometry). One that stands beside the FFNs
+    answers ``layer``; one that changes the backbone's own modules fills ``deltas``.
 
     Args:
         heads: the modules that are trained whole, by their names in the model.
 
     Attributes:
+        KIND: what ``adapter_summary`` calls the parameters that are neither heads nor key/value
+            adapters.
         frame_aware: whether matching weighs the frames of a video (PFA) while this set is active.
+        deltas: modules by ``delta_key`` of the backbone module they change. Each is called with
+            that module's input and output and returns what takes the output's place; ``fold_into``
+            changes the backbone module itself to the same effect.
     """
 
+    KIND = "adapters"
     frame_aware = False
 
     def __init__(self, heads: Mapping[str, nn.Module]):
         super().__init__()
         self.heads = nn.ModuleDict(heads)
         self.key_value = nn.ModuleDict()
+        self.deltas = nn.ModuleDict()
 
     def layer(self, encoder: str, index: int) -> nn.Module | None:
         """The adapter of a layer of the ``visual`` or ``text`` encoder, or None."""
         return None
 
     def layer_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the layers' adapters, which is what the paper counts."""
-        return iter(())
+        """Parameters but for heads and key/value adapters, which is what the paper counts."""
+        return self.deltas.parameters()
 
 
-class UniAdapterSet(AdapterSet):
-    """All adapters of a backbone: one UniAdapter a layer, and the key/value adapters.
-
-    Where vision and text are equally wide, layer i of both share ``layers[i]``. Where they are
-    not (ViT-L: 1024 against 768) no matrix fits both, and each has its own.
-    """
-
-    def __init__(
-        self, heads: Mapping[str, nn.Module], config: AdapterConfig, geometry: BackboneGeometry
-    ):
-        super().__init__(heads)
-        self.frame_aware = config.frame_aware
-
-        def build(width: int, visual: bool, textual: bool) -> UniAdapter:
-            return UniAdapter(
-                width,
-                config,
-                visual=visual and config.visual,
-                textual=textual and config.textual,
-                cross_modal=textual and config.cross_modal,
-            )
-
-        visual_depth = geometry.visual_depth if config.visual else 0
-        text_depth = geometry.text_depth if config.textual or config.cross_modal else 0
-        if geometry.visual_width == geometry.text_width:
-            self.layers = nn.ModuleList(
-                build(geometry.text_width, i < visual_depth, i < text_depth)
-                for i in range(max(visual_depth, text_depth))
-            )
-            visual_layers = text_layers = self.layers
-        else:
-            visual_layers = self.visual_layers = nn.ModuleList(
-                build(geometry.visual_width, True, False) for _ in range(visual_depth)
-            )
-            text_layers = self.text_layers = nn.ModuleList(
-                build(geometry.text_width, False, True) for _ in range(text_depth)
-            )
-        self._depths = {"visual": visual_depth, "text": text_depth}
-        self._names = {
-            "visual": next(n for n, m in self.named_children() if m is visual_layers),
-            "text": next(n for n, m in self.named_children() if m is text_layers),
-        }
-        if config.kv_bottleneck:
-            for name, width in geometry.memory_widths.items():
-                self.key_value[name] = KeyValueAdapter(width, geometry.text_width, config)
-
-    def layer(self, encoder: str, index: int) -> UniAdapter | None:
-        if index >= self._depths[encoder]:
-            return None
-        return getattr(self, self._names[encoder])[index]
-
-    def layer_parameters(self) -> Iterator[nn.Parameter]:
-        for name in dict.fromkeys(self._names.values()):
-            yield from getattr(self, name).parameters()
+def delta_key(path: str) -> str:
+    """A module's path as a key of an nn.ModuleDict, which may hold no dot."""
+    return path.replace(".", "/")
 
 
 class AdapterBank(nn.Module):
-    """Named adapter sets side by side; layers read the active one through an AdapterSlot."""
+    """Named adapter sets side by side; layers read the active one through a slot.
+
+    Which set is active is a property of the whole model: threads may compute with it at once, and
+    none may change it, or disable it, while another computes.
+    """
 
     def __init__(self):
         super().__init__()
@@ -139,6 +77,23 @@ class AdapterBank(nn.Module):
         self.add_module(name, adapter_set)
         if self.active is None:
             self.active = name
+
+    def remove(self, name: str) -> None:
+        """Forget a set.
+
+        Raises:
+            KeyError: if no set has that name.
+            ValueError: for the active one.
+        """
+        self.get(name)
+        if name == self.active:
+            raise ValueError(f"'{name}' is the active adapter. Set another one before deleting it.")
+        del self._modules[name]
+
+    def clear(self) -> None:
+        """Forget all sets; none is active then."""
+        self._modules.clear()
+        self.active = None
 
     def get(self, name: str) -> AdapterSet:
         if name not in self.names():
@@ -173,7 +128,7 @@ class AdapterSlot:
         self._encoder = encoder
         self._index = index
 
-    def __call__(self) -> UniAdapter | None:
+    def __call__(self) -> nn.Module | None:
         active = self._bank.active_set
         return None if active is None else active.layer(self._encoder, self._index)
 
@@ -185,8 +140,20 @@ class KeyValueSlot:
         self._bank = bank
         self._encoder_name = encoder_name
 
-    def __call__(self) -> KeyValueAdapter | None:
+    def __call__(self) -> nn.Module | None:
         active = self._bank.active_set
         if active is None or self._encoder_name not in active.key_value:
             return None
         return active.key_value[self._encoder_name]
+
+
+class DeltaSlot:
+    """A forward hook by which a backbone module reaches what the active set changes of it."""
+
+    def __init__(self, bank: AdapterBank, path: str):
+        self._bank = bank
+        self._key = delta_key(path)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        active = self._bank.active_set
+        return output if active is None else active.deltas[self._key](inputs[0], output)

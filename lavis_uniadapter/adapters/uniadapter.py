@@ -6,16 +6,27 @@ Equations of arXiv 2302.06605, section 3.2 and 3.3, with ``x`` of shape (batch, 
     visual  = s (W_v h + b_v)
     textual = s (W_t h + b_t)
     cross   = s LN_c(W_c h + b_c + W_t h + b_t)             reuses the textual up-projection
+
+In cross-modal mode a layer adds ``textual`` of its self-attention's output, the query residual, and
+``cross`` of its cross-attention's output.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_uniadapter.adapters.bottleneck import (
+    LayeredSet,
+    SeparateAdapters,
+    add,
+    init_down,
+    zero,
+)
 from lavis_uniadapter.adapters.config import AdapterConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry
 
 
 class UniAdapter(nn.Module):
@@ -32,6 +43,7 @@ class UniAdapter(nn.Module):
     ):
         super().__init__()
         self.scale = config.scale
+        self.query_residual = config.query_residual
         self.norm_in = nn.LayerNorm(width)
         self.down = nn.Linear(width, config.bottleneck)
         self.dropout = nn.Dropout(config.dropout)
@@ -42,18 +54,17 @@ class UniAdapter(nn.Module):
         self._init_weights(config.init)
 
     def _init_weights(self, init: str) -> None:
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.down.bias)
+        init_down(self.down)
         if self.up_textual is not None:
-            _zero(self.up_textual)
+            zero(self.up_textual)
         if init == "released":
             return
         if self.up_visual is not None:
-            _zero(self.up_visual)
+            zero(self.up_visual)
         if self.norm_cross_modal is not None:
             # The branch starts at zero through the affine of its norm. Were it W_c that is zero,
             # the norm would see an all-zero input, where its gradient is 1/sqrt(eps).
-            _zero(self.norm_cross_modal)
+            zero(self.norm_cross_modal)
 
     def _bottleneck(self, x: Tensor) -> Tensor:
         return self.dropout(F.relu(self.down(self.norm_in(x))))
@@ -65,20 +76,25 @@ class UniAdapter(nn.Module):
         return self.scale * self.up_visual(self._bottleneck(x))
 
     def textual(self, x: Tensor) -> Tensor | None:
-        """Branch beside a BERT layer's FFN, also the query residual of cross-modal mode."""
+        """Branch beside a BERT layer's FFN in text mode."""
         if self.up_textual is None:
             return None
         return self.scale * self.up_textual(self._bottleneck(x))
 
-    def cross_modal(self, x: Tensor) -> Tensor | None:
-        """Branch beside a BERT layer's FFN in cross-modal mode."""
+    def cross_modal(self, after_self: Tensor, after_cross: Tensor) -> Tensor | None:
+        """What a BERT layer adds beside its FFN in cross-modal mode.
+
+        Args:
+            after_self, after_cross: outputs of its self-attention and of its cross-attention.
+        """
+        residual = self.textual(after_self) if self.query_residual else None
         if self.up_cross_modal is None:
-            return None
-        h = self._bottleneck(x)
+            return residual
+        h = self._bottleneck(after_cross)
         up = self.up_cross_modal(h)
         if self.up_textual is not None:
             up = up + self.up_textual(h)
-        return self.scale * self.norm_cross_modal(up)
+        return add(residual, self.scale * self.norm_cross_modal(up))
 
 
 class LinearBottleneck(nn.Module):
@@ -90,7 +106,7 @@ class LinearBottleneck(nn.Module):
         self.up = nn.Linear(bottleneck, out_width)
         self.scale = nn.Parameter(nn.init.ones_(self.up.weight.new_empty(1)))
         if init == "identity":
-            _zero(self.up)
+            zero(self.up)
 
     def forward(self, m: Tensor) -> Tensor:
         return self.scale * self.up(self.down(m))
@@ -113,6 +129,29 @@ class KeyValueAdapter(nn.Module):
         return self.key(m), self.value(m)
 
 
-def _zero(module: nn.Linear | nn.LayerNorm) -> None:
-    nn.init.zeros_(module.weight)
-    nn.init.zeros_(module.bias)
+class UniAdapterSet(LayeredSet):
+    """All adapters of a backbone: one UniAdapter a layer, and the key/value adapters."""
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module], config: AdapterConfig, geometry: BackboneGeometry
+    ):
+        super().__init__(heads, config, geometry)
+        self.frame_aware = config.frame_aware
+        if config.kv_bottleneck:
+            for name, width in geometry.memory_widths.items():
+                self.key_value[name] = KeyValueAdapter(width, geometry.text_width, config)
+
+    def build_layer(self, width, config, **branches) -> UniAdapter | SeparateAdapters:
+        if config.shared:
+            return UniAdapter(width, config, **branches)
+        return SeparateAdapters(
+            width,
+            config,
+            **branches,
+            query_residual=config.query_residual,
+            norm_cross_modal=True,
+        )
+
+    def uses_textual(self, config: AdapterConfig, geometry: BackboneGeometry) -> bool:
+        reused = config.shared and config.cross_modal
+        return geometry.text_mode or config.query_residual or reused

@@ -6,11 +6,22 @@ added or renamed, so state-dict keys stay LAVIS's and any BLIP checkpoint loads 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention, XBertEncoder
 from lavis.models.vit import Attention, Block, VisionTransformer
 from torch import nn
 
-from lavis_uniadapter.adapters import AdapterBank, AdapterSlot, BackboneGeometry, KeyValueSlot
+from lavis_uniadapter.adapters import (
+    AdapterBank,
+    AdapterSet,
+    AdapterSlot,
+    BackboneGeometry,
+    BiasSite,
+    DeltaSlot,
+    KeyValueSlot,
+    LinearSite,
+)
 from lavis_uniadapter.backbone.text import (
     AdaptedBertEncoder,
     AdaptedBertLayer,
@@ -22,22 +33,83 @@ from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
 
 def geometry_of(
-    visual_encoder: VisionTransformer, text_encoders: dict[str, XBertEncoder]
+    model: nn.Module,
+    visual_encoder: VisionTransformer,
+    text_encoders: dict[str, XBertEncoder],
+    *,
+    text_mode: bool,
+    output_layers: Iterable[str] = (),
 ) -> BackboneGeometry:
-    """Sizes that adapters for these encoders must have.
+    """What a tuning method may know of these encoders, to which adapters are attached.
 
     Args:
+        model: of which the encoders are part; paths are within it.
         text_encoders: by their names in the model; those that share adapters are equally deep.
+        text_mode: whether the model ever encodes text alone.
+        output_layers: paths of the modules before the vocabulary.
     """
     configs = {name: encoder.config for name, encoder in text_encoders.items()}
     first = next(iter(configs.values()))
+    paths = {module: path for path, module in model.named_modules()}
+    encoders = [visual_encoder, *text_encoders.values()]
     return BackboneGeometry(
         visual_width=visual_encoder.embed_dim,
         visual_depth=len(visual_encoder.blocks),
         text_width=first.hidden_size,
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
+        text_mode=text_mode,
+        linears=tuple(
+            site
+            for encoder in encoders
+            for module in encoder.modules()
+            for site in _linear_sites(module, paths)
+        ),
+        biases=tuple(
+            BiasSite(paths[module], (len(module.bias), *(1,) * _trailing_axes(module)))
+            for encoder in encoders
+            for module in _biased_modules(encoder)
+        ),
+        output_layers={path: model.get_submodule(path) for path in output_layers},
     )
+
+
+def _linear_sites(module: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[LinearSite]:
+    """The matrices of one ViT block or BERT layer; of another module none."""
+
+    def site(linear: nn.Linear, role: str, rows: range | None = None) -> LinearSite:
+        rows = range(linear.out_features) if rows is None else rows
+        return LinearSite(paths[linear], role, linear.in_features, rows)
+
+    if isinstance(module, AdaptedBlock):
+        width = module.attn.proj.out_features
+        for i, role in enumerate(("query", "key", "value")):  # one matrix in LAVIS's ViT
+            yield site(module.attn.qkv, role, range(i * width, (i + 1) * width))
+        yield site(module.attn.proj, "attention_output")
+        yield site(module.mlp.fc1, "ffn_in")
+        yield site(module.mlp.fc2, "ffn_out")
+    elif isinstance(module, AdaptedBertLayer):
+        for name in ("attention", "crossattention"):
+            if hasattr(module, name):
+                attention = getattr(module, name)
+                for role in ("query", "key", "value"):
+                    yield site(getattr(attention.self, role), role)
+                yield site(attention.output.dense, "attention_output")
+        yield site(module.intermediate.dense, "ffn_in")
+        yield site(module.output.dense, "ffn_out")
+
+
+def _biased_modules(encoder: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose bias matters: that of keys adds the same to all logits of a query."""
+    keys = {m.key for m in encoder.modules() if isinstance(m, BertSelfAttention)}
+    for module in encoder.modules():
+        if getattr(module, "bias", None) is not None and module not in keys:
+            yield module
+
+
+def _trailing_axes(module: nn.Module) -> int:
+    """Axes of a module's output after the one that its bias is along."""
+    return 2 if isinstance(module, nn.Conv2d) else 0
 
 
 def attach_adapters(
@@ -79,6 +151,13 @@ def attach_adapters(
                 _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
             layer.adapter_slot = AdapterSlot(bank, "text", index)
             layer.activation_checkpointing = index >= depth - textual_checkpointing_layers
+
+
+def attach_deltas(bank: AdapterBank, model: nn.Module, adapter_set: AdapterSet) -> None:
+    """Let the active set change the modules that a set of this kind changes."""
+    for key in adapter_set.deltas:
+        path = key.replace("/", ".")
+        model.get_submodule(path).register_forward_hook(DeltaSlot(bank, path))
 
 
 def _swap_class(module: nn.Module, expected: type, adapted: type) -> None:

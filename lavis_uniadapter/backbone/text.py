@@ -149,9 +149,9 @@ class AdaptedBertLayer(BertLayer):
         attentions, present = self_outputs[1:-1], self_outputs[-1]
 
         adapter = self.adapter_slot()
-        deltas = [] if adapter is None else [adapter.textual(after_self)]
         if memory is None:
             out = self.feed_forward_chunk(after_self)
+            delta = None if adapter is None else adapter.textual(after_self)
         else:
             cross_outputs = self.crossattention(
                 after_self, attention_mask, head_mask, memory, output_attentions=output_attentions
@@ -159,11 +159,9 @@ class AdaptedBertLayer(BertLayer):
             after_cross = cross_outputs[0]
             attentions = attentions + cross_outputs[1:-1]
             out = self.feed_forward_chunk(after_cross)
-            if adapter is not None:
-                deltas.append(adapter.cross_modal(after_cross))
-        for delta in deltas:
-            if delta is not None:
-                out = out + delta
+            delta = None if adapter is None else adapter.cross_modal(after_self, after_cross)
+        if delta is not None:
+            out = out + delta
         return (out, *attentions, present)
 
 

@@ -16,15 +16,22 @@ from torch import nn
 from transformers import BertTokenizer
 
 from lavis_uniadapter import adapter_files, checkpoint, paths
-from lavis_uniadapter.adapters import AdapterBank, AdapterConfig
+from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
 from lavis_uniadapter.backbone import (
     attach_adapters,
+    attach_deltas,
     build_text_encoder,
     build_visual_encoder,
     geometry_of,
 )
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
-from lavis_uniadapter.tuning import TUNING_METHODS, freeze_all_but, tuning_method
+from lavis_uniadapter.tuning import (
+    SECTIONS,
+    TUNING_METHODS,
+    check_sections,
+    freeze_all_but,
+    tuning_method,
+)
 
 logger = logging.getLogger(__name__)
 DEFAULT_SET = "default"
@@ -39,10 +46,17 @@ class TunedBlip(BaseModel):
     ``HEADS``: names of the modules that are trained whole.
     ``HAS_FRAME_FEATURES``: whether it has the contrastive features that frame-aware attention
     weighs frames by.
+    ``TEXT_MODE``: whether it ever encodes text alone.
+    ``SETTINGS``: attributes, beside the configuration of its method, that decide what an adapter
+    computes; adapter folders note them.
+    ``OUTPUT_LAYERS``: of a model that answers in words, the modules before its vocabulary.
     """
 
     HEADS: tuple[str, ...] = ()
     HAS_FRAME_FEATURES = False
+    TEXT_MODE = False
+    SETTINGS: tuple[str, ...] = ("max_txt_len",)
+    OUTPUT_LAYERS: tuple[str, ...] = ()
     MODEL_KEYS: tuple[str, ...] = (
         "arch",
         "model_type",
@@ -61,7 +75,7 @@ class TunedBlip(BaseModel):
         "image_size",
         "max_txt_len",
         "tuning",
-        "adapter",
+        *SECTIONS,
     )
 
     # --- building -------------------------------------------------------------------------------
@@ -74,17 +88,14 @@ class TunedBlip(BaseModel):
             ConfigError: unknown key, unknown tuning, adapter value out of range.
         """
         reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
-        tuning_method(cfg.get("tuning", "uniadapter"))
-        adapter = AdapterConfig.from_mapping(plain(cfg.get("adapter")))
-        if adapter.frame_aware and not cls.HAS_FRAME_FEATURES:
+        method = tuning_method(cfg.get("tuning", "uniadapter"))
+        sections = {name: plain(cfg.get(name)) for name in SECTIONS}
+        check_sections(sections)
+        config = method.configure(sections)
+        if getattr(config, "frame_aware", False) and not cls.HAS_FRAME_FEATURES:
             raise ConfigError(
                 "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
                 f"contrastive features, which {cls.__name__} has none of. Set it to False."
-            )
-        if cfg.get("tuning") == "linear" and not cls.HEADS:
-            raise ConfigError(
-                f"model.tuning is 'linear', which trains the heads alone, and {cls.__name__} has "
-                "no heads. Take another method."
             )
         if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
             raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
@@ -128,9 +139,10 @@ class TunedBlip(BaseModel):
             CheckpointError: weights that do not fit, by name.
         """
         self.load_base(cfg.get("pretrained"))
+        tuning = cfg.get("tuning", "uniadapter")
         self.attach_tuning(
-            cfg.get("tuning", "uniadapter"),
-            AdapterConfig.from_mapping(plain(cfg.get("adapter"))),
+            tuning,
+            tuning_method(tuning).configure({name: plain(cfg.get(name)) for name in SECTIONS}),
             visual_checkpointing_layers=(
                 cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
             ),
@@ -204,7 +216,7 @@ class TunedBlip(BaseModel):
     def attach_tuning(
         self,
         tuning: str,
-        adapter_config: AdapterConfig,
+        method_config: MethodConfig,
         *,
         visual_checkpointing_layers: int = 0,
         textual_checkpointing_layers: int = 0,
@@ -216,7 +228,7 @@ class TunedBlip(BaseModel):
         """
         method = tuning_method(tuning)
         self.tuning = tuning
-        self.adapter_config = adapter_config
+        self.method_config = method_config
         self.adapters = AdapterBank()
         attach_adapters(
             self.adapters,
@@ -225,20 +237,29 @@ class TunedBlip(BaseModel):
             visual_checkpointing_layers=visual_checkpointing_layers,
             textual_checkpointing_layers=textual_checkpointing_layers,
         )
-        if method.build_set is None:
+        if method.set_cls is None:
             freeze_all_but(self, self)
         else:
-            self.adapters.add(DEFAULT_SET, self._build_set(tuning, adapter_config))
-            freeze_all_but(self, self.adapters.get(DEFAULT_SET))
+            adapter_set = self._build_set()
+            self.adapters.add(DEFAULT_SET, adapter_set)
+            attach_deltas(self.adapters, self, adapter_set)
+            freeze_all_but(self, adapter_set)
 
     def _text_encoders(self) -> dict[str, nn.Module]:
         """The BERT encoders that have adapters, by the names of their key/value adapters."""
         return {"text_encoder": self.text_encoder}
 
-    def _build_set(self, tuning: str, config: AdapterConfig) -> nn.Module:
+    def _build_set(self) -> AdapterSet:
         heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}
-        geometry = geometry_of(self.visual_encoder, self._text_encoders())
-        return TUNING_METHODS[tuning].build_set(heads, config, geometry).to(self.device)
+        geometry = geometry_of(
+            self,
+            self.visual_encoder,
+            self._text_encoders(),
+            text_mode=self.TEXT_MODE,
+            output_layers=self.OUTPUT_LAYERS,
+        )
+        set_cls = TUNING_METHODS[self.tuning].set_cls
+        return set_cls(heads, self.method_config, geometry).to(self.device)
 
     # --- what trains ----------------------------------------------------------------------------
 
@@ -279,7 +300,7 @@ class TunedBlip(BaseModel):
             adapter_set = self.adapters.get(name)
             mark = "active" if name == self.adapters.active else "loaded"
             parts = {
-                "adapters": list(adapter_set.layer_parameters()),
+                adapter_set.KIND: list(adapter_set.layer_parameters()),
                 "key/value adapters": list(adapter_set.key_value.parameters()),
                 "heads": list(adapter_set.heads.parameters()),
             }
@@ -319,7 +340,9 @@ class TunedBlip(BaseModel):
     def save_adapter(
         self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Write the active adapter: ``adapter.safetensors`` and ``adapter_config.json``.
+        """Write the active adapter: its tensors, what they are, and a model card.
+
+        ``adapter.safetensors``, ``adapter_config.json`` and ``README.md``; see ``adapter_files``.
 
         Raises:
             ConfigError: with ``tuning: full``, which has no adapter.
@@ -341,12 +364,51 @@ class TunedBlip(BaseModel):
         self.set_adapter(name)
 
     def set_adapter(self, name: str) -> None:
-        """Make a loaded adapter the one that the model computes with.
+        """Make a loaded adapter the one that the model computes with, for all threads.
 
         Raises:
             KeyError: if no adapter has that name.
         """
         self.adapters.activate(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget a loaded adapter and free its memory.
+
+        Raises:
+            KeyError: if no adapter has that name.
+            ValueError: for the active one, and for the one that training changes.
+        """
+        if self._trains(name):
+            raise ValueError(
+                f"'{name}' is the adapter that this model trains, so it stays. Load what is to be "
+                "deleted later under another name."
+            )
+        self.adapters.remove(name)
+
+    def merge_adapter(self) -> None:
+        """Fold the active adapter into BLIP itself, heads included, and keep no adapter at all.
+
+        The model computes what it computed, at a plain BLIP's cost; its state dict is one that
+        LAVIS's own models load.
+
+        Raises:
+            ConfigError: for a method whose adapters stand beside BLIP's layers.
+        """
+        active = self.adapters.active_set
+        if active is None:
+            raise ConfigError("There is no active adapter to merge.")
+        beside = {id(p) for p in (*active.layer_parameters(), *active.key_value.parameters())}
+        if beside - {id(p) for p in active.deltas.parameters()}:
+            raise ConfigError(
+                f"Adapters of tuning '{self.tuning}' stand beside BLIP's layers and cannot be "
+                "folded into its weights. LoRA, BitFit and linear heads can."
+            )
+        for key, delta in active.deltas.items():
+            delta.fold_into(self.get_submodule(key.replace("/", ".")))
+        for name, head in active.heads.items():
+            getattr(self, name).load_state_dict(head.state_dict())
+        self.adapters.clear()
+        self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

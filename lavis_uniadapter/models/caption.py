@@ -43,6 +43,8 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_caption_{name}.yaml")
         for name in ("coco", "msrvtt", "msvd", "shapes")
     }
+    SETTINGS = (*TunedBlip.SETTINGS, "prompt")
+    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
     MODEL_KEYS = (*TunedBlip.MODEL_KEYS, "prompt")
 
     def __init__(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from lavis_uniadapter import paths
-from lavis_uniadapter.adapters import AdapterConfig
+from lavis_uniadapter.adapters import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.errors import ConfigError
@@ -67,6 +67,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     }
     HEADS = ("vision_proj", "text_proj", "itm_head")
     HAS_FRAME_FEATURES = True
+    TEXT_MODE = True
     # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
     RUN_KEYS = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
     MODEL_KEYS = (
@@ -148,8 +149,8 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         model.finish_building(cfg)
         return model
 
-    def attach_tuning(self, tuning: str, adapter_config: AdapterConfig, **kwargs) -> None:
-        super().attach_tuning(tuning, adapter_config, **kwargs)
+    def attach_tuning(self, tuning: str, method_config: MethodConfig, **kwargs) -> None:
+        super().attach_tuning(tuning, method_config, **kwargs)
         trained = self.trainable_parameters()
         self.momentum_average = MomentumAverage(
             self,
@@ -178,6 +179,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         super().load_adapter(folder, name, force)
         if self._trains(name):
             self.reset_momentum()
+
+    def merge_adapter(self) -> None:
+        super().merge_adapter()
+        self.momentum_average = MomentumAverage(self, [])  # of nothing: nothing trains any more
 
     # --- encoding -------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
         for name in ("vqav2", "msrvtt_qa", "msvd_qa", "shapes")
     }
+    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
 
     def __init__(
         self,

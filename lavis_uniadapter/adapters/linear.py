@@ -1,0 +1,46 @@
+"""Linear probing: the heads alone, on a frozen backbone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
+from lavis_uniadapter.adapters.config import MethodConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry
+
+
+class Replacement(nn.Module):
+    """A trained copy of a module of the backbone that answers in its place."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        return self.module(x)
+
+    @torch.no_grad()
+    def fold_into(self, module: nn.Module) -> None:
+        module.load_state_dict(self.module.state_dict())
+
+
+class LinearSet(AdapterSet):
+    """The heads (``tuning: linear``).
+
+    A model without heads of its own, which answers in words, has the layer before its vocabulary
+    trained.
+    """
+
+    KIND = "layer before the vocabulary"
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
+    ):
+        super().__init__(heads)
+        if not heads:
+            for path, module in geometry.output_layers.items():
+                self.deltas[delta_key(path)] = Replacement(copy.deepcopy(module))

@@ -1,0 +1,109 @@
+"""LoRA: low-rank changes of the backbone's own matrices (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
+from lavis_uniadapter.adapters.config import MethodConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
+
+ROLES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
+
+
+@dataclass(frozen=True)
+class LoraConfig(MethodConfig):
+    """Low-rank matrices beside chosen ones of every layer, cross-attention's included.
+
+    Attributes:
+        rank: r of ``alpha / r · up · down``.
+        alpha: numerator of that factor.
+        dropout: probability of dropping an input of the low-rank path in training.
+        targets: which matrices: query, key, value, attention_output, ffn_in, ffn_out.
+
+    Raises:
+        ConfigError: if a value is out of its range.
+    """
+
+    SECTION: ClassVar[str] = "lora"
+    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("query", "value")
+
+    def __post_init__(self):
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        self._require_whole("rank", 1)
+        self._require_positive("alpha")
+        self._require_probability("dropout")
+        names = isinstance(self.targets, tuple) and all(isinstance(t, str) for t in self.targets)
+        self._require(
+            names and set(self.targets) <= set(ROLES) and len(self.targets) > 0,
+            "targets",
+            f"a list of some of {', '.join(ROLES)}",
+        )
+
+
+class LowRank(nn.Module):
+    """``scale · up(down(dropout(x)))`` for some rows of a matrix; zero at the start."""
+
+    def __init__(self, site: LinearSite, config: LoraConfig):
+        super().__init__()
+        self.rows = slice(site.rows.start, site.rows.stop)
+        self.scale = config.alpha / config.rank
+        self.dropout = nn.Dropout(config.dropout)
+        self.down = nn.Linear(site.in_width, config.rank, bias=False)
+        self.up = nn.Linear(config.rank, len(site.rows), bias=False)
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(self.dropout(x)))
+
+    def matrix(self) -> Tensor:
+        """What it adds to its rows of the weight."""
+        return self.scale * self.up.weight @ self.down.weight
+
+
+class LoraDelta(nn.ModuleDict):
+    """The low-rank changes of one ``nn.Linear``, by role."""
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        for low_rank in self.values():
+            change = low_rank(x)
+            if change.shape == output.shape:
+                output = output + change
+            else:  # query, key and value in one matrix
+                output[..., low_rank.rows] += change
+        return output
+
+    @torch.no_grad()
+    def fold_into(self, linear: nn.Linear) -> None:
+        for low_rank in self.values():
+            linear.weight[low_rank.rows] += low_rank.matrix()
+
+
+class LoraSet(AdapterSet):
+    """LoRA on every encoder (``tuning: lora``)."""
+
+    KIND = "low-rank matrices"
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module], config: LoraConfig, geometry: BackboneGeometry
+    ):
+        super().__init__(heads)
+        for site in geometry.linears:
+            if site.role in config.targets:
+                key = delta_key(site.module)
+                if key not in self.deltas:
+                    self.deltas[key] = LoraDelta()
+                self.deltas[key][site.role] = LowRank(site, config)

@@ -1,0 +1,136 @@
+"""What a finished run left in its folder: of this package's runner, or of LAVIS's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+LOG = "log.txt"
+LAVIS_RESULTS = "evaluate.txt"
+# LAVIS calls retrieval by what is found: images for a text, texts for an image.
+LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a comparison asks of a run.
+
+    Attributes:
+        metrics: of the test split.
+        best: the best validation score (``agg_metrics``, of which more is better), or None.
+        trained_parameters, total_parameters: numbers; None where the folder does not tell.
+        seconds: of training and evaluation, all sessions of the run together; None likewise.
+        peak_bytes: most memory of the main process, on CUDA of the device; None likewise.
+    """
+
+    metrics: Mapping[str, float]
+    best: float | None
+    trained_parameters: int | None
+    total_parameters: int | None
+    seconds: float | None
+    peak_bytes: int | None
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the test split, under our name or LAVIS's."""
+        if name in self.metrics:
+            return self.metrics[name]
+        way, _, measure = name.partition("_")
+        return self.metrics.get(f"{LAVIS_DIRECTIONS.get(way)}_{measure}")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has used so far; on CUDA, of its device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The file appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether this package's runner has done all that its configuration asked for."""
+    return (folder / SUMMARY).is_file()
+
+
+def read(folder: Path, split: str = "test") -> RunSummary:
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: if there is no result of a finished run in it.
+    """
+    if is_finished(folder):
+        summary = json.loads((folder / SUMMARY).read_text())
+        return RunSummary(
+            metrics=(summary["metrics"] or {}).get(split, {}),
+            best=summary["best"]["score"],
+            trained_parameters=summary["parameters"]["trained"],
+            total_parameters=summary["parameters"]["total"],
+            seconds=_logged_seconds(folder),
+            peak_bytes=summary["peak_bytes"],
+        )
+    if not (folder / LAVIS_RESULTS).is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
+            "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
+        )
+    results = list(_json_values((folder / LAVIS_RESULTS).read_text()))
+    last = results[-1]
+    last = last.get(split, last)  # captioning and VQA note the split
+    return RunSummary(
+        metrics={k: v for k, v in last.items() if isinstance(v, int | float)},
+        best=None,
+        trained_parameters=_trained_by_lavis(folder),
+        total_parameters=None,
+        seconds=None,
+        peak_bytes=None,
+    )
+
+
+def _logged_seconds(folder: Path) -> float | None:
+    if not (folder / LOG).is_file():
+        return None
+    lines = _json_values((folder / LOG).read_text())
+    return sum(v for line in lines for k, v in line.items() if k.endswith("_seconds"))
+
+
+def _json_values(text: str) -> Iterator[dict[str, Any]]:
+    """JSON objects one after another, over one line or several."""
+    decoder, at = json.JSONDecoder(), 0
+    while text[at:].strip():
+        at += len(text[at:]) - len(text[at:].lstrip())
+        value, at = decoder.raw_decode(text, at)
+        yield value
+
+
+def _trained_by_lavis(folder: Path) -> int | None:
+    """Parameters that the optimizer in a LAVIS checkpoint has moments of."""
+    for path in sorted(folder.glob("checkpoint_*.pth")):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # not worth stopping a comparison for
+            logger.warning("'%s': trained parameters unknown, cannot be read: %s", path, error)
+            continue
+        moments = content["optimizer"]["state"].values()
+        return sum(state["exp_avg"].numel() for state in moments)
+    return None

@@ -1,0 +1,224 @@
+"""The comparison of methods: what it runs, what it chooses, what it reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_runner import TINY_CLIPS, TINY_RUN, TRAIN
+
+from lavis_uniadapter import compare, launch, run_folders
+from lavis_uniadapter.compare import Comparison, Line, read_plan
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.runner import LATEST
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    def write(**changes) -> Path:
+        content = {
+            "cfg_path": str(TRAIN / "shapes_retrieval.yaml"),
+            "output_dir": str(tmp_path / "out"),
+            "metrics": ["t2v_r1", "v2t_r1"],
+            "seeds": [1],
+            "runs": {"linear": {"options": ["model.tuning=linear"]}},
+            **changes,
+        }
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return path
+
+    return write
+
+
+def write_summary(folder: Path, score: float, r1: float, trained: int = 10) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folders.write_json(
+        folder / run_folders.SUMMARY,
+        {
+            "metrics": {"test": {"t2v_r1": r1, "v2t_r1": r1 / 2}},
+            "best": {"score": score, "epoch": 0},
+            "parameters": {"trained": trained, "total": 1000},
+            "peak_bytes": 2_000_000_000,
+        },
+    )
+    (folder / run_folders.LOG).write_text(
+        json.dumps({"train_seconds": 50.0}) + "\n" + json.dumps({"test_seconds": 10.0}) + "\n"
+    )
+
+
+@pytest.fixture
+def stub_runs(monkeypatch):
+    """Instead of running, write a summary; learning rate 2e-3 validates best, 1e-3 tests best."""
+    started = []
+
+    def run(self, entry, folder, seed, options=()):
+        started.append(folder.name)
+        rate = next((float(o.split("=")[1]) for o in options if "init_lr" in o), None)
+        if "broken" in entry.name:
+            return f"{folder.name}: exit 1: it broke"
+        score = {1e-3: 1.0, 2e-3: 3.0, 4e-3: 2.0, None: 0.0}[rate]
+        r1 = {1e-3: 90.0, 2e-3: 40.0, 4e-3: 10.0, None: 5.0}[rate] + seed
+        write_summary(folder, score, r1)
+        return None
+
+    monkeypatch.setattr(Comparison, "_run", run)
+    return started
+
+
+def test_learning_rate_is_chosen_on_validation_and_shared_on_demand(plan_file, stub_runs):
+    plan = read_plan(
+        plan_file(
+            seeds=[1, 2],
+            learning_rates=[1e-3, 2e-3, 4e-3],
+            runs={
+                "linear": {"options": ["model.tuning=linear"]},
+                "no PFA": {"learning_rate_of": "linear"},
+                "zero-shot": {"evaluate": True},
+                "broken": {},
+            },
+        )
+    )
+    lines = {line.name: line for line in Comparison(plan, jobs=2).run()}
+    assert lines["linear"].learning_rate == 2e-3 and not lines["linear"].at_edge
+    assert lines["no PFA"].learning_rate == 2e-3
+    assert [run.metric("t2v_r1") for run in lines["linear"].runs] == [41.0, 42.0]
+    assert len(lines["zero-shot"].runs) == 1 and lines["zero-shot"].learning_rate is None
+    assert lines["broken"].runs == [] and "it broke" in lines["broken"].failures[0]
+    assert sum(name.startswith("linear-lr") for name in stub_runs) == 3
+    assert not any(name.startswith("no-pfa-lr") for name in stub_runs)
+
+
+def test_best_at_the_edge_of_the_grid_is_marked(plan_file, stub_runs):
+    plan = read_plan(plan_file(learning_rates=[2e-3, 4e-3]))
+    (line,) = Comparison(plan).run()
+    assert line.at_edge
+    table = compare.markdown_table(compare.rows_of([line], plan.metrics), plan.metrics)
+    assert "0.002*" in table and "smallest or largest" in table
+
+
+def test_report_has_means_deviations_and_failures(tmp_path):
+    lines = [Line("linear", 1e-3), Line("broken", failures=["broken-seed1: exit 1: error: no"])]
+    for seed, r1 in ((1, 40.0), (2, 44.0)):
+        write_summary(tmp_path / str(seed), 0.0, r1, trained=250)
+        lines[0].runs.append(run_folders.read(tmp_path / str(seed)))
+    table = compare.write_report(lines, ("t2v_r1", "v2t_r1"), tmp_path / "report")
+    row = next(text for text in table.splitlines() if text.startswith("| linear"))
+    assert row == "| linear | 0.001 | 250 | 25.00% | 42.0 ± 2.8 | 21.0 ± 1.4 | 2 | 1.0 | 2.00 |"
+    assert "- broken: broken-seed1: exit 1: error: no" in table
+    with open(tmp_path / "report/comparison.csv") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["t2v_r1"]) == 42.0 and float(first["t2v_r1 std"]) == pytest.approx(8**0.5)
+    assert second["t2v_r1"] == "" and second["failures"]
+    assert (tmp_path / "report/comparison.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "report/comparison.json").read_text())[0]["seeds"] == 2
+
+
+def lavis_run(folder: Path, results: dict) -> Path:
+    """What LAVIS's ``runner_base`` leaves."""
+    (folder / "result").mkdir(parents=True)
+    log = json.dumps({"run": {"task": "retrieval"}}, indent=4) + "\n"
+    (folder / "log.txt").write_text(log + json.dumps({"train_loss": "3.1"}) + "\n")
+    (folder / "evaluate.txt").write_text(json.dumps({"old": 1}) + "\n" + json.dumps(results) + "\n")
+    parameters = [torch.nn.Parameter(torch.zeros(7, 3)), torch.nn.Parameter(torch.zeros(4))]
+    optimizer = torch.optim.AdamW(parameters)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    content = {"model": {}, "optimizer": optimizer.state_dict(), "config": {}, "epoch": 1}
+    torch.save(content, folder / "checkpoint_best.pth")
+    return folder
+
+
+def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
+    retrieval = lavis_run(tmp_path / "a", {"txt_r1": 70.0, "img_r1": 60.0, "agg_metrics": 80.0})
+    summary = run_folders.read(retrieval)
+    assert summary.metric("t2v_r1") == summary.metric("t2i_r1") == 60.0
+    assert summary.metric("v2t_r1") == 70.0 and summary.metric("t2v_r5") is None
+    assert summary.trained_parameters == 25
+    caption = lavis_run(tmp_path / "b", {"test": {"CIDEr": 1.25, "Bleu_4": 0.3}})
+    assert run_folders.read(caption).metric("CIDEr") == 1.25
+
+    monkeypatch.chdir(tmp_path)
+    add = ["--add", f"BLIP={retrieval}", f"BLIP={retrieval}", "--metrics", "t2v_r1"]
+    assert compare.main([*add, "--output-dir", "table"]) == 0
+    assert "| BLIP |  | 25 |  | 60.0 ± 0.0 | 2 |" in Path("table/comparison.md").read_text()
+
+
+def test_folder_without_results_is_named(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    argv = ["--add", f"x={tmp_path / 'run'}", "--metrics", "m", "--output-dir", str(tmp_path)]
+    assert compare.main(argv) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"runs": None}, "has no runs"),
+        ({"metrics": None}, "has no metrics"),
+        ({"seed": [1]}, "Did you mean 'seeds'"),
+        ({"cfg_path": "no.yaml"}, "no.yaml"),
+        ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),
+        ({"runs": {"a": {"learning_rate_of": "b"}}}, "'b' of 'a' is no run"),
+        ({"runs": {"a b": {}, "a-b": {}}}, "same folder"),
+    ],
+)
+def test_impossible_plan_is_named(plan_file, changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        read_plan(plan_file(**changes))
+
+
+def test_compares_for_real_and_goes_on_where_it_stopped(
+    plan_file, tmp_path, tiny_cache, monkeypatch, capsys
+):
+    """One finished, one stopped before its test, one that cannot work, one evaluated."""
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]
+    runs = {
+        "linear": {"options": ["model.tuning=linear"]},
+        "impossible": {"options": ["model.adapter.bottleneck=0"]},
+        "zero-shot": {"options": ["model.tuning=full"], "evaluate": True},
+    }
+    path = plan_file(options=tiny, runs=runs)
+    assert compare.main([str(path), "--jobs", "2"]) == 1  # for the impossible one
+    said = capsys.readouterr().out
+    table = (tmp_path / "out/comparison.md").read_text()
+    assert "| linear |" in table and "| zero-shot |  | 0 |" in table
+    assert "- impossible: impossible-seed1: exit 2: error: model.adapter.bottleneck is 0" in table
+    linear = json.loads((tmp_path / "out/linear-seed1/summary.json").read_text())
+    assert linear["seed"] == 1 and linear["tuning"] == "linear"
+    assert linear["parameters"]["trained"] < linear["parameters"]["total"]
+    assert linear["peak_bytes"] > 10**8
+
+    (tmp_path / "out/linear-seed1/summary.json").unlink()
+    assert (tmp_path / "out/linear-seed1" / LATEST).is_file()
+    del runs["impossible"]
+    assert compare.main([str(plan_file(options=tiny, runs=runs))]) == 0
+    said = capsys.readouterr().out
+    assert "zero-shot-seed42: finished before" in said and "linear-seed1: goes on" in said
+    log = (tmp_path / "out/linear-seed1/log.txt").read_text()
+    assert log.count('"train_epoch"') == 2  # no epoch trained again
+    again = json.loads((tmp_path / "out/linear-seed1/summary.json").read_text())
+    assert again["metrics"] == linear["metrics"]
+
+    runs["linear"]["options"] = ["model.tuning=full"]
+    assert compare.main([str(plan_file(options=tiny, runs=runs))]) == 1
+    assert "another configuration" in capsys.readouterr().out
+
+
+def test_a_new_run_in_an_old_folder_is_not_taken_for_finished(tmp_path, tiny_cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.job_id=same"]
+    options += ["run.max_epoch=1", "run.test_splits=[]", "run.valid_splits=[]"]
+    path = TRAIN / "shapes_retrieval.yaml"
+    folder = launch.run(path, options).output_dir
+    assert run_folders.is_finished(folder)
+    with pytest.raises(FloatingPointError):
+        launch.run(path, [*options, "run.max_epoch=3", "run.init_lr=1e30", "run.warmup_lr=1e30"])
+    assert not run_folders.is_finished(folder)
+    launch.destroy_process_group()
