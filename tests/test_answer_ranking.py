@@ -79,10 +79,11 @@ def test_the_likeliest_first_tokens_are_scored(model, samples, k):
     torch.testing.assert_close(scores, expected.gather(1, chosen), rtol=1e-5, atol=1e-4)
 
 
-def test_equal_answers_tie_and_the_first_wins(model, samples):
+def test_equal_answers_tie(model, samples):
     answers = ["red", "red", "red"]
     scores, chosen = ranked(model, dict(samples), answers, 3)
-    assert torch.equal(scores, scores[:, :1].expand_as(scores))
+    # a matrix product may round its rows apart
+    torch.testing.assert_close(scores, scores[:, :1].expand_as(scores), rtol=1e-6, atol=0)
     assert model.predict_answers(dict(samples), answer_list=answers) == ["red", "red"]
 
 

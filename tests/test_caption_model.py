@@ -204,7 +204,6 @@ def test_no_prompt_at_all(build, images):
     "overrides, expected",
     [
         ({"adapter": {"frame_aware": True}}, "frame_aware"),
-        ({"tuning": "linear"}, "no heads"),
         ({"prompt": 3}, "model.prompt"),
         ({"promt": "x"}, "Did you mean 'prompt'"),
     ],

@@ -13,8 +13,10 @@ from test_runner import TINY_CLIPS, TINY_RUN, TRAIN
 
 from lavis_uniadapter import compare, launch, run_folders
 from lavis_uniadapter.compare import Comparison, Line, read_plan
+from lavis_uniadapter.config import load_config
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.runner import LATEST
+from lavis_uniadapter.tuning import TUNING_METHODS
 
 
 @pytest.fixture
@@ -171,6 +173,18 @@ def test_folder_without_results_is_named(tmp_path, capsys):
 def test_impossible_plan_is_named(plan_file, changes, expected):
     with pytest.raises(ConfigError, match=expected):
         read_plan(plan_file(**changes))
+
+
+COMPARISONS = sorted((TRAIN.parent / "compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_compares_every_method_by_a_configuration_that_runs(path):
+    plan = read_plan(path)
+    tunings = {
+        load_config(entry.cfg_path, entry.options).model_cfg.tuning for entry in plan.entries
+    }
+    assert tunings == set(TUNING_METHODS)
 
 
 def test_compares_for_real_and_goes_on_where_it_stopped(
