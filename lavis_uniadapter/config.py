@@ -75,7 +75,7 @@ LAVIS_RUN_KEYS = (
     "report_metric",
 )
 # selection_metric is read by this package's tasks, and stays when LAVIS's are swapped in.
-RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm", "selection_metric")
+RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm", "selection_metric", "compile")
 # Read by LAVIS's other runner alone.
 RUNNER_ITER_KEYS = ("max_iters", "iters_per_inner_epoch", "train_dataset_ratios")
 # (least, whole): what a number must be; a run that only evaluates may leave it out.
@@ -242,6 +242,8 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     amp = run.get("amp") or None
     if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
         raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
+    if not isinstance(run.get("compile", False), bool):
+        raise ConfigError(f"run.compile is {run.compile!r}; it must be True or False.")
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is missing.")

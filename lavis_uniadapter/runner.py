@@ -36,6 +36,7 @@ BEST = "checkpoint_best.pth"
 LATEST = "checkpoint_latest.pth"
 BEST_ADAPTER = "adapter_best"
 LATEST_ADAPTER = "adapter_latest"
+COMPILE_BACKEND = "inductor"
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
 
 
@@ -80,6 +81,8 @@ class RunnerUniAdapter(RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
+            if self.config.run_cfg.get("compile", False):
+                compile_visual_encoder(self._model)
             if self.use_distributed:
                 # Queues and averages start alike, and every rank then computes them alike.
                 for buffer in self._model.buffers():
@@ -441,6 +444,24 @@ class RunnerUniAdapter(RunnerBase):
         (self.output_dir / "config.json").write_text(
             json.dumps(self.config.to_dict(), indent=2) + "\n"
         )
+
+
+def compile_visual_encoder(model: torch.nn.Module) -> None:
+    """Let ``torch.compile`` fuse what lies between the matrix products of each ViT block.
+
+    The frames of a batch all have one shape, so a block is compiled once for training and once
+    for evaluation. State-dict names stay as they are.
+
+    Raises:
+        ConfigError: for a model without ViT blocks.
+    """
+    blocks = getattr(getattr(model, "visual_encoder", None), "blocks", None)
+    if blocks is None:
+        raise ConfigError(
+            f"run.compile is True, and {type(model).__name__} has no visual_encoder.blocks."
+        )
+    for block in blocks:
+        block.compile(backend=COMPILE_BACKEND)
 
 
 def check_splits(run_cfg, task: BaseTask, datasets: dict[str, dict[str, Any]]) -> None:

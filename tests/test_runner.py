@@ -13,7 +13,7 @@ import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
-from lavis_uniadapter import launch
+from lavis_uniadapter import launch, runner
 from lavis_uniadapter.adapter_files import TENSORS
 from lavis_uniadapter.errors import CheckpointError, ConfigError
 from lavis_uniadapter.runner import BEST, BEST_ADAPTER, LATEST
@@ -230,6 +230,20 @@ def test_mixed_precision_is_near_full_precision_and_not_it(run, amp):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+@pytest.mark.parametrize("tuning", ["uniadapter", "lora"])
+def test_compiled_visual_encoder_trains_alike(run, monkeypatch, tuning):
+    """Traced, differentiated and functionalised as for the real backend, without its compiler."""
+    monkeypatch.setattr(runner, "COMPILE_BACKEND", "aot_eager")
+    options = (f"model.tuning={tuning}", "run.max_epoch=1", "run.test_splits=[]")
+    results = [run("shapes_retrieval", *options, f"run.compile={value}") for value in (False, True)]
+    compiled = results[1].runner._model.visual_encoder.blocks[0]
+    assert compiled._compiled_call_impl is not None
+    expected, actual = (trained_state(result.output_dir / LATEST) for result in results)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_lavis_own_task_runs_on_our_runner(run, tmp_path):
     config = OmegaConf.load(TRAIN / "shapes_retrieval.yaml")
     del config.run.selection_metric  # that of our task
@@ -401,6 +415,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.batch_size_train=500", "run.batch_size_train 500"),
         ("run.device=tpu", "run.device is 'tpu'"),
         ("run.amp=fp8", "run.amp is 'fp8'"),
+        ("run.compile=maybe", "run.compile is 'maybe'"),
         ("run.k_test=-1", "run.k_test is -1"),
         ("run.init_lr=fast", "run.init_lr is 'fast'"),
         ("run.weight_decay=null", "run.weight_decay is None"),
