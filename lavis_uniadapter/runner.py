@@ -190,10 +190,14 @@ class RunnerUniAdapter(RunnerBase):
             self._save_checkpoint(epoch, is_best=is_best)
             self._announce_epoch(epoch, stats, first_log, is_best, time.perf_counter() - started)
             dist.barrier()
-        return self.evaluate(
-            cur_epoch="best" if self.valid_splits else self.max_epoch - 1,
-            skip_reload=not self.valid_splits,
-        )
+        tested = "best" if self.valid_splits else self.max_epoch - 1
+        results = self.evaluate(cur_epoch=tested, skip_reload=not self.valid_splits)
+        if results and self._has_adapter():
+            # the adapter that was tested, with what the test gave
+            name = BEST_ADAPTER if self.valid_splits else LATEST_ADAPTER
+            epoch = self.best_epoch if self.valid_splits else tested
+            self._save_adapter(name, epoch, results)
+        return results
 
     def evaluate(self, cur_epoch="best", skip_reload=False):
         if self.evaluate_only:
@@ -329,15 +333,25 @@ class RunnerUniAdapter(RunnerBase):
             },
             "rng": rng_states,
         }
-        has_adapter = getattr(model, "adapters", None) and model.adapters.active is not None
-        metrics = {"epoch": cur_epoch}
-        if is_best:
-            metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best_value
         names = {LATEST: LATEST_ADAPTER, **({BEST: BEST_ADAPTER} if is_best else {})}
         for name, adapter_name in names.items():
             _save_atomically(content, self.output_dir / name)
-            if has_adapter:
-                model.save_adapter(self.output_dir / adapter_name, metrics)
+            if self._has_adapter():
+                self._save_adapter(adapter_name, cur_epoch)
+
+    def _has_adapter(self) -> bool:
+        bank = getattr(self._model, "adapters", None)
+        return bank is not None and bank.active is not None
+
+    def _save_adapter(self, name: str, epoch: int, results: dict | None = None) -> None:
+        """Write the adapter beside its checkpoint, with the metrics known of it."""
+        metrics = {"epoch": epoch}
+        if name == BEST_ADAPTER:
+            metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best_value
+        for split, values in (results or {}).items():
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            metrics.update({f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"})
+        self._model.save_adapter(self.output_dir / name, metrics)
 
     def _load_checkpoint(self, url_or_filename) -> None:
         """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""

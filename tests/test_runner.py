@@ -80,6 +80,9 @@ def test_train_pretrain_evaluate_end_to_end(run, tmp_path):
     assert [line["val_epoch"] for line in log if "val_epoch" in line] == [0, 1]
     metrics = json.loads((clips.output_dir / "result/metrics_test_epoch_best.json").read_text())
     assert metrics == clips.metrics["test"]
+    saved = json.loads((clips.output_dir / BEST_ADAPTER / "adapter_config.json").read_text())
+    assert saved["metrics"]["test_t2v_r1"] == metrics["t2v_r1"]
+    assert "val_mean_recall" in saved["metrics"] and "epoch" in saved["metrics"]
     # the frozen backbone is not written again with each checkpoint
     assert not any(k.startswith("visual_encoder") for k in trained_state(clips.output_dir / BEST))
 
@@ -164,7 +167,8 @@ def test_same_folder_again_starts_a_new_log(run):
 
 
 def test_rank_metrics_are_reported_as_they_are(run):
-    result = run("shapes_retrieval", "run.selection_metric=t2v_medr", "run.max_epoch=1")
+    options = ("run.selection_metric=t2v_medr", "run.max_epoch=1", "run.test_splits=[]")
+    result = run("shapes_retrieval", *options)
     log = [json.loads(line) for line in (result.output_dir / "log.txt").read_text().splitlines()]
     median = next(line["val_t2v_medr"] for line in log if "val_t2v_medr" in line)
     config = json.loads((result.output_dir / BEST_ADAPTER / "adapter_config.json").read_text())
