@@ -88,16 +88,29 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def result_path(name: str, device: str, folder: Path) -> Path:
-    return folder / f"{name}_{device}.json"
-
-
 def save(name: str, result: Mapping, folder: Path) -> Path:
     """Write a result as JSON, named by benchmark and device."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = result_path(name, result["machine"]["device"], folder)
+    path = _path(name, result["machine"]["device"], folder)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def save_case(name: str, case: Mapping, key: str, device: str, folder: Path) -> Path:
+    """Add a case to a benchmark's file, in place of an earlier one with the same ``case[key]``.
+
+    Cases that take long need not be measured in one go, and a later one may run out of memory.
+    """
+    path = _path(name, device, folder)
+    earlier = json.loads(path.read_text())["cases"] if path.is_file() else []
+    cases = [other for other in earlier if other[key] != case[key]]
+    cases.append({**case, "machine": machine(device)})
+    cases.sort(key=lambda other: str(other[key]))
+    return save(name, {"machine": machine(device), "cases": cases}, folder)
+
+
+def _path(name: str, device: str, folder: Path) -> Path:
+    return folder / f"{name}_{device}.json"
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

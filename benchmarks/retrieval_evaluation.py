@@ -279,11 +279,10 @@ def main() -> None:
     options.add_argument("--sampled-pairs", type=int, default=24)
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
-    result = {
-        "machine": measuring.machine(args.device),
-        "cases": [run_case(name, args) for name in args.cases],
-    }
-    print("\nwritten:", measuring.save("retrieval_evaluation", result, args.output))
+    for name in args.cases:
+        case = run_case(name, args)
+        path = measuring.save_case("retrieval_evaluation", case, "case", args.device, args.output)
+    print("\nwritten:", path)
 
 
 if __name__ == "__main__":
