@@ -154,14 +154,20 @@ tags: [{config["method"]}, blip, lavis]
 
 # {config["method"]} adapter for {arch}
 
-It holds what was trained beside a frozen BLIP, and works on that base checkpoint alone:
+It holds what was trained beside a frozen BLIP, and works on that base checkpoint alone.
 
 ```python
-import lavis_uniadapter
-from lavis.models import load_model_and_preprocess
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
 
-model, vis, txt = load_model_and_preprocess("{arch}", MODEL_TYPE, is_eval=True)
-model.load_adapter(THIS_FOLDER)
+import lavis_uniadapter
+
+model_cls = registry.get_model_class("{arch}")
+config = OmegaConf.load(model_cls.default_config_path("MODEL_TYPE")).model
+config = OmegaConf.merge(config, {_overrides(model, config)})
+# config.pretrained is the base checkpoint
+model = model_cls.from_config(config).eval()
+model.load_adapter("THIS_FOLDER")
 ```
 
 | | |
@@ -172,6 +178,13 @@ model.load_adapter(THIS_FOLDER)
 
 {_metrics_table(metrics)}
 """
+
+
+def _overrides(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's configuration must say for the adapter to fit."""
+    section = type(model.method_config).SECTION
+    own = {section: config["configuration"]} if section else {}
+    return {"tuning": config["method"], **own, **config["settings"]}
 
 
 def _registered_name(model: nn.Module) -> str:
@@ -199,15 +212,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
             )
     try:
         config = json.loads((folder / CONFIG).read_text())
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{folder}' has format {version!r}, and this version reads format {FORMAT_VERSION}."
+        )
+    try:
         for key in ("method", "configuration", "settings", "base", "keys", "blake2b"):
             config[key]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error
-    if config.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{folder}' has format {config.get('format_version')!r}, and this version reads "
-            f"format {FORMAT_VERSION}."
-        )
     return config
 
 

@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
+import json
 import logging
 import os
 import re
@@ -120,9 +122,11 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
     for key in ("output_dir", "metrics", "runs"):
         if not content.get(key):
             raise ConfigError(f"'{path}' has no {key}.")
+    _check_types(content, path.name)
 
     def entry(name: str, section: Mapping[str, Any], common: Sequence[str]) -> Entry:
         reject_unknown_keys(section, RUN_KEYS, f"{path.name}: runs.{name}")
+        _check_types(section, f"{path.name}: runs.{name}")
         cfg = section.get("cfg_path", content.get("cfg_path"))
         if not cfg or not (path.parent / cfg).is_file():
             raise ConfigError(f"'{path}': cfg_path of '{name}' is '{cfg}', which is no file.")
@@ -144,13 +148,14 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
         entry(name, section or {}, content.get("options") or ())
         for name, section in content["runs"].items()
     )
-    names = [e.name for e in entries]
+    by_name = {e.name: e for e in entries}
     for e in entries:
-        if e.learning_rate_of and e.learning_rate_of not in names:
+        if e.learning_rate_of and not by_name.get(e.learning_rate_of, e).learning_rates:
             raise ConfigError(
-                f"'{path}': learning_rate_of '{e.learning_rate_of}' of '{e.name}' is no run."
+                f"'{path}': learning_rate_of '{e.learning_rate_of}' of '{e.name}' is no run with "
+                "learning_rates."
             )
-    if len({_slug(name) for name in names}) < len(names):
+    if len({_slug(name) for name in by_name}) < len(entries):
         raise ConfigError(f"'{path}': two runs would have the same folder; rename one.")
     base = content.get("base")
     return Plan(
@@ -158,9 +163,31 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
         metrics=tuple(content["metrics"]),
         seeds=tuple(content.get("seeds") or (42,)),
         tuning_seed=int(content.get("tuning_seed", 0)),
-        base=entry("base", {**base, "learning_rates": ()}, ()) if base else None,
+        base=entry("base", {**base, "learning_rates": []}, ()) if base else None,
         entries=entries,
     )
+
+
+# What each key of a comparison file must be, where it is given.
+TYPES = {
+    "metrics": (list, "a list of names"),
+    "seeds": (list, "a list of whole numbers"),
+    "options": (list, "a list of section.key=value"),
+    "learning_rates": (list, "a list of numbers"),
+    "runs": (dict, "a mapping of names to what each runs"),
+    "base": (dict, "a mapping with cfg_path and options"),
+    "evaluate": (bool, "True or False"),
+    "learning_rate_of": (str, "the name of a run"),
+}
+
+
+def _check_types(section: Mapping[str, Any], where: str) -> None:
+    for key, (kind, description) in TYPES.items():
+        if section.get(key) is not None and not isinstance(section[key], kind):
+            raise ConfigError(f"{where}: {key} is {section[key]!r}; it must be {description}.")
+    for name, run in (section.get("runs") or {}).items():
+        if not isinstance(name, str) or not isinstance(run or {}, dict):
+            raise ConfigError(f"{where}: runs.{name} must be a name and a mapping.")
 
 
 class Comparison:
@@ -177,6 +204,7 @@ class Comparison:
         self.jobs = jobs
         self.processes = processes
         self._children: set[subprocess.Popen] = set()
+        self._base_identity: str | None = None
 
     def run(self) -> list[Line]:
         """All runs of the plan; a failed one is a failure of its line, and the others go on.
@@ -185,22 +213,28 @@ class Comparison:
             RuntimeError: if the base, on which all stand, cannot be trained.
         """
         lines = {entry.name: Line(entry.name) for entry in self.plan.entries}
-        pretrained: tuple[str, ...] = ()
-        if self.plan.base is not None:
-            seed = _seed_of(self.plan.base.options)
-            folder = self.plan.output_dir / "base"
-            if failure := self._run(self.plan.base, folder, seed):
-                raise RuntimeError(f"The base could not be trained: {failure}")
-            pretrained = (f"model.pretrained={(folder / BEST).resolve()}",)
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                pretrained = self._train_base(pool)
                 self._tune(pool, lines, pretrained)
                 self._measure(pool, lines, pretrained)
-        except KeyboardInterrupt:
-            for child in self._children:
-                child.send_signal(signal.SIGTERM)
-            raise
+            except BaseException:  # Ctrl-C among them
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(self._children):
+                    child.send_signal(signal.SIGTERM)
+                raise
         return list(lines.values())
+
+    def _train_base(self, pool) -> tuple[str, ...]:
+        """Train what all runs start from, if the plan has a base; the option that names it."""
+        base = self.plan.base
+        if base is None:
+            return ()
+        folder = self.plan.output_dir / "base"
+        if failure := pool.submit(self._run, base, folder, _seed_of(base.options)).result():
+            raise RuntimeError(f"The base could not be trained: {failure}")
+        self._base_identity = hashlib.sha256((folder / BEST).read_bytes()).hexdigest()
+        return (f"model.pretrained={(folder / BEST).resolve()}",)
 
     def _tune(self, pool, lines: dict[str, Line], common: tuple[str, ...]) -> None:
         """Give each line the learning rate whose run is best on validation."""
@@ -245,7 +279,9 @@ class Comparison:
                 )
         for entry in self.plan.entries:
             if entry.learning_rate_of:
-                lines[entry.name].learning_rate = lines[entry.learning_rate_of].learning_rate
+                source = lines[entry.learning_rate_of]
+                lines[entry.name].learning_rate = source.learning_rate
+                lines[entry.name].at_edge = source.at_edge
 
     def _measure(self, pool, lines: dict[str, Line], common: tuple[str, ...]) -> None:
         futures = []
@@ -265,8 +301,13 @@ class Comparison:
         for line, folder, future in futures:
             if failure := future.result():
                 line.failures.append(failure)
-            else:
-                line.runs.append(run_folders.read(folder))
+                continue
+            summary = run_folders.read(folder)
+            line.runs.append(summary)
+            for name in self.plan.metrics:
+                if summary.metric(name) is None:
+                    known = ", ".join(summary.metrics) or "none"
+                    line.failures.append(f"{folder.name} has no metric '{name}', only {known}")
 
     def _folder(self, entry: Entry, suffix: str) -> Path:
         return self.plan.output_dir / f"{_slug(entry.name)}-{suffix}"
@@ -276,16 +317,21 @@ class Comparison:
     ) -> str | None:
         """Run one configuration in its folder, or go on with it; what went wrong, or None."""
         options = (*entry.options, *options, f"run.seed={seed}")
-        request = {"cfg": entry.cfg_path.read_text(), "options": sorted(set(options))}
+        request = {
+            "cfg": entry.cfg_path.read_text(),
+            "options": list(options),
+            "evaluate": entry.evaluate,
+            "processes": self.processes,
+            "base": self._base_identity,
+        }
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / REQUEST).is_file():
-            if yaml.safe_load((folder / REQUEST).read_text()) != request:
-                return (
-                    f"'{folder}' holds a run of another configuration. Delete it, or take another "
-                    "--output-dir."
-                )
-        else:
-            run_folders.write_json(folder / REQUEST, request)
+        holds_something = run_folders.is_finished(folder) or (folder / LATEST).is_file()
+        if holds_something and json.loads((folder / REQUEST).read_text()) != request:
+            return (
+                f"'{folder}' holds a run of another configuration. Delete it, or take another "
+                "--output-dir."
+            )
+        run_folders.write_json(folder / REQUEST, request)
         if run_folders.is_finished(folder):
             logger.info("%s: finished before", folder.name)
             return None
@@ -456,6 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of a run")
     args = parser.parse_args(argv)
     launch.log_to_console()
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         added = _added_lines(args.add)
         if args.file is None and not (added and args.metrics and args.output_dir):
@@ -467,6 +514,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     lines += added
     logger.info("\n%s", write_report(lines, metrics, folder))
     logger.info("\nwritten: %s", folder / "comparison.{md,csv,json,png}")

@@ -11,6 +11,7 @@ import random
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ USER_ERRORS = (
     FileExistsError,
     FloatingPointError,
 )
+# Those that one rank may meet alone.
+RANK_ERRORS = (VideoDecodeError, FloatingPointError)
 
 
 @dataclass(frozen=True)
@@ -287,15 +290,25 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
     if evaluate and args.adapter:
         options.append(f"model.adapter_ckpt={args.adapter}")
     log_to_console()
+    status = 0
     try:
         _run_and_report(args.cfg_path, options, evaluate)
     except USER_ERRORS as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # every rank finds the same
+        # Configurations fail alike on every rank; data and numbers on one.
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RANK_ERRORS):
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        destroy_process_group()
-    return 0
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status and get_world_size() > 1:
+        # Others may wait in a collective, so this rank can't leave the group with them: it ends
+        # at once, which torchrun notices.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    destroy_process_group()
+    return status
 
 
 def _run_and_report(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:

@@ -19,6 +19,14 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOG = "log.txt"
 LAVIS_RESULTS = "evaluate.txt"
+# Where LAVIS's name or unit of a metric is another: its name, and how many of ours its one is.
+LAVIS_METRICS = {
+    "accuracy": ("agg_metrics", 1),
+    "cider": ("CIDEr", 100),
+    "bleu_4": ("Bleu_4", 100),
+    "meteor": ("METEOR", 100),
+    "rouge_l": ("ROUGE_L", 100),
+}
 # LAVIS calls retrieval by what is found: images for a text, texts for an image.
 LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
 
@@ -47,7 +55,9 @@ class RunSummary:
         if name in self.metrics:
             return self.metrics[name]
         way, _, measure = name.partition("_")
-        return self.metrics.get(f"{LAVIS_DIRECTIONS.get(way)}_{measure}")
+        directed = (f"{LAVIS_DIRECTIONS.get(way)}_{measure}", 1)
+        theirs, factor = LAVIS_METRICS.get(name, directed)
+        return factor * self.metrics[theirs] if theirs in self.metrics else None
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -81,8 +91,13 @@ def read(folder: Path, split: str = "test") -> RunSummary:
     """
     if is_finished(folder):
         summary = json.loads((folder / SUMMARY).read_text())
+        metrics = summary["metrics"]
+        if metrics is None and (folder / LAVIS_RESULTS).is_file():  # LAVIS's runner returns none
+            measured = _lavis_results(folder, split)
+        else:
+            measured = (metrics or {}).get(split, {})
         return RunSummary(
-            metrics=(summary["metrics"] or {}).get(split, {}),
+            metrics=measured,
             best=summary["best"]["score"],
             trained_parameters=summary["parameters"]["trained"],
             total_parameters=summary["parameters"]["total"],
@@ -94,17 +109,21 @@ def read(folder: Path, split: str = "test") -> RunSummary:
             f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
             "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
         )
-    results = list(_json_values((folder / LAVIS_RESULTS).read_text()))
-    last = results[-1]
-    last = last.get(split, last)  # captioning and VQA note the split
     return RunSummary(
-        metrics={k: v for k, v in last.items() if isinstance(v, int | float)},
+        metrics=_lavis_results(folder, split),
         best=None,
         trained_parameters=_trained_by_lavis(folder),
         total_parameters=None,
         seconds=None,
         peak_bytes=None,
     )
+
+
+def _lavis_results(folder: Path, split: str) -> dict[str, float]:
+    """The last result that a LAVIS task wrote."""
+    last = list(_json_values((folder / LAVIS_RESULTS).read_text()))[-1]
+    last = last.get(split, last)  # captioning notes the split
+    return {k: v for k, v in last.items() if isinstance(v, int | float)}
 
 
 def _logged_seconds(folder: Path) -> float | None:

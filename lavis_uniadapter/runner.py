@@ -333,7 +333,8 @@ class RunnerUniAdapter(RunnerBase):
             },
             "rng": rng_states,
         }
-        names = {LATEST: LATEST_ADAPTER, **({BEST: BEST_ADAPTER} if is_best else {})}
+        # The best one first: whoever resumes from the latest must find the best that it speaks of.
+        names = {**({BEST: BEST_ADAPTER} if is_best else {}), LATEST: LATEST_ADAPTER}
         for name, adapter_name in names.items():
             _save_atomically(content, self.output_dir / name)
             if self._has_adapter():
@@ -463,8 +464,7 @@ class RunnerUniAdapter(RunnerBase):
 def compile_visual_encoder(model: torch.nn.Module) -> None:
     """Let ``torch.compile`` fuse what lies between the matrix products of each ViT block.
 
-    The frames of a batch all have one shape, so a block is compiled once for training and once
-    for evaluation. State-dict names stay as they are.
+    State-dict names stay as they are.
 
     Raises:
         ConfigError: for a model without ViT blocks.
@@ -474,6 +474,10 @@ def compile_visual_encoder(model: torch.nn.Module) -> None:
         raise ConfigError(
             f"run.compile is True, and {type(model).__name__} has no visual_encoder.blocks."
         )
+    # Blocks share their code, and each is compiled by itself: with averages swapped in, for
+    # training and for evaluation, and again for an incomplete last batch.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 8 * len(blocks))
     for block in blocks:
         block.compile(backend=COMPILE_BACKEND)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from lavis_uniadapter import compare, launch, run_folders
 from lavis_uniadapter.compare import Comparison, Line, read_plan
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.runner import LATEST
+from lavis_uniadapter.runner import BEST, LATEST
 from lavis_uniadapter.tuning import TUNING_METHODS
 
 
@@ -103,6 +106,88 @@ def test_best_at_the_edge_of_the_grid_is_marked(plan_file, stub_runs):
     assert "0.002*" in table and "smallest or largest" in table
 
 
+def test_a_metric_that_no_run_has_is_a_failure(plan_file, stub_runs):
+    (line,) = Comparison(read_plan(plan_file(metrics=["t2v_R1"]))).run()
+    assert "no metric 't2v_R1', only t2v_r1, v2t_r1" in line.failures[0]
+
+
+@pytest.fixture
+def stub_children(monkeypatch):
+    """Instead of starting a process, write what it would leave; its commands."""
+    commands = []
+
+    class Child:
+        def __init__(self, command, **kwargs):
+            commands.append(command)
+            options = dict(o.split("=", 1) for o in command if "=" in o)
+            folder = Path(options["run.output_dir"]) / options["run.job_id"]
+            write_summary(folder, 1.0, 50.0)
+            (folder / LATEST).write_bytes(b"")
+            (folder / BEST).write_bytes(str(options).encode())
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    return commands
+
+
+def test_what_decides_a_result_decides_whether_it_is_still_good(plan_file, stub_children, tmp_path):
+    def refused(processes=1, options=(), **changes):
+        number = len(stub_children)
+        plan = read_plan(plan_file(**changes), options)
+        (line,) = Comparison(plan, processes=processes).run()
+        return len(stub_children) == number and "another configuration" in str(line.failures)
+
+    assert not refused()
+    assert len(stub_children) == 1
+    assert not refused() and len(stub_children) == 1  # finished before
+    linear = ["model.tuning=linear"]
+    assert refused(processes=2)
+    assert refused(options=["run.max_epoch=4"])
+    assert refused(runs={"linear": {"options": [*linear, "a.b=1", "a.b=2", "a.b=1"]}})
+    with_base = {"base": {"cfg_path": str(TRAIN / "shapes_pretrain.yaml")}}
+    assert refused(runs={"linear": {"options": linear}}, seeds=[1]) is False
+    assert not refused(output_dir=str(tmp_path / "two"), **with_base)
+    shutil.rmtree(tmp_path / "two/base")  # as a refusal advises
+    with_base["base"]["options"] = ["run.max_epoch=3"]
+    (line,) = Comparison(read_plan(plan_file(output_dir=str(tmp_path / "two"), **with_base))).run()
+    assert "another configuration" in str(line.failures)
+
+
+def test_a_run_that_never_started_may_be_corrected(plan_file, monkeypatch):
+    class Child:
+        def __init__(self, command, **kwargs):
+            pass
+
+        def wait(self):
+            return 2
+
+    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    for options in (["model.tunign=linear"], ["model.tuning=linear"]):
+        plan = read_plan(plan_file(runs={"linear": {"options": options}}))
+        (line,) = Comparison(plan).run()
+        assert "exit 2" in line.failures[0] and "another configuration" not in line.failures[0]
+        request = json.loads((plan.output_dir / "linear-seed1" / compare.REQUEST).read_text())
+        assert request["options"][0] == options[0]
+
+
+def test_interrupting_starts_nothing_more(plan_file, monkeypatch):
+    started = []
+
+    def run(self, entry, folder, seed, options=()):
+        started.append(seed)
+        time.sleep(0.2)
+        if len(started) == 2:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.5)
+
+    monkeypatch.setattr(Comparison, "_run", run)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(read_plan(plan_file(seeds=list(range(8))))).run()
+    assert len(started) <= 3
+
+
 def test_report_has_means_deviations_and_failures(tmp_path):
     lines = [Line("linear", 1e-3), Line("broken", failures=["broken-seed1: exit 1: error: no"])]
     for seed, r1 in ((1, 40.0), (2, 44.0)):
@@ -144,6 +229,14 @@ def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
     assert summary.trained_parameters == 25
     caption = lavis_run(tmp_path / "b", {"test": {"CIDEr": 1.25, "Bleu_4": 0.3}})
     assert run_folders.read(caption).metric("CIDEr") == 1.25
+    assert run_folders.read(caption).metric("cider") == 125.0
+    # through this package's train.py, whose summary LAVIS's runner gives no metrics for
+    write_summary(retrieval, score=0.0, r1=1.0, trained=30)
+    content = json.loads((retrieval / run_folders.SUMMARY).read_text())
+    run_folders.write_json(retrieval / run_folders.SUMMARY, {**content, "metrics": None})
+    both = run_folders.read(retrieval)
+    assert both.metric("t2v_r1") == 60.0 and both.trained_parameters == 30
+    (retrieval / run_folders.SUMMARY).unlink()
 
     monkeypatch.chdir(tmp_path)
     add = ["--add", f"BLIP={retrieval}", f"BLIP={retrieval}", "--metrics", "t2v_r1"]
@@ -168,6 +261,13 @@ def test_folder_without_results_is_named(tmp_path, capsys):
         ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),
         ({"runs": {"a": {"learning_rate_of": "b"}}}, "'b' of 'a' is no run"),
         ({"runs": {"a b": {}, "a-b": {}}}, "same folder"),
+        ({"runs": {"a": {"evaluate": True}, "b": {"learning_rate_of": "a"}}}, "'a' of 'b'"),
+        ({"runs": ["a"]}, "runs is"),
+        ({"runs": {1: {}}}, "runs.1 must be"),
+        ({"seeds": 3}, "seeds is 3"),
+        ({"metrics": "t2v_r1"}, "metrics is 't2v_r1'"),
+        ({"base": "x.yaml"}, "base is 'x.yaml'"),
+        ({"runs": {"a": {"options": "x=1"}}}, "options is 'x=1'"),
     ],
 )
 def test_impossible_plan_is_named(plan_file, changes, expected):

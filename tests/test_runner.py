@@ -248,6 +248,26 @@ def test_compiled_visual_encoder_trains_alike(run, monkeypatch, tuning):
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_every_block_is_compiled_however_many(build_model, video_batch, monkeypatch):
+    """Dynamo gives up after a number of specialisations of one function."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(runner, "COMPILE_BACKEND", count)
+    model = build_model(vit={"depth": 12}).train()
+    runner.compile_visual_encoder(model)
+    torch._dynamo.reset()
+    model(video_batch).loss.backward()
+    assert len(graphs) == 2 * 12  # averages without gradient, and training
+    model.eval()
+    with torch.no_grad():
+        model.encode_visual(video_batch)
+    assert len(graphs) == 3 * 12
+
+
 def test_lavis_own_task_runs_on_our_runner(run, tmp_path):
     config = OmegaConf.load(TRAIN / "shapes_retrieval.yaml")
     del config.run.selection_metric  # that of our task

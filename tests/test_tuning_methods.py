@@ -107,11 +107,11 @@ def test_every_declared_parameter_trains_and_no_other(build, arch, tuning):
     model = build(arch, tuning)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = train_steps(model, batch(arch))
-    if tuning != "full":  # BLIP itself has embeddings and heads that no loss reads
-        assert [name for name, g in gradients.items() if g is None] == []
+    assert [name for name, g in gradients.items() if g is None] == []
+    if tuning != "full":
         assert all(name.startswith("adapters.default.") for name in gradients)
-        for name, p in model.named_parameters():
-            assert torch.equal(p, before[name]) == (name not in gradients), name
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in gradients), name
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -265,8 +265,9 @@ def quick_init():
 
 @pytest.mark.parametrize("arch", MODELS)
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_train_all_that_they_declare(build, arch, ablation):
-    model = build(arch, adapter=ABLATIONS[ablation])
+@pytest.mark.parametrize("vit", [{}, {"width": 48}, {"depth": 1}], ids=str)
+def test_ablations_train_all_that_they_declare(build, arch, ablation, vit):
+    model = build(arch, adapter=ABLATIONS[ablation], vit={**VIT, **vit})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = train_steps(model, batch(arch))
     assert gradients and [name for name, g in gradients.items() if g is None] == []
@@ -284,8 +285,15 @@ def test_ablations_leave_something_out(build, ablation):
     perturb(whole.adapters)
     state = whole.adapters.get("default").state_dict()
     own = part.adapters.get("default").state_dict()
-    own.update({k: v for k, v in state.items() if k in own})
-    part.adapters.get("default").load_state_dict(own)
+    renamed = {}  # where nothing is shared, each branch gets a copy of what is shared
+    for name in own:
+        source = name
+        for branch in ("visual", "textual", "cross_modal"):
+            source = source.replace(f".of_{branch}.up.", f".up_{branch}.")
+            source = source.replace(f".of_{branch}.norm_out.", f".norm_{branch}.")
+            source = source.replace(f".of_{branch}.", ".")
+        renamed[name] = state[source]
+    part.adapters.get("default").load_state_dict(renamed)
     one, other = (outputs(model, samples_for_outputs()) for model in (whole, part))
     assert not torch.allclose(one["matching logits"], other["matching logits"], atol=1e-5)
 
@@ -330,9 +338,11 @@ def test_merging_gives_a_plain_blip_that_computes_the_same(build, arch, tuning):
     assert model.adapters.names() == [] and model.base_fingerprint != fingerprint
     if arch != "blip_uniadapter_retrieval":  # whose averages are gone with what trained
         torch.testing.assert_close(computed(model, samples), tuned, rtol=1e-4, atol=1e-5)
+    assert not any(name.startswith(("adapters.", "momentum")) for name in model.state_dict())
     plain = build(arch, "full", seed=4)
     plain.load_state_dict(base_state_dict(model), strict=False)
-    assert not any(name.startswith(("adapters.", "momentum")) for name in model.state_dict())
+    for name, value in behaviour(model, arch).items():
+        assert torch.equal(value, behaviour(plain, arch)[name]), name
 
 
 @pytest.mark.parametrize("tuning", FOLDABLE)
@@ -349,6 +359,13 @@ def test_merged_retrieval_computes_the_same(build, tuning):
 def test_adapters_beside_layers_cannot_be_merged(build, tuning):
     with pytest.raises(ConfigError, match=f"'{tuning}'.*cannot be folded"):
         build(MODELS[0], tuning).merge_adapter()
+
+
+def test_frame_aware_attention_cannot_be_merged(build):
+    nothing = {"visual": False, "textual": False, "cross_modal": False, "kv_bottleneck": 0}
+    model = build(MODELS[0], adapter={**nothing, "frame_aware": True})
+    with pytest.raises(ConfigError, match="cannot be folded"):
+        model.merge_adapter()
 
 
 def test_lora_changes_exactly_its_rows(build):
@@ -427,8 +444,9 @@ def test_lora_of_another_rank_or_target_is_refused(build, tmp_path):
     for section, expected in (({"rank": 3}, "rank: 2"), ({"targets": ["key"]}, "targets")):
         with pytest.raises(CheckpointError, match=expected):
             build(MODELS[0], "lora", lora=section).load_adapter(tmp_path / "adapter")
-    # what matters in training alone may differ
-    build(MODELS[0], "lora", lora={"dropout": 0.1}).load_adapter(tmp_path / "adapter", force=True)
+    # what matters in training alone, and the order of targets, may differ
+    reordered = {"dropout": 0.1, "targets": ["value", "query"]}
+    build(MODELS[0], "lora", lora=reordered).load_adapter(tmp_path / "adapter", force=True)
 
 
 def test_bitfit_leaves_out_what_cannot_matter(build):
@@ -437,6 +455,16 @@ def test_bitfit_leaves_out_what_cannot_matter(build):
     assert not any(name.endswith("/key") for name in names)
     assert "text_encoder/encoder/layer/0/crossattention/self/query" in names
     assert "visual_encoder/patch_embed/proj" in names and "visual_encoder/norm" in names
+
+
+def test_biases_are_one_dimensional_and_keep_the_precision(build):
+    """Weight decay is for matrices; and a float32 bias must not undo autocast."""
+    model = build(MODELS[0], "bitfit")
+    deltas = model.adapters.get("default").deltas
+    assert {p.ndim for p in deltas.parameters()} == {1}
+    perturb(deltas)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.visual_encoder.blocks[0].mlp.fc1(torch.randn(2, 32)).dtype == torch.bfloat16
 
 
 # --- many adapters on one backbone --------------------------------------------------------------
@@ -472,6 +500,25 @@ def test_a_thousand_random_switches(build, tmp_path):
         assert_same(expected[name], outputs(model, samples))
 
 
+@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("tuning", BESIDE_A_BACKBONE)
+def test_two_named_adapters_of_any_method_do_not_interfere(build, tmp_path, arch, tuning):
+    model = build(arch, tuning)
+    expected = {}
+    for seed, name in enumerate(("one", "two")):
+        perturb(model.adapters.get("default"), seed)
+        model.save_adapter(tmp_path / name)
+        expected[name] = behaviour(model, arch)
+    fresh = build(arch, tuning)
+    for name in expected:
+        fresh.load_adapter(tmp_path / name, name=name)
+    of_heads = ("visual embeds", "text embeds") if tuning == "linear" else ()
+    assert_differ(expected["one"], expected["two"], but=of_heads)
+    for name in ("one", "two", "one"):
+        fresh.set_adapter(name)
+        assert_same(expected[name], behaviour(fresh, arch))
+
+
 def test_deleting_an_adapter_frees_it(build, tmp_path):
     model = build(MODELS[0])
     model.save_adapter(tmp_path / "adapter")
@@ -504,7 +551,7 @@ def test_model_card_says_what_it_is(build, tmp_path, tuning):
         f"| parameters | {trained:,} |",
         "| test_t2v_r1 | 12.5 |",
         model.base_fingerprint,
-        f'load_model_and_preprocess("{MODELS[0]}"',
+        f'get_model_class("{MODELS[0]}")',
     ):
         assert expected in card
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
@@ -512,6 +559,38 @@ def test_model_card_says_what_it_is(build, tmp_path, tuning):
         "adapter.safetensors",
         "adapter_config.json",
     ]
+
+
+@pytest.mark.parametrize("tuning", BESIDE_A_BACKBONE)
+def test_model_card_shows_code_that_works(build, tmp_path, tuning, small_med_config):
+    """Built from a base checkpoint of its own, as a reader of the card would."""
+    small = {"adapter": {"bottleneck": 4, "kv_bottleneck": 2}, "lora": {"targets": ["key"]}}
+    torch.save(base_state_dict(build(MODELS[0])), tmp_path / "base.pth")
+    model = build(MODELS[0], tuning, pretrained=str(tmp_path / "base.pth"), **small)
+    perturb(model.adapters)
+    model.save_adapter(tmp_path / "adapter")
+    card = (tmp_path / "adapter/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    sizes = {
+        **{"vit": None, "image_size": 32, "med_config_path": small_med_config},
+        "pretrained": str(tmp_path / "base.pth"),
+    }
+    code = code.replace("THIS_FOLDER", str(tmp_path / "adapter")).replace("MODEL_TYPE", "shapes")
+    base = f"config = OmegaConf.merge(config, {sizes}, {{'vit': {VIT}}})\n"
+    names: dict = {}
+    exec(code.replace("# config.pretrained", f"{base}# config.pretrained"), names)
+    assert_same(
+        outputs(model, samples_for_outputs()), outputs(names["model"], samples_for_outputs())
+    )
+
+
+def test_folder_of_another_format_is_named(build, tmp_path):
+    model = build(MODELS[0])
+    model.save_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({"format_version": 1, "adapter": {}}))
+    with pytest.raises(CheckpointError, match="has format 1, and this version reads format 2"):
+        model.load_adapter(tmp_path / "adapter")
 
 
 def test_another_prompt_is_told(build, tmp_path, caplog):

@@ -20,14 +20,15 @@ class BiasDelta(nn.Module):
 
     def __init__(self, site: BiasSite):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(site.shape))
+        self.bias = nn.Parameter(torch.zeros(site.shape[0]))
+        self.shape = site.shape
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        return output + self.bias
+        return output + self.bias.to(output.dtype).view(self.shape)
 
     @torch.no_grad()
     def fold_into(self, module: nn.Module) -> None:
-        module.bias += self.bias.flatten()
+        module.bias += self.bias
 
 
 class BitFitSet(AdapterSet):

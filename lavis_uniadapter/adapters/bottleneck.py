@@ -103,13 +103,14 @@ class LayeredSet(AdapterSet):
         text_depth = geometry.text_depth if config.textual or config.cross_modal else 0
 
         def build(width: int, visual: bool, text: bool) -> nn.Module:
-            return self.build_layer(
-                width,
-                config,
-                visual=visual and config.visual,
-                textual=text and config.textual and self.uses_textual(config, geometry),
-                cross_modal=text and config.cross_modal,
-            )
+            branches = {
+                "visual": visual and config.visual,
+                "textual": text and config.textual and self.uses_textual(config, geometry),
+                "cross_modal": text and config.cross_modal,
+            }
+            # A bottleneck that leads nowhere would be declared to train and never get a gradient.
+            build_layer = self.build_layer if any(branches.values()) else SeparateAdapters
+            return build_layer(width, config, **branches)
 
         if geometry.visual_width == geometry.text_width:
             self.layers = nn.ModuleList(

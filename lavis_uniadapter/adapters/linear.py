@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -18,7 +19,8 @@ class Replacement(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = module
+        # without the hook by which the module itself is replaced
+        self.module = copy.deepcopy(module, {id(module._forward_hooks): OrderedDict()})
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return self.module(x)
@@ -43,4 +45,4 @@ class LinearSet(AdapterSet):
         super().__init__(heads)
         if not heads:
             for path, module in geometry.output_layers.items():
-                self.deltas[delta_key(path)] = Replacement(copy.deepcopy(module))
+                self.deltas[delta_key(path)] = Replacement(module)

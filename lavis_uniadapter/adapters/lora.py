@@ -51,6 +51,8 @@ class LoraConfig(MethodConfig):
             "targets",
             f"a list of some of {', '.join(ROLES)}",
         )
+        in_order = tuple(role for role in ROLES if role in self.targets)
+        object.__setattr__(self, "targets", in_order)
 
 
 class LowRank(nn.Module):

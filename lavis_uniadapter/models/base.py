@@ -398,7 +398,7 @@ class TunedBlip(BaseModel):
         if active is None:
             raise ConfigError("There is no active adapter to merge.")
         beside = {id(p) for p in (*active.layer_parameters(), *active.key_value.parameters())}
-        if beside - {id(p) for p in active.deltas.parameters()}:
+        if active.frame_aware or beside - {id(p) for p in active.deltas.parameters()}:
             raise ConfigError(
                 f"Adapters of tuning '{self.tuning}' stand beside BLIP's layers and cannot be "
                 "folded into its weights. LoRA, BitFit and linear heads can."
