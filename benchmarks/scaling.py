@@ -5,6 +5,8 @@ Each is doubled three times while the others stay. BLIP base, one frame of 224 p
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -62,14 +64,20 @@ def main() -> None:
         )
     result = {"machine": measuring.machine(args.device), "lines": lines}
     path = measuring.save("scaling", result, args.output)
+    plot(lines, path.with_suffix(".png"))
+    print("written:", path, path.with_suffix(".png"))
+
+
+def plot(lines: dict[str, list[dict]], picture: Path) -> None:
+    """A panel for each of what was doubled, all to one scale of seconds."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
     for axes, (what, rows) in zip(panels, lines.items(), strict=True):
         axes.plot([row[what] for row in rows], [row["seconds"] for row in rows], marker="o")
-        axes.set(xlabel=what, xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel=what, xlim=(0, None))
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(0, 1.05 * max(row["seconds"] for rows in lines.values() for row in rows))
     panels[0].set_ylabel("seconds, second stage")
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    print("written:", path, path.with_suffix(".png"))
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":

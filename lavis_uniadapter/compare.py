@@ -231,7 +231,8 @@ class Comparison:
         if base is None:
             return ()
         folder = self.plan.output_dir / "base"
-        if failure := pool.submit(self._run, base, folder, _seed_of(base.options)).result():
+        seed = _seed_of(base.options)
+        if failure := pool.submit(self._run, base, folder, seed, beside=1).result():
             raise RuntimeError(f"The base could not be trained: {failure}")
         self._base_identity = hashlib.sha256((folder / BEST).read_bytes()).hexdigest()
         return (f"model.pretrained={(folder / BEST).resolve()}",)
@@ -313,9 +314,18 @@ class Comparison:
         return self.plan.output_dir / f"{_slug(entry.name)}-{suffix}"
 
     def _run(
-        self, entry: Entry, folder: Path, seed: int, options: tuple[str, ...] = ()
+        self,
+        entry: Entry,
+        folder: Path,
+        seed: int,
+        options: tuple[str, ...] = (),
+        beside: int | None = None,
     ) -> str | None:
-        """Run one configuration in its folder, or go on with it; what went wrong, or None."""
+        """Run one configuration in its folder, or go on with it; what went wrong, or None.
+
+        Args:
+            beside: how many runs share the processor, this one included; None: ``jobs``.
+        """
         options = (*entry.options, *options, f"run.seed={seed}")
         request = {
             "cfg": entry.cfg_path.read_text(),
@@ -346,7 +356,7 @@ class Comparison:
         command += [f"run.job_id={folder.name}"]
         command += ["run.evaluate=True"] if entry.evaluate else []
         command += [f"run.resume_ckpt_path={(folder / LATEST).resolve()}"] if resumed else []
-        threads = max(1, (os.cpu_count() or 1) // (self.jobs * self.processes))
+        threads = max(1, (os.cpu_count() or 1) // ((beside or self.jobs) * self.processes))
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
             child = subprocess.Popen(
