@@ -14,8 +14,11 @@ import torch
 import yaml
 from test_runner import TINY_CLIPS, TINY_RUN, TRAIN
 
-from lavis_uniadapter import compare, launch, run_folders
-from lavis_uniadapter.compare import Comparison, Line, read_plan
+from lavis_uniadapter import launch, run_folders
+from lavis_uniadapter.compare import report, running
+from lavis_uniadapter.compare.__main__ import main
+from lavis_uniadapter.compare.plan import read_plan
+from lavis_uniadapter.compare.running import Comparison, Line
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.runner import BEST, LATEST
@@ -102,7 +105,7 @@ def test_best_at_the_edge_of_the_grid_is_marked(plan_file, stub_runs):
     plan = read_plan(plan_file(learning_rates=[2e-3, 4e-3]))
     (line,) = Comparison(plan).run()
     assert line.at_edge
-    table = compare.markdown_table(compare.rows_of([line], plan.metrics), plan.metrics)
+    table = report.markdown_table(report.rows_of([line], plan.metrics), plan.metrics)
     assert "0.002*" in table and "smallest or largest" in table
 
 
@@ -128,7 +131,7 @@ def stub_children(monkeypatch):
         def wait(self):
             return 0
 
-    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    monkeypatch.setattr(running.subprocess, "Popen", Child)
     return commands
 
 
@@ -163,12 +166,12 @@ def test_a_run_that_never_started_may_be_corrected(plan_file, monkeypatch):
         def wait(self):
             return 2
 
-    monkeypatch.setattr(compare.subprocess, "Popen", Child)
+    monkeypatch.setattr(running.subprocess, "Popen", Child)
     for options in (["model.tunign=linear"], ["model.tuning=linear"]):
         plan = read_plan(plan_file(runs={"linear": {"options": options}}))
         (line,) = Comparison(plan).run()
         assert "exit 2" in line.failures[0] and "another configuration" not in line.failures[0]
-        request = json.loads((plan.output_dir / "linear-seed1" / compare.REQUEST).read_text())
+        request = json.loads((plan.output_dir / "linear-seed1" / running.REQUEST).read_text())
         assert request["options"][0] == options[0]
 
 
@@ -193,7 +196,7 @@ def test_report_has_means_deviations_and_failures(tmp_path):
     for seed, r1 in ((1, 40.0), (2, 44.0)):
         write_summary(tmp_path / str(seed), 0.0, r1, trained=250)
         lines[0].runs.append(run_folders.read(tmp_path / str(seed)))
-    table = compare.write_report(lines, ("t2v_r1", "v2t_r1"), tmp_path / "report")
+    table = report.write_report(lines, ("t2v_r1", "v2t_r1"), tmp_path / "report")
     row = next(text for text in table.splitlines() if text.startswith("| linear"))
     assert row == "| linear | 0.001 | 250 | 25.00% | 42.0 ± 2.8 | 21.0 ± 1.4 | 2 | 1.0 | 2.00 |"
     assert "- broken: broken-seed1: exit 1: error: no" in table
@@ -240,14 +243,14 @@ def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     add = ["--add", f"BLIP={retrieval}", f"BLIP={retrieval}", "--metrics", "t2v_r1"]
-    assert compare.main([*add, "--output-dir", "table"]) == 0
+    assert main([*add, "--output-dir", "table"]) == 0
     assert "| BLIP |  | 25 |  | 60.0 ± 0.0 | 2 |" in Path("table/comparison.md").read_text()
 
 
 def test_folder_without_results_is_named(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     argv = ["--add", f"x={tmp_path / 'run'}", "--metrics", "m", "--output-dir", str(tmp_path)]
-    assert compare.main(argv) == 2
+    assert main(argv) == 2
     assert "no finished run" in capsys.readouterr().err
 
 
@@ -299,7 +302,7 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
         "zero-shot": {"options": ["model.tuning=full"], "evaluate": True},
     }
     path = plan_file(options=tiny, runs=runs)
-    assert compare.main([str(path), "--jobs", "2"]) == 1  # for the impossible one
+    assert main([str(path), "--jobs", "2"]) == 1  # for the impossible one
     said = capsys.readouterr().out
     table = (tmp_path / "out/comparison.md").read_text()
     assert "| linear |" in table and "| zero-shot |  | 0 |" in table
@@ -312,7 +315,7 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
     (tmp_path / "out/linear-seed1/summary.json").unlink()
     assert (tmp_path / "out/linear-seed1" / LATEST).is_file()
     del runs["impossible"]
-    assert compare.main([str(plan_file(options=tiny, runs=runs))]) == 0
+    assert main([str(plan_file(options=tiny, runs=runs))]) == 0
     said = capsys.readouterr().out
     assert "zero-shot-seed42: finished before" in said and "linear-seed1: goes on" in said
     log = (tmp_path / "out/linear-seed1/log.txt").read_text()
@@ -321,7 +324,7 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
     assert again["metrics"] == linear["metrics"]
 
     runs["linear"]["options"] = ["model.tuning=full"]
-    assert compare.main([str(plan_file(options=tiny, runs=runs))]) == 1
+    assert main([str(plan_file(options=tiny, runs=runs))]) == 1
     assert "another configuration" in capsys.readouterr().out
 
 

@@ -135,6 +135,8 @@ def test_round_trip_under_another_seed(build, tmp_path, arch, tuning):
     other.base_changed("the same BLIP")
     other.load_adapter(tmp_path / "adapter")
     assert_same(tuned, behaviour(other, arch))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["metrics"] == {"r1": 12.5} and config["method"] == tuning
 
 
 def behaviour(model, arch: str) -> dict[str, torch.Tensor]:
@@ -531,8 +533,9 @@ def test_deleting_an_adapter_frees_it(build, tmp_path):
     model.set_adapter("default")
     model.delete_adapter("flickr")
     assert sum(p.numel() for p in model.parameters()) == before
-    with pytest.raises(KeyError, match="flickr"):
-        model.delete_adapter("flickr")
+    for verb in (model.delete_adapter, model.set_adapter):
+        with pytest.raises(KeyError, match="flickr"):
+            verb("flickr")
     with pytest.raises(ValueError, match="trains"):
         model.delete_adapter("default")
 
