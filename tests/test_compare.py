@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import time
@@ -175,20 +176,25 @@ def test_a_run_that_never_started_may_be_corrected(plan_file, monkeypatch):
         assert request["options"][0] == options[0]
 
 
-def test_interrupting_starts_nothing_more(plan_file, monkeypatch):
+def test_interrupting_starts_nothing_more(plan_file, monkeypatch, capsys):
+    """By SIGTERM, in a process that ignores SIGINT as those in the background do."""
     started = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def run(self, entry, folder, seed, options=()):
         started.append(seed)
         time.sleep(0.2)
         if len(started) == 2:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
 
     monkeypatch.setattr(Comparison, "_run", run)
-    with pytest.raises(KeyboardInterrupt):
-        Comparison(read_plan(plan_file(seeds=list(range(8))))).run()
+    try:
+        assert main([str(plan_file(seeds=list(range(8))))]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(started) <= 3
+    assert "goes on from here" in capsys.readouterr().err
 
 
 def test_report_has_means_deviations_and_failures(tmp_path):

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nproc-per-node", type=int, default=1, help="processes of a run")
     args = parser.parse_args(argv)
     launch.log_to_console()
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         added = _added_lines(args.add)
         if args.file is None and not (added and args.metrics and args.output_dir):
@@ -79,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("\n%s", write_report(lines, metrics, folder))
     logger.info("\nwritten: %s", folder / "comparison.{md,csv,json,png}")
     return 1 if any(line.failures for line in lines) else 0
+
+
+def _interrupt(*_) -> None:
+    """Stop as at Ctrl-C, whose own signal a background process ignores."""
+    raise KeyboardInterrupt
 
 
 def _added_lines(added: Sequence[str]) -> list[Line]:
