@@ -197,6 +197,16 @@ def test_interrupting_starts_nothing_more(plan_file, monkeypatch, capsys):
     assert "goes on from here" in capsys.readouterr().err
 
 
+def test_two_comparisons_never_share_a_folder(plan_file, stub_runs):
+    plan = read_plan(plan_file())
+    with running._sole_user_of(plan.output_dir):
+        with pytest.raises(RuntimeError, match="Another comparison works in"):
+            Comparison(plan).run()
+    assert stub_runs == []
+    Comparison(plan).run()
+    assert stub_runs == ["linear-seed1"]
+
+
 def test_report_has_means_deviations_and_failures(tmp_path):
     lines = [Line("linear", 1e-3), Line("broken", failures=["broken-seed1: exit 1: error: no"])]
     for seed, r1 in ((1, 40.0), (2, 44.0)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -9,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ logger = logging.getLogger("lavis_uniadapter")
 
 REQUEST = "request.json"
 CONSOLE = "console.log"
+LOCK = ".lock"
 
 
 @dataclass
@@ -55,8 +58,13 @@ class Comparison:
         """All runs of the plan; a failed one is a failure of its line, and the others go on.
 
         Raises:
-            RuntimeError: if the base, on which all stand, cannot be trained.
+            RuntimeError: if the base, on which all stand, cannot be trained, or another comparison
+                works in the same folder.
         """
+        with _sole_user_of(self.plan.output_dir):
+            return self._run_all()
+
+    def _run_all(self) -> list[Line]:
         lines = {entry.name: Line(entry.name) for entry in self.plan.entries}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -226,6 +234,23 @@ class Comparison:
         reason = reason if isinstance(reason, str) else reason[0]
         logger.info("%s: FAILED (exit %s), see %s", folder.name, status, folder / CONSOLE)
         return f"{folder.name}: exit {status}: {reason}"
+
+
+@contextlib.contextmanager
+def _sole_user_of(folder: Path) -> Iterator[None]:
+    """Two comparisons in one folder would train the same runs into each other's checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # gone with the process, however it ends
+        except BlockingIOError:
+            raise RuntimeError(
+                f"Another comparison works in '{folder}'. Wait for it, end it, or take another "
+                "--output-dir."
+            ) from None
+        yield
 
 
 def _seed_of(options: Sequence[str]) -> int:
