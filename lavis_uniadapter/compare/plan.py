@@ -87,9 +87,7 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
             name=name,
             cfg_path=(path.parent / cfg).resolve(),
             options=(*common, *(section.get("options") or ()), *options),
-            learning_rates=()
-            if of or section.get("evaluate")
-            else tuple(float(rate) for rate in rates),
+            learning_rates=() if of or evaluate else tuple(float(rate) for rate in rates),
             learning_rate_of=of,
             evaluate=evaluate,
         )

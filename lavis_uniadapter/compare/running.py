@@ -230,8 +230,8 @@ class Comparison:
         with open(folder / CONSOLE, "rb") as console:
             console.seek(start)
             said = console.read().decode(errors="replace").strip().splitlines()
-        reason = next((text for text in said if text.startswith("error: ")), said[-1:] or "")
-        reason = reason if isinstance(reason, str) else reason[0]
+        last = said[-1] if said else "it said nothing"
+        reason = next((text for text in said if text.startswith("error: ")), last)
         logger.info("%s: FAILED (exit %s), see %s", folder.name, status, folder / CONSOLE)
         return f"{folder.name}: exit {status}: {reason}"
 
@@ -242,9 +242,8 @@ def _sole_user_of(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as lock:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # gone with the process, however it ends
+            # gone with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
                 f"Another comparison works in '{folder}'. Wait for it, end it, or take another "
