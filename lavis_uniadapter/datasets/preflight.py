@@ -104,7 +104,9 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     raise_if_any(problems, "The dataset config cannot be used")
 
 
-def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) -> UnusableFiles:
+def check_dataset(
+    dataset: BaseDataset, split: str, tolerant: bool = False, files: bool = True
+) -> UnusableFiles:
     """Check a built dataset: its records, and that every file is there and can be decoded.
 
     Of each distinct video the last frame that the split can sample is decoded: the very last one
@@ -113,8 +115,9 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
     Args:
         dataset: of a LAVIS class whose layout is known (`layouts.LAYOUTS`).
         split: "train", "val" or "test".
-        skip_missing: return what files are unusable instead of raising for them; in training
-            alone, as an evaluation that leaves items out is another benchmark.
+        tolerant: return what files are unusable instead of raising for them: ``skip_missing`` of
+            training, ``allow_missing`` of evaluation.
+        files: look at the files; False: at the records alone.
 
     Raises:
         TypeError: If the dataset is of another class.
@@ -137,8 +140,8 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
         content = getattr(dataset, attribute, None)
         if content is not None and (problem := problem_of(content)):
             problems.append(f"the {attribute} {problem}.")
-    unusable = _unusable_files(dataset, layout, split)
-    if not (skip_missing and split == "train"):
+    unusable = _unusable_files(dataset, layout, split) if files else UnusableFiles([], {})
+    if not tolerant:
         problems.extend(_file_problems(unusable, len(_visual_paths(dataset, layout))))
     raise_if_any(problems, title)
     return unusable
@@ -235,7 +238,8 @@ def _file_problems(unusable: UnusableFiles, total: int) -> Iterator[str]:
     if unusable.missing:
         yield (
             f"{len(unusable.missing)} of {total} files are missing; download them or take their "
-            "records out of the annotations (skip_missing: True leaves them out of training):"
+            "records out of the annotations (skip_missing: True leaves them out of training, "
+            "allow_missing: True scores them as wrong in evaluation):"
             f"{listing(unusable.missing)}"
         )
     if unusable.undecodable:
