@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from decord import DECORDError
 from lavis.common.dist_utils import get_world_size
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import default_collate
@@ -71,10 +71,17 @@ class Unreadable:
 
 @dataclass
 class BatchReport:
-    """Which items a batch was made from, and which of them could not be read."""
+    """Which items a batch was made from, and which of them could not be read.
+
+    Attributes:
+        indices: of the items, in their order.
+        unreadable: of those that were asked for.
+        failure: why there is no batch; None if there is one.
+    """
 
     indices: list[int]
     unreadable: list[Unreadable] = field(default_factory=list)
+    failure: str | None = None
 
 
 @contextlib.contextmanager
@@ -91,6 +98,17 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def _images_read_whole() -> Iterator[None]:
+    """Inside, a truncated image is an error. (LAVIS lets Pillow fill it up with grey.)"""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 class ReadingMonitor:
@@ -142,7 +160,7 @@ class _Items(Dataset):
         """An item, or why it cannot be read at a second attempt either."""
         for attempt in range(2):
             try:
-                with self.monitor.reading(index):
+                with self.monitor.reading(index), _images_read_whole():
                     return read(index), None
             except READ_ERRORS as error:
                 self.monitor.done()
@@ -168,11 +186,7 @@ class TrainingItems(_Items):
         self.epoch = 0
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[BatchReport, list[Any]]:
-        """A batch (``torch.utils.data`` calls this where it is there).
-
-        Raises:
-            DatasetError: if nothing can be read, not of this batch and not of other items.
-        """
+        """A batch (``torch.utils.data`` calls this where it is there)."""
         items, report = [], BatchReport(list(indices))
         for index in indices:
             item, fault = self._try(index, self._read)
@@ -180,15 +194,24 @@ class TrainingItems(_Items):
             if fault is not None:
                 report.unreadable.append(fault)
         for fault in report.unreadable:
+            replacement = self._replacement(fault, report, items)
+            if replacement is None:
+                report.failure = (
+                    f"No item of a batch can be read, and none of {MOST_REPLACEMENTS} others: is "
+                    f"{os.path.dirname(fault.file)} still there? '{fault.file}': {fault.reason}"
+                )
+                return report, []
             place = report.indices.index(fault.index)
-            items[place], report.indices[place] = self._replacement(fault, report, items)
+            items[place], report.indices[place] = replacement
         return report, items
 
     def _read(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
             return self.dataset[index]
 
-    def _replacement(self, fault: Unreadable, report: BatchReport, items: list[Any]):
+    def _replacement(
+        self, fault: Unreadable, report: BatchReport, items: list[Any]
+    ) -> tuple[Any, int] | None:
         """Another item and its index: of the batch, or of the dataset if the batch has none."""
         draw = random.Random(f"{self.seed} {self.epoch} {fault.index}")
         bad = {other.index for other in report.unreadable}
@@ -201,10 +224,7 @@ class TrainingItems(_Items):
             item, failure = self._try(index, self._read)
             if failure is None:
                 return item, index
-        raise DatasetError(
-            f"No item of a batch could be read, and none of {MOST_REPLACEMENTS} others: is "
-            f"{os.path.dirname(fault.file)} still there? The first: {fault.file}: {fault.reason}"
-        )
+        return None
 
 
 class EvaluationItems(_Items):
@@ -229,6 +249,10 @@ class EvaluationItems(_Items):
             if fault is not None:
                 report.unreadable.append(fault)
                 if self._blank is None:
+                    report.failure = (
+                        f"'{fault.file}' cannot be read ({fault.reason}). Mend the file; or set "
+                        "allow_missing: True of the dataset, and it is scored as wrong and counted."
+                    )
                     return report, []
                 item = self._read_stand_in(index)
             items.append(item)
@@ -298,8 +322,8 @@ class ItemLoader(DataLoader):
         """Batches.
 
         Raises:
-            DatasetError: naming an evaluation item that cannot be read and has no stand-in, or what
-                a worker was reading when it hung or died.
+            DatasetError: if no item can be read, naming an evaluation item that cannot be read and
+                has no stand-in, or naming what a worker was reading when it hung or died.
         """
         self.unreadable = {}
         batches = super().__iter__()
@@ -314,12 +338,8 @@ class ItemLoader(DataLoader):
                 if not _is_of_a_worker(error):
                     raise
                 raise DatasetError(self._describe(error)) from error
-            if samples is None:
-                fault = self.report.unreadable[0]
-                raise DatasetError(
-                    f"'{fault.file}' cannot be read ({fault.reason}). Mend the file; or set "
-                    "allow_missing: True of the dataset, and it is scored as wrong and counted."
-                )
+            if self.report.failure is not None:
+                raise DatasetError(self.report.failure)
             if isinstance(self.dataset, EvaluationItems):
                 self.unreadable.update({fault.index: fault for fault in self.report.unreadable})
             yield samples
