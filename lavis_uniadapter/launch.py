@@ -370,12 +370,13 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
         _run_and_report(args.cfg_path, options, evaluate)
     except USER_ERRORS as error:
         # Configurations fail alike on every rank; data and numbers on one.
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RANK_ERRORS):
-            print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or isinstance(error, RANK_ERRORS):
+            tqdm.write(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         status = 2
     except Interrupted as interrupted:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(interrupted, file=sys.stderr)
+            tqdm.write(str(interrupted), file=sys.stderr)
         status = EXIT_INTERRUPTED
     except AnotherRankFailed:
         time.sleep(WAIT_FOR_THE_FIRST_ERROR)

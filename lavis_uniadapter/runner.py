@@ -553,7 +553,10 @@ class RunnerUniAdapter(RunnerBase):
             self._save_adapter(LATEST_ADAPTER, epoch)
 
     def _state(self, progress: EpochProgress) -> dict[str, Any] | None:
-        """All that a run needs to go on, on the main process; None on the others."""
+        """All that a run needs to go on, on the main process; None on the others.
+
+        None there too if the weights are not finite.
+        """
         ranks = gather_to_main(
             {"rng": run_checkpoints.rng_state(self.device), "progress": _to_cpu(asdict(progress))}
         )
@@ -561,6 +564,9 @@ class RunnerUniAdapter(RunnerBase):
             return None
         model = self.unwrap_dist_model(self.model)
         unchanged = _unchanged_by_training(model)
+        if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+            logger.warning("The weights are not finite; the states on disk are kept as they are.")
+            return None
         return {
             "model": {k: v for k, v in model.state_dict().items() if k not in unchanged},
             "optimizer": self.optimizer.state_dict(),

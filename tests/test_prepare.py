@@ -904,6 +904,8 @@ def test_a_killed_process_leaves_no_annotations(tmp_path, call):
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert not list(tmp_path.glob("*.json"))
+    write_together(tmp_path, CONTENTS, overwrite=False)
+    assert not list(tmp_path.glob(".prepare-*"))
 
 
 def test_written_files_are_synchronised_before_they_take_their_place(tmp_path, monkeypatch):

@@ -340,7 +340,13 @@ def test_script_says_what_it_does(tmp_path, tiny_cache):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for expected in ("run folder", "trained", "epoch 1/1: loss", "test t2v: r1", "results in"):
+    for expected in (
+        "run folder",
+        "cpu, 1 process(es), global batch 4, queue 10",
+        "base checkpoint: random weights (",
+        "randomly initialised: everything",
+        *("trained", "epoch 1/1: loss", "test t2v: r1", "results in"),
+    ):
         assert expected in done.stdout
 
 
