@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-from lavis_uniadapter import adapter_files, launch
+from lavis_uniadapter import adapter_files, launch, run_checkpoints
 from lavis_uniadapter.distributed import destroy_process_group
 from lavis_uniadapter.figures import plot_curves, plot_top_matches
+from lavis_uniadapter.interruption import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.paths import PACKAGE_ROOT
-from lavis_uniadapter.runner import BEST, BEST_ADAPTER
+from lavis_uniadapter.run_checkpoints import BEST
+from lavis_uniadapter.runner import BEST_ADAPTER
 
 PROJECTS = PACKAGE_ROOT.parent / "projects/uniadapter/train"
 PRETRAIN = PROJECTS / "shapes_pretrain.yaml"
@@ -44,7 +47,7 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
     common = [f"run.seed={seed}", f"run.output_dir={output_dir}", *options]
 
     say("\n1/3  Train a small BLIP, all weights, on captioned stills.")
-    pretrained = launch.run(PRETRAIN, [*common, f"run.job_id=stills-seed{seed}"])
+    pretrained = train_anew(PRETRAIN, common, output_dir, f"stills-seed{seed}")
     base = f"model.pretrained={pretrained.output_dir / BEST}"
 
     say("\n2/3  Evaluate it on captioned clips as it is (zero-shot).")
@@ -56,7 +59,7 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
     )
 
     say("\n3/3  Freeze it and adapt it to the clips by UniAdapter.")
-    adapted = launch.run(ADAPT, [*common, base, f"run.job_id=clips-seed{seed}"])
+    adapted = train_anew(ADAPT, [*common, base], output_dir, f"clips-seed{seed}")
 
     model = adapted.runner.unwrap_dist_model(adapted.runner.model)
     counts = model.parameter_counts()
@@ -85,6 +88,16 @@ def run_demo(seed: int, output_dir: str, options: Sequence[str]) -> dict:
     say("\npictures: %s\n          %s", folder / "curves.png", folder / "top5.png")
     say("adapter:  %s", folder / BEST_ADAPTER)
     return report
+
+
+def train_anew(
+    cfg_path: Path, options: Sequence[str], output_dir: str, job_id: str
+) -> launch.RunResult:
+    """Train a stage of a demo; what the same demo left there before makes way."""
+    before = Path(output_dir) / job_id
+    if (before / run_checkpoints.CONFIG).is_file():
+        shutil.rmtree(before)
+    return launch.run(cfg_path, [*options, f"run.job_id={job_id}"])
 
 
 def adapter_megabytes(folder: Path) -> float:
@@ -183,6 +196,9 @@ def run_from_command_line(
     except launch.USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        print(f"{interrupted.args[0].split(':')[0]}: the demo ends here.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     finally:
         destroy_process_group()
     return 0

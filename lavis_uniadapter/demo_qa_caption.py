@@ -14,10 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lavis_uniadapter import launch
-from lavis_uniadapter.demo import PROJECTS, adapter_megabytes, run_from_command_line
+from lavis_uniadapter.demo import (
+    PROJECTS,
+    adapter_megabytes,
+    run_from_command_line,
+    train_anew,
+)
 from lavis_uniadapter.evaluation.answer_metrics import answer_metrics, majority_answers
 from lavis_uniadapter.figures import plot_described_clips
-from lavis_uniadapter.runner import BEST
+from lavis_uniadapter.run_checkpoints import BEST
 
 # By task: configuration files of training on stills and of adapting to clips.
 STAGES = {
@@ -71,7 +76,7 @@ def _run_task(task: str, seed: int, output_dir: str, options: Sequence[str]):
     common = [f"run.seed={seed}", f"run.output_dir={output_dir}", *options]
 
     say("\n%s 1/3  Train a small BLIP, all weights, on stills.", TITLES[task])
-    stills = launch.run(pretrain, [*common, f"run.job_id={task}-stills-seed{seed}"])
+    stills = train_anew(pretrain, common, output_dir, f"{task}-stills-seed{seed}")
     base = f"model.pretrained={stills.output_dir / BEST}"
 
     say("\n%s 2/3  Evaluate it on clips as it is (zero-shot).", TITLES[task])
@@ -83,7 +88,7 @@ def _run_task(task: str, seed: int, output_dir: str, options: Sequence[str]):
     )
 
     say("\n%s 3/3  Freeze it and adapt it to the clips by UniAdapter.", TITLES[task])
-    adapted = launch.run(adapt, [*common, base, f"run.job_id={task}-clips-seed{seed}"])
+    adapted = train_anew(adapt, [*common, base], output_dir, f"{task}-clips-seed{seed}")
 
     runner = adapted.runner
     counts = runner.unwrap_dist_model(runner.model).parameter_counts()

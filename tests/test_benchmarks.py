@@ -20,7 +20,8 @@ from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.caption_metrics import has_java
-from lavis_uniadapter.runner import BEST_ADAPTER, LATEST, LATEST_ADAPTER
+from lavis_uniadapter.run_checkpoints import LATEST
+from lavis_uniadapter.runner import BEST_ADAPTER, LATEST_ADAPTER
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "projects/uniadapter"
@@ -513,9 +514,10 @@ def test_what_does_not_go_together_is_refused(start, name, options, expected):
 # --- several processes ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("name", ["msrvtt_qa", "msrvtt_caption"])
-def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path):
-    """Seven items on two ranks: one of them is predicted twice and counted once."""
+def test_processes_evaluate_as_one(start, name, processes, small_med_config, tmp_path):
+    """Seven questions, on ranks of uneven shares: each is predicted once."""
     BENCHMARKS[name](start.cache)
     kind = "qa" if name == "msrvtt_qa" else "cap"
 
@@ -529,8 +531,14 @@ def test_two_processes_evaluate_as_one(start, name, small_med_config, tmp_path):
     alone = start(name, evaluate=True)
     path = PROJECTS / "eval" / f"{name}.yaml"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(str(ROOT / "evaluate.py"), "--cfg-path", str(path), "--options"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(
+            f"--nproc_per_node={processes}",
+            str(ROOT / "evaluate.py"),
+            "--cfg-path",
+            str(path),
+            "--options",
+        ),
         *small_options(path, small_med_config),
         *(f"model.pretrained={tmp_path / 'blip.pth'}", f"run.cache_root={start.cache}"),
         *(*SMALL_RUN, "run.job_id=two"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_runner import TINY_CLIPS, TINY_RUN, TRAIN
+from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
 from lavis_uniadapter import launch, run_folders
 from lavis_uniadapter.compare import report, running
@@ -22,7 +22,7 @@ from lavis_uniadapter.compare.plan import read_plan
 from lavis_uniadapter.compare.running import Comparison, Line
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.runner import BEST, LATEST
+from lavis_uniadapter.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.tuning import TUNING_METHODS
 
 
@@ -199,7 +199,7 @@ def test_interrupting_starts_nothing_more(plan_file, monkeypatch, capsys):
 
 def test_two_comparisons_never_share_a_folder(plan_file, stub_runs):
     plan = read_plan(plan_file())
-    with running._sole_user_of(plan.output_dir):
+    with held_by_another_process(plan.output_dir):
         with pytest.raises(RuntimeError, match="Another comparison works in"):
             Comparison(plan).run()
     assert stub_runs == []
@@ -351,7 +351,8 @@ def test_a_new_run_in_an_old_folder_is_not_taken_for_finished(tmp_path, tiny_cac
     path = TRAIN / "shapes_retrieval.yaml"
     folder = launch.run(path, options).output_dir
     assert run_folders.is_finished(folder)
+    options += ["run.resume=auto", "run.max_skipped_steps=1", "run.warmup_steps=0"]
     with pytest.raises(FloatingPointError):
-        launch.run(path, [*options, "run.max_epoch=3", "run.init_lr=1e30", "run.warmup_lr=1e30"])
+        launch.run(path, [*options, "run.max_epoch=9", "run.init_lr=1e30"])
     assert not run_folders.is_finished(folder)
     launch.destroy_process_group()

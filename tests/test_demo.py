@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
-from test_runner import TINY_CLIPS, TINY_RUN, TINY_STILLS, TRAIN
+from tiny_runs import TINY_CLIPS, TINY_RUN, TINY_STILLS, TRAIN
 
 from lavis_uniadapter import demo, demo_qa_caption, launch
 from lavis_uniadapter.config import load_config

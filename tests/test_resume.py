@@ -16,7 +16,7 @@ import torch
 from kill_and_resume import first_difference
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from omegaconf import OmegaConf
-from tiny_runs import ROOT, TRAIN, options_of, torchrun
+from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of, torchrun
 
 from lavis_uniadapter import launch, run_checkpoints, run_folders
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
@@ -166,19 +166,9 @@ def test_a_folder_with_a_run_is_not_overwritten(run):
 
 def test_two_processes_never_train_in_one_folder(run, tmp_path):
     folder = tmp_path / "output/shapes_retrieval/held"
-    holder = (
-        "import sys, time; from pathlib import Path; from lavis_uniadapter import run_folders\n"
-        f"with run_folders.sole_user(Path({str(folder)!r})):\n"
-        "    print('held', flush=True); time.sleep(60)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", holder], stdout=subprocess.PIPE, env=environment
-    ) as other:
-        other.stdout.readline()
+    with held_by_another_process(folder):
         with pytest.raises(run_folders.FolderInUse, match="held"):
             run("shapes_retrieval", "run.job_id=held")
-        other.kill()
     run("shapes_retrieval", "run.job_id=held", "run.max_epoch=1", "run.test_splits=[]")
 
 

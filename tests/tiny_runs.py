@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -53,3 +54,23 @@ def torchrun(number, script, options, cwd, check=True):
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@contextlib.contextmanager
+def held_by_another_process(folder: Path):
+    """Inside, another process is the sole user of a folder."""
+    code = (
+        "import time; from pathlib import Path; from lavis_uniadapter import run_folders\n"
+        f"with run_folders.sole_user(Path({str(folder)!r})):\n"
+        "    print('held', flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True
+    ) as other:
+        while other.stdout.readline() != "held\n":  # LAVIS may say something first
+            assert other.poll() is None
+        try:
+            yield
+        finally:
+            other.kill()
