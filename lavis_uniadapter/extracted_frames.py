@@ -7,11 +7,13 @@ beside the video or, in a folder of its own, in its place: whatever reads a vide
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import reprlib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,14 +41,16 @@ def read_extracted_frames(
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+        OSError, ValueError: If the file is no such archive, or damaged.
     """
-    with zipfile.ZipFile(path) as archive:
-        about = json.loads(archive.read(ABOUT))
-        pictures = [
-            _read_picture(archive.read(_name(i)), image_size)
-            for i in choose_indices(about["num_frames"])
-        ]
+    with _damage_is_value_error():
+        archive = zipfile.ZipFile(path)
+    with archive:
+        with _damage_is_value_error():
+            number = _about(archive)["num_frames"]
+        indices = choose_indices(number)
+        with _damage_is_value_error():
+            pictures = [_read_picture(archive.read(_name(i)), image_size) for i in indices]
     return torch.from_numpy(np.stack(pictures))
 
 
@@ -83,10 +87,34 @@ def read_about(path: str) -> dict[str, int]:
     """What `write_extracted_frames` noted: num_frames, image_size, source_frames, quality.
 
     Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+        OSError, ValueError: If the file is no such archive, or damaged.
     """
-    with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(ABOUT))
+    with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
+        return _about(archive)
+
+
+@contextlib.contextmanager
+def _damage_is_value_error() -> Iterator[None]:
+    """Raise a ValueError for all that zipfile, its decompressors, json and PIL raise.
+
+    For a damaged file these are a dozen kinds, NotImplementedError and SyntaxError among them.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _about(archive: zipfile.ZipFile) -> dict[str, int]:
+    about = json.loads(archive.read(ABOUT))
+    for key in ("num_frames", "image_size", "source_frames"):
+        value = about[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} in {ABOUT} is {reprlib.repr(value)}, no number of 1 or more")
+    archive.getinfo(_name(about["num_frames"] - 1))  # a KeyError if it has fewer
+    return about
 
 
 def _name(index: int) -> str:
