@@ -102,6 +102,12 @@ def load_base_state_dict(
             incoming["visual_encoder.pos_embed"], model.visual_encoder
         )
     problems = describe_mismatch(own, incoming, may_be_missing)
+    if problems and any("adapter" in part for key in incoming for part in key.split(".")):
+        raise CheckpointError(
+            f"'{source}' holds adapters in the layout of the authors' released code. Read it with "
+            "lavis_uniadapter.load_released_checkpoint(model, path); model.pretrained is the base "
+            "without them."
+        )
     if problems and not any(key.startswith("visual_encoder.") for key in incoming):
         raise CheckpointError(
             f"'{source}' holds no BLIP backbone ({problems}). What a run with a frozen backbone "
@@ -276,4 +282,5 @@ def load_released_checkpoint(
     model.load_state_dict(incoming, strict=False)
     if not has_averages:
         model.reset_momentum()
+    model.randomly_initialised = []
     model.base_changed(source)

@@ -171,7 +171,11 @@ def vqav2(cache: Path) -> None:
     write_json(folder / "vqa_val.json", val)
     without_answers = [{k: v for k, v in r.items() if k != "answer"} for r in val]
     write_json(folder / "vqa_val_eval.json", without_answers)
-    write_json(folder / "vqa_test.json", without_answers)
+    # VQAv2's test questions are about COCO's images of 2015
+    tested = [{**r, "image": r["image"].replace("val2014", "test2015")} for r in without_answers]
+    for index, name in enumerate(dict.fromkeys(record["image"] for record in tested)):
+        write_image(cache / "coco/images" / name, index)
+    write_json(folder / "vqa_test.json", tested)
     write_json(folder / "answer_list.json", [*COLOURS, "left", "right"])
     write_json(
         folder / "v2_OpenEnded_mscoco_val2014_questions.json",

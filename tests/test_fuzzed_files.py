@@ -727,7 +727,9 @@ def pictures() -> st.SearchStrategy[bytes]:
     return st.sampled_from(sound) | st.sampled_from(sound).flatmap(harmed) | st.binary(max_size=20)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Tag data larger")
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Tag data larger", "ignore:Truncated File Read"
+)
 @given(
     st.lists(pictures(), max_size=4),
     value_texts
@@ -748,7 +750,9 @@ def test_an_archive_of_anything_is_read_or_refused(archive, members, about, meth
     read_frames_or_refuse(path)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Tag data larger")
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Tag data larger", "ignore:Truncated File Read"
+)
 @given(pictures())
 def test_a_picture_is_opened_or_named(folder, content):
     path = folder / "picture"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -140,6 +143,24 @@ def test_wrapped_or_not_with_or_without_momentum(lavis_file, build, task, wrappe
     model = build(task, path)
     assert model.randomly_initialised == []
     assert torch.equal(model.visual_encoder.cls_token, state["visual_encoder.cls_token"])
+
+
+def test_a_file_behind_a_url(lavis_file, build, tmp_path, monkeypatch):
+    """Fetched once into the cache of torch.hub, as LAVIS does."""
+    path, state = lavis_file("retrieval")
+    (tmp_path / "served").mkdir()
+    path.rename(tmp_path / "served/blip.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/blip.pth"
+        model = build("retrieval", url)
+        server.shutdown()
+    assert torch.equal(model.visual_encoder.cls_token, state["visual_encoder.cls_token"])
+    assert model.base_name == "blip.pth"
+    again = build("retrieval", url)  # nobody serves it any more
+    assert again.base_fingerprint == model.base_fingerprint
 
 
 @pytest.mark.parametrize("task", TASKS)

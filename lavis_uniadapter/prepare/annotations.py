@@ -111,6 +111,8 @@ def write_together(
             "--overwrite, or name another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".prepare-*"):  # by a killed run
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as workplace:
         new, old = Path(workplace, "new"), Path(workplace, "old")
         new.mkdir()

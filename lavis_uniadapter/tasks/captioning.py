@@ -30,6 +30,8 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
     not scored; ``selection_metric`` (cider): what picks the best epoch.
     """
 
+    NOTHING = {"caption": ""}
+
     def __init__(self, selection_metric: str = "cider", **settings):
         super().__init__(**settings)
         self.selection_metric = selection_metric

@@ -38,6 +38,7 @@ class VideoQATask(PredictionTask, VQATask):
     """
 
     selection_metric = "accuracy"
+    NOTHING = {"prediction": ""}
 
     @classmethod
     def setup_task(cls, cfg):
