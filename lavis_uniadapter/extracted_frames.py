@@ -50,7 +50,7 @@ def read_extracted_frames(
         archive = zipfile.ZipFile(path)
     with archive:
         with _damage_is_value_error():
-            number = _about(archive)["num_frames"]
+            number = _about(archive, "num_frames")["num_frames"]
         indices = choose_indices(number)
         with _damage_is_value_error():
             pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
@@ -99,7 +99,7 @@ def read_about(path: str) -> dict[str, int]:
         OSError, ValueError: If the file is no such archive, or damaged.
     """
     with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
-        return _about(archive)
+        return _about(archive, "num_frames", "image_size", "source_frames")
 
 
 @contextlib.contextmanager
@@ -116,9 +116,9 @@ def _damage_is_value_error() -> Iterator[None]:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _about(archive: zipfile.ZipFile) -> dict[str, int]:
+def _about(archive: zipfile.ZipFile, *keys: str) -> dict[str, int]:
     about = json.loads(_content(archive, ABOUT))
-    for key in ("num_frames", "image_size", "source_frames"):
+    for key in keys:
         value = about[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key} in {ABOUT} is {reprlib.repr(value)}, no number of 1 or more")

@@ -684,7 +684,7 @@ def test_an_archive_with_a_harmed_directory_is_read_or_refused(archive, data):
     "about, why",
     [
         ([4], "TypeError"),
-        ({"num_frames": 4, "image_size": 16}, "source_frames"),
+        ({"image_size": 16, "source_frames": 9}, "num_frames"),
         ({"num_frames": "4", "image_size": 16, "source_frames": 9}, "num_frames.*'4'"),
         ({"num_frames": 10**30, "image_size": 16, "source_frames": 9}, "no item named"),
     ],
