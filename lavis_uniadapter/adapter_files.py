@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -34,6 +35,10 @@ TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
 FORMAT_VERSION = 2
+
+# What the entries of the configuration that decide anything must be.
+_KINDS = {"method": str, "configuration": dict, "settings": dict, "base": dict, "blake2b": str}
+_BASE_KINDS = {"name": str, "fingerprint": str}
 
 
 def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
@@ -96,7 +101,10 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
             f"'{model.tuning}'. Set model.tuning: {config['method']}."
         )
     config_cls = TUNING_METHODS[model.tuning].config_cls
-    theirs = config_cls.from_mapping(config["configuration"]).to_dict()
+    try:
+        theirs = config_cls.from_mapping(config["configuration"]).to_dict()
+    except ConfigError as error:
+        raise _damaged(folder, error) from error
     ours = model.method_config.to_dict()
     different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
     if different:
@@ -106,7 +114,8 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
             f"Set model.{config_cls.SECTION} to the folder's values."
         )
     for key, value in config["settings"].items():
-        if (own := getattr(model, key, None)) != value:
+        own = getattr(model, key) if key in model.SETTINGS else None
+        if own != value:
             logger.warning(
                 "'%s' was trained with %s %r, and the model has %r.", folder, key, value, own
             )
@@ -211,20 +220,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 "save_adapter wrote."
             )
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         version = config["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(folder, repr(error)) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"'{folder}' has format {version!r}, and this version reads format {FORMAT_VERSION}."
         )
-    try:
-        for key in ("method", "configuration", "settings", "base", "keys", "blake2b"):
-            config[key]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error!r}.") from error
+    for section, kinds in ((config, _KINDS), (config.get("base"), _BASE_KINDS)):
+        for key, kind in kinds.items():
+            if not isinstance(section.get(key), kind):
+                raise _damaged(folder, f"'{key}' is {reprlib.repr(section.get(key))}")
     return config
+
+
+def _damaged(folder: Path, what: object) -> CheckpointError:
+    return CheckpointError(f"'{folder / CONFIG}' is damaged: {what}. Copy it again.")
 
 
 def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

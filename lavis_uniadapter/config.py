@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import load_dataset_config
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_uniadapter.distributed import choose_device
@@ -115,6 +115,7 @@ RUN_NUMBERS = {
     "min_lr": (0, False),
     "weight_decay": (0, False),
 }
+MAX_SEED = 2**32 - 1  # NumPy's
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NEEDED = ("num_workers", "batch_size_eval", "output_dir")
 NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
@@ -130,30 +131,56 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming the first thing that is wrong.
     """
-    path = Path(cfg_path)
+    given = _read(Path(cfg_path), options)
+    try:
+        return _checked(given, str(cfg_path))
+    except OmegaConfBaseException as error:  # such as a ${name} that leads nowhere, or a ???
+        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from error
+
+
+def _read(path: Path, options: Sequence[str]) -> DictConfig:
+    """What the file and the options over it say, unchecked."""
     if not path.is_file():
-        raise ConfigError(f"No configuration file '{cfg_path}'.")
+        raise ConfigError(f"No configuration file '{path}'.")
+    # PyYAML lets through what Python raises for a value (ValueError for the date 2020-99-99, say),
+    # and each of its types has others.
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"'{path}' is not a valid configuration: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(
+            f"'{path}' is not a valid configuration: it must have the sections "
+            f"{', '.join(SECTIONS)}, each 'section:' with its keys below."
+        )
     for option in options:
         if "=" not in option:
             raise ConfigError(
                 f"Option '{option}' has no '='. Write --options section.key=value, e.g. "
                 "run.init_lr=1e-4."
             )
-    try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(options)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from error
-    for section in ("model", "datasets", "run"):
+        try:
+            given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
+        except Exception as error:
+            raise ConfigError(
+                f"Option '{option}' cannot be read: {error}. Write --options section.key=value, "
+                "with a value as in YAML."
+            ) from error
+    return given
+
+
+def _checked(given: DictConfig, source: str) -> Config:
+    for section in SECTIONS:
         if not isinstance(given.get(section), DictConfig):
-            raise ConfigError(f"'{cfg_path}' has no section '{section}:'.")
+            raise ConfigError(f"'{source}' has no section '{section}:'.")
     reject_unknown_keys(given.keys(), SECTIONS, "configuration")
     _check_model(given.model)
     _check_datasets(given.datasets)
-    given.datasets = {name: _with_defaults(name, s or {}) for name, s in given.datasets.items()}
-    _check_run(given.run, registry.get_model_class(given.model.arch))
-    given.run.device = choose_device(given.run.get("device", "auto"))
+    given.datasets = {name: _with_defaults(name, s) for name, s in given.datasets.items()}
     given.run.seed = given.run.get("seed", 42)
     given.run.evaluate = given.run.get("evaluate", False)
+    _check_run(given.run, registry.get_model_class(given.model.arch))
+    given.run.device = choose_device(given.run.get("device", "auto"))
     config = Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(given)), options=[]))
     # LAVIS adds its defaults under their own name, which for some builders is another.
     for name in set(config.datasets_cfg) - set(given.datasets):
@@ -162,7 +189,32 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     if check is not None:
         check(config.model_cfg)
         _check_image_sizes(config)
+    # whatever refers to something else, so that nothing fails later for leading nowhere
+    OmegaConf.to_container(config.config, resolve=True, throw_on_missing=True)
     return config
+
+
+def _section(value: object, where: str) -> Mapping:
+    """A section of a configuration, empty where nothing is given."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}; it must be a section, with its keys below.")
+    return value
+
+
+def _check_containers(given: DictConfig, defaults: DictConfig, where: str) -> None:
+    """Refuse a list for what is a section by default, and the reverse: they cannot be merged."""
+    for key, default in defaults.items():
+        if OmegaConf.is_interpolation(given, key):  # perhaps of what is a default itself
+            continue
+        value = given.get(key)
+        if isinstance(value, DictConfig) and isinstance(default, DictConfig):
+            _check_containers(value, default, f"{where}.{key}")
+        elif OmegaConf.is_list(value) and OmegaConf.is_dict(default):
+            raise ConfigError(f"{where}.{key} is {value!r}; it must be a section.")
+        elif OmegaConf.is_dict(value) and OmegaConf.is_list(default):
+            raise ConfigError(f"{where}.{key} is {value!r}; it must be a list.")
 
 
 def _check_image_sizes(config: Config) -> None:
@@ -182,21 +234,27 @@ def _check_model(model: Mapping) -> None:
     arch = model.get("arch")
     if arch not in names:
         raise ConfigError(f"model.arch is '{arch}'.{nearest(str(arch), names)} See model_zoo.")
-    types = registry.get_model_class(arch).PRETRAINED_MODEL_CONFIG_DICT
-    if model.get("model_type") not in types:
+    model_cls = registry.get_model_class(arch)
+    types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
+    if model.get("model_type") not in list(types):
         raise ConfigError(
             f"model.model_type is '{model.get('model_type')}'; '{arch}' has {', '.join(types)}."
         )
-    check = getattr(registry.get_model_class(arch), "check_config", None)
+    defaults = OmegaConf.load(model_cls.default_config_path(model.model_type)).model
+    _check_containers(model, defaults, "model")
+    check = getattr(model_cls, "check_config", None)
     if check is not None:
         check(model)
 
 
-def _with_defaults(name: str, section: Mapping) -> DictConfig:
+def _with_defaults(name: str, section: DictConfig | None) -> DictConfig:
     """A dataset's section over the defaults of its builder."""
+    section = OmegaConf.create() if section is None else section
     builder = registry.get_builder_class(name)
     path = builder.default_config_path(type=section.get("type", "default"))
-    return OmegaConf.merge(load_dataset_config(path), section)
+    defaults = load_dataset_config(path)
+    _check_containers(section, defaults, f"datasets.{name}")
+    return OmegaConf.merge(defaults, section)
 
 
 def _check_datasets(datasets: Mapping) -> None:
@@ -205,25 +263,30 @@ def _check_datasets(datasets: Mapping) -> None:
         raise ConfigError("The section 'datasets:' names no dataset.")
     for name, section in datasets.items():
         if name not in names:
-            raise ConfigError(f"Unknown dataset '{name}'.{nearest(name, names)}")
-        section, where = section or {}, f"datasets.{name}"
+            raise ConfigError(f"Unknown dataset '{name}'.{nearest(str(name), names)}")
+        where = f"datasets.{name}"
+        section = _section(section, where)
         reject_unknown_keys(section, DATASET_KEYS, where)
         types = registry.get_builder_class(name).DATASET_CONFIG_DICT
-        if section.get("type", "default") not in types:
+        if section.get("type", "default") not in list(types):
             raise ConfigError(f"{where}.type is '{section.type}'; it has {', '.join(types)}.")
         for key in ("skip_missing", "allow_missing"):
             _check_flag(f"{where}.{key}", section.get(key, False))
         for kind in ("vis_processor", "text_processor"):
-            reject_unknown_keys(section.get(kind) or {}, ("train", "eval"), f"{where}.{kind}")
-            for mode, processor in (section.get(kind) or {}).items():
+            processors = _section(section.get(kind), f"{where}.{kind}")
+            reject_unknown_keys(processors, ("train", "eval"), f"{where}.{kind}")
+            for mode, processor in processors.items():
                 if processor is not None:
-                    _check_processor(processor, f"{where}.{kind}.{mode}")
-        build_info = section.get("build_info") or {}
-        reject_unknown_keys(build_info, BUILD_INFO_KEYS, f"{where}.build_info")
+                    place = f"{where}.{kind}.{mode}"
+                    _check_processor(_section(processor, place), place)
+        where = f"{where}.build_info"
+        build_info = _section(section.get("build_info"), where)
+        reject_unknown_keys(build_info, BUILD_INFO_KEYS, where)
+        for kind, info in build_info.items():
+            _section(info, f"{where}.{kind}")
         for split, info in (build_info.get("annotations") or {}).items():
-            reject_unknown_keys(
-                info or {}, ANNOTATION_KEYS, f"{where}.build_info.annotations.{split}"
-            )
+            place = f"{where}.annotations.{split}"
+            reject_unknown_keys(_section(info, place), ANNOTATION_KEYS, place)
 
 
 def _check_processor(processor: Mapping, where: str) -> None:
@@ -255,7 +318,9 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     for key, (least, whole) in RUN_NUMBERS.items():
         if key in run and (run[key] is not None or key not in RUNNER_KEYS):
             _check_number(f"run.{key}", run[key], least, whole)
-    if int(run.get("min_len", 0)) > int(run.get("max_len", 10**9)):
+    if run.get("seed", 0) > MAX_SEED:
+        raise ConfigError(f"run.seed is {run.seed}; it must be at most {MAX_SEED}.")
+    if run.get("min_len", 0) > run.get("max_len", float("inf")):
         raise ConfigError(f"run.min_len {run.min_len} exceeds run.max_len {run.max_len}.")
     amp = run.get("amp") or None
     if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
@@ -270,8 +335,13 @@ def _check_run(run: Mapping, model_cls: type) -> None:
         raise ConfigError(f"run.resume is {run.resume!r}; it must be auto or null.")
     if resumed and run.get("resume"):
         raise ConfigError("run.resume and run.resume_ckpt_path are both set; keep one of them.")
-    if resumed and not Path(resumed).is_file():
+    if resumed and not (isinstance(resumed, str) and os.path.isfile(resumed)):
         raise ConfigError(f"run.resume_ckpt_path: no file '{resumed}'.")
+    for key in ("train_splits", "valid_splits", "test_splits"):
+        splits = run.get(key)
+        are_names = isinstance(splits, ListConfig) and all(isinstance(s, str) for s in splits)
+        if splits is not None and not are_names:
+            raise ConfigError(f"run.{key} is {splits!r}; it must be a list of names, as in [val].")
     if run.get("evaluate") and not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
 
@@ -283,9 +353,14 @@ def _check_flag(name: str, value: object) -> None:
 
 def _check_number(name: str, value: object, least: float, whole: bool) -> None:
     try:
-        number = float(value)  # YAML reads 1e-4 as a string
+        # YAML reads 1e-4 as a string; no float is as large as a whole number may be.
+        number = value if isinstance(value, int) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
-    if not number >= least or (whole and not isinstance(value, int)):
+    if (
+        not least <= number < float("inf")
+        or isinstance(value, bool)
+        or (whole and not isinstance(value, int))
+    ):
         kind = "whole number" if whole else "number"
         raise ConfigError(f"{name} is {value!r}; it must be a {kind} >= {least}.")

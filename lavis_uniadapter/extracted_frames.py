@@ -7,12 +7,14 @@ beside the video or, in a folder of its own, in its place: whatever reads a vide
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import reprlib
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -42,14 +44,16 @@ def read_extracted_frames(
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+        OSError, ValueError: If the file is no such archive, or damaged.
     """
-    with zipfile.ZipFile(path) as archive:
-        about = json.loads(_content(archive, ABOUT))
-        pictures = [
-            _read_picture(_content(archive, _name(i)), image_size)
-            for i in choose_indices(about["num_frames"])
-        ]
+    with _damage_is_value_error():
+        archive = zipfile.ZipFile(path)
+    with archive:
+        with _damage_is_value_error():
+            number = _about(archive, "num_frames")["num_frames"]
+        indices = choose_indices(number)
+        with _damage_is_value_error():
+            pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
     return torch.from_numpy(np.stack(pictures))
 
 
@@ -92,10 +96,34 @@ def read_about(path: str) -> dict[str, int]:
     """What `write_extracted_frames` noted: num_frames, image_size, source_frames, quality.
 
     Raises:
-        OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
+        OSError, ValueError: If the file is no such archive, or damaged.
     """
-    with zipfile.ZipFile(path) as archive:
-        return json.loads(_content(archive, ABOUT))
+    with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
+        return _about(archive, "num_frames", "image_size", "source_frames")
+
+
+@contextlib.contextmanager
+def _damage_is_value_error() -> Iterator[None]:
+    """Raise a ValueError for all that zipfile, its decompressors, json and PIL raise.
+
+    For a damaged file these are a dozen kinds, NotImplementedError and SyntaxError among them.
+    """
+    try:
+        yield
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _about(archive: zipfile.ZipFile, *keys: str) -> dict[str, int]:
+    about = json.loads(_content(archive, ABOUT))
+    for key in keys:
+        value = about[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key} in {ABOUT} is {reprlib.repr(value)}, no number of 1 or more")
+    archive.getinfo(_name(about["num_frames"] - 1))  # a KeyError if it has fewer
+    return about
 
 
 def _name(index: int) -> str:
@@ -116,11 +144,7 @@ def _content(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _read_picture(content: bytes, image_size: int) -> np.ndarray:
-    try:
-        opened = Image.open(io.BytesIO(content))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    with opened as picture:
+    with Image.open(io.BytesIO(content)) as picture:
         if 3 * picture.width * picture.height > MAX_BYTES:
             raise ValueError(f"a picture has {picture.width} x {picture.height} pixels")
         picture = picture.convert("RGB")

@@ -10,7 +10,6 @@ import inspect
 import math
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Sequence
 
 import torch
@@ -107,7 +106,7 @@ def decode_frames(
     if path.endswith(EXTRACTED_SUFFIX):
         try:
             return read_extracted_frames(path, choose_indices, image_size)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             raise _decode_error(path, f"it is no archive of frames ({error})") from error
     return decode_video(path, choose_indices, image_size)
 

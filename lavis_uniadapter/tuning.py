@@ -69,7 +69,7 @@ def tuning_method(name: str) -> TuningMethod:
     Raises:
         ConfigError: for an unknown name.
     """
-    if name not in TUNING_METHODS:
+    if name not in list(TUNING_METHODS):
         raise ConfigError(
             f"model.tuning is {name!r}.{nearest(str(name), TUNING_METHODS)} "
             f"Known: {', '.join(TUNING_METHODS)}."

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
 import pytest
 import torch
+from hypothesis import settings
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from tiny_runs import TRAIN, options_of
@@ -16,6 +17,12 @@ import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter import launch
 
 torch.set_num_threads(2)
+
+# What fails once fails again, and a busy machine makes nothing fail. To search further:
+# pytest --hypothesis-profile=search, with ten times the examples, others each time.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
+settings.register_profile("search", max_examples=1000, deadline=None, print_blob=False)
+settings.load_profile("repeatable")
 
 SMALL = {
     "image_size": 32,
@@ -41,7 +48,7 @@ def small_med_config(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_model(small_med_config):
     """Build a small retrieval model from its real configuration file, with overrides."""
 

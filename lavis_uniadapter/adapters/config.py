@@ -37,6 +37,10 @@ class MethodConfig:
             ConfigError: on a key that no field has, naming it and the nearest field, and on a
                 value out of its range.
         """
+        if not isinstance(mapping, Mapping | None):
+            raise ConfigError(
+                f"model.{cls.SECTION} is {mapping!r}; it must be a section, with its keys below."
+            )
         mapping = dict(mapping or {})
         reject_unknown_keys(mapping, cls.section_keys(), f"model.{cls.SECTION}")
         own = {f.name for f in dataclasses.fields(cls)}

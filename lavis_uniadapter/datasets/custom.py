@@ -37,7 +37,13 @@ from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.layouts import Field, are_texts, is_text, outside_problem
+from lavis_uniadapter.datasets.layouts import (
+    Field,
+    are_texts,
+    is_text,
+    is_whole_number,
+    outside_problem,
+)
 from lavis_uniadapter.datasets.preflight import SPLITS, DatasetError, listing
 from lavis_uniadapter.datasets.record_files import (
     Place,
@@ -61,8 +67,7 @@ _IDENTIFIERS = range(2**63)
 def _whole_number(value: object) -> int | None:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value.strip()):
         value = int(value)
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    return value if is_number and value in _IDENTIFIERS else None
+    return value if is_whole_number(value) and value in _IDENTIFIERS else None
 
 
 class Entry(NamedTuple):
@@ -133,7 +138,7 @@ class CustomBuilder(BaseDatasetBuilder, ABC):
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
-        if self.data_type not in _VISUAL_KEYS:
+        if self.data_type not in list(_VISUAL_KEYS):
             raise ConfigError(f"data_type is {self.data_type!r}; set it to 'images' or 'videos'.")
         self.visual_key = _VISUAL_KEYS[self.data_type]
         self.train_dataset_cls, self.eval_dataset_cls = self.dataset_classes[self.data_type]
@@ -432,7 +437,7 @@ class CustomRetrievalBuilder(CaptionedBuilder):
 
     @staticmethod
     def read_id(value: object) -> str | None:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_whole_number(value):
             return str(value)
         return value.strip() if is_text(value) else None
 

@@ -40,6 +40,11 @@ def is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def is_whole_number(value: object) -> bool:
+    """Whether a value is an integer; True and False, which Python counts among them, are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def are_texts(value: object) -> bool:
     """Whether a value is a list of at least one text."""
     return isinstance(value, list) and bool(value) and all(map(is_text, value))
@@ -99,7 +104,7 @@ def class_labels_problem(content: object) -> str | None:
     if wrong := [answer for answer in content if not is_text(answer)]:
         return f"must hold non-empty answers alone, but has {reprlib.repr(wrong[0])}"
     indices = list(content.values())
-    if not all(isinstance(index, int) for index in indices):
+    if not all(map(is_whole_number, indices)):
         return "must map answers to whole numbers"
     if sorted(indices) != list(range(len(indices))):
         return f"must number the answers from 0 to {len(indices) - 1}, each number once"
@@ -167,10 +172,10 @@ _ANSWERS = Field("answer", are_texts, "a list of non-empty strings")
 _IMAGE_ID = Field("image_id", _is_given, "an identifier")
 _QUESTION_ID = Field(
     "question_id",
-    lambda value: isinstance(value, int | str) and value != "",
+    lambda value: is_whole_number(value) or (isinstance(value, str) and value != ""),
     "a whole number or a string",
 )
-_COCO_QUESTION_ID = Field("question_id", lambda value: isinstance(value, int), "a whole number")
+_COCO_QUESTION_ID = Field("question_id", is_whole_number, "a whole number")
 
 LAYOUTS: dict[type, Layout] = {
     RetrievalDataset: _layout("image", _CAPTION, _IMAGE_ID),

@@ -40,6 +40,8 @@ SPLITS = ("train", "val", "test")
 _DECODE_THREADS = 8
 # The decoded frame is thrown away, so the smaller the better.
 _PROBE_SIZE = 32
+# Stands for the content of a file that LAVIS will download; None is what a file with null holds.
+_TO_BE_FETCHED = object()
 
 
 class DatasetError(ValueError):
@@ -93,6 +95,8 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
         )
     if visual_storage is None:
         problems.append(f"build_info.{data_type}.storage is missing; set it to the visual folder.")
+    elif not is_text(visual_storage):
+        problems.append(f"build_info.{data_type}.storage is {visual_storage!r}; set it to a path.")
     else:
         root = get_cache_path(visual_storage)
         problems.extend(_root_problems(root))
@@ -210,7 +214,7 @@ def _image_failure(path: str) -> str | None:
     try:
         with Image.open(path):
             return None
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # for damaged ones PIL raises a dozen kinds, even SyntaxError
         return f"Cannot open image '{path}': {error}"
 
 
@@ -297,6 +301,12 @@ def _split_problems(split: str, info: Mapping, layout: Layout, root: str | None)
     where = f"build_info.annotations.{split}"
     storages = _as_list((info or {}).get("storage"))
     urls = _as_list((info or {}).get("url"))
+    if not all(map(is_text, (*storages, *urls))):
+        yield (
+            f"{where} has the storage {storages!r} and the url {urls!r}; each must be a path or a "
+            "list of paths."
+        )
+        return
     if not storages:
         yield f"{where}.storage is missing; set it to the annotation file."
     if urls and len(urls) != len(storages):
@@ -317,10 +327,12 @@ def _split_problems(split: str, info: Mapping, layout: Layout, root: str | None)
         content, problem = _read_json(storage, url, what)
         if problem is not None:
             yield problem
-        elif content is not None and problem_of is not None:
+        elif content is _TO_BE_FETCHED:
+            continue
+        elif problem_of is not None:
             if problem := problem_of(content):
                 yield f"The {what} {get_cache_path(storage)} {problem}."
-        elif content is not None:
+        else:
             source = f"the {split} annotations {get_cache_path(storage)}"
             yield from _record_problems(content, layout, source, root)
 
@@ -329,19 +341,24 @@ def _class_label_problems(info: Mapping) -> Iterator[str]:
     if info.get("storage") is None:
         yield "build_info.annotations.ans2label.storage is missing; set it to the label file."
         return
+    if not all(info.get(key) is None or is_text(info[key]) for key in ("storage", "url")):
+        yield f"build_info.annotations.ans2label is {info!r}; its storage and url must be paths."
+        return
     content, problem = _read_json(info["storage"], info.get("url"), "label file")
-    if problem is None and content is not None and (problem := class_labels_problem(content)):
+    if content is _TO_BE_FETCHED:
+        return
+    if problem is None and (problem := class_labels_problem(content)):
         problem = f"The label file {get_cache_path(info['storage'])} {problem}."
     if problem is not None:
         yield problem
 
 
 def _read_json(storage: str, url: str | None, what: str) -> tuple[object, str | None]:
-    """What a file holds and what is wrong with it; neither for a file that is yet to be fetched."""
+    """What a file holds, or _TO_BE_FETCHED, and what is wrong with it."""
     path = get_cache_path(storage)
     if not os.path.exists(path) and url is not None:
         if urlparse(url).scheme:
-            return None, None
+            return _TO_BE_FETCHED, None
         path = url
     if not os.path.isfile(path):
         return None, (
@@ -351,14 +368,14 @@ def _read_json(storage: str, url: str | None, what: str) -> tuple[object, str | 
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file), None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for a thousand lists in each other
         return None, f"The {what} {path} is no valid JSON ({error}); write it anew."
 
 
 def _as_list(value: object) -> list:
     if value is None:
         return []
-    return [value] if isinstance(value, str) else list(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def raise_if_any(problems: Iterable[str], title: str) -> None:

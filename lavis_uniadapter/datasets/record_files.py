@@ -48,6 +48,14 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+# For names in messages; the first line of a table without a header may be a long text.
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = 60
+
+# What the json module raises: not JSONDecodeError alone, but ValueError for a number of thousands
+# of digits and RecursionError for a thousand lists within each other.
+JSON_ERRORS = (ValueError, RecursionError)
+
 # A line, and the fields of the record that starts there or what is wrong there.
 _Parsed = Iterator[tuple[int, dict[str, Any] | str]]
 
@@ -117,8 +125,8 @@ def _read(path: str, parsers: Mapping[str, Callable[[str], _Parsed]]) -> Iterato
 def _text(path: str) -> str:
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise _UnusableFile(0, f"cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise _UnusableFile(0, f"cannot be read ({_in_short(error)})") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -130,6 +138,11 @@ def _text(path: str) -> str:
     if not text.strip():
         raise _UnusableFile(0, "is empty")
     return text
+
+
+def _in_short(error: Exception) -> str:
+    """An error's message without the place, which is told beside it."""
+    return getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error)
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -157,8 +170,9 @@ def _json_elements(text: str) -> Iterator[tuple[int, Any]]:
     while sign != "]":
         try:
             element, end = decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _UnusableFile(error.lineno, f"is no valid JSON ({error.msg})") from error
+        except JSON_ERRORS as error:
+            line = getattr(error, "lineno", line)
+            raise _UnusableFile(line, f"is no valid JSON ({_in_short(error)})") from error
         yield line, element
         sign = advance(end)
         if sign == ",":
@@ -180,9 +194,11 @@ def _jsonl_objects(text: str, required: Sequence[str]) -> _Parsed:
         if not content.strip():
             continue
         try:
-            yield line, _checked_object(json.loads(content), required)
-        except json.JSONDecodeError as error:
-            yield line, f"is no valid JSON ({error.msg})"
+            element = json.loads(content)
+        except JSON_ERRORS as error:
+            yield line, f"is no valid JSON ({_in_short(error)})"
+        else:
+            yield line, _checked_object(element, required)
 
 
 def _checked_object(value: object, required: Sequence[str]) -> dict[str, Any] | str:
@@ -231,7 +247,7 @@ def _absence(names: Sequence[str] | Mapping, required: Sequence[str], what: str)
     absent = [name for name in required if name not in names]
     if not absent:
         return None
-    there = name_some(map(repr, names)) or "nothing"
+    there = name_some(map(_SHORTENED.repr, names)) or "nothing"
     return f"has no {what} {name_some(map(repr, absent))}, but {there}.{nearest(absent[0], names)}"
 
 
@@ -239,5 +255,5 @@ def _repetition(header: Sequence[str]) -> str | None:
     for index, name in enumerate(header):
         # a table may have columns without a name, such as an index
         if name and name in header[:index]:
-            return f"has the column '{name}' twice"
+            return f"has the column {_SHORTENED.repr(name)} twice"
     return None

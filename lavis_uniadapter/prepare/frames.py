@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,7 +124,7 @@ def _check_those_there(paths: Sequence[Path], args: argparse.Namespace) -> None:
             about = read_about(str(path))
             wanted = min(args.frames, about["source_frames"])
             fits = about["num_frames"] == wanted and about["image_size"] == args.image_size
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is damaged ({error}); delete it.") from error
         if not fits:
             raise ConfigError(

@@ -9,9 +9,9 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_uniadapter.datasets.layouts import Field, is_text, leads_out
+from lavis_uniadapter.datasets.layouts import Field, is_text, is_whole_number, leads_out
 from lavis_uniadapter.datasets.preflight import MAX_NAMED, DatasetError, listing
-from lavis_uniadapter.datasets.record_files import Problem, read_records
+from lavis_uniadapter.datasets.record_files import JSON_ERRORS, Problem, read_records
 from lavis_uniadapter.errors import name_some
 
 
@@ -38,7 +38,7 @@ def id_field(key: str) -> Field:
     """A field that tells records apart."""
     return Field(
         key,
-        lambda value: isinstance(value, int | str) and not isinstance(value, bool),
+        lambda value: is_whole_number(value) or isinstance(value, str),
         "a whole number or a string",
     )
 
@@ -75,7 +75,7 @@ def read_mapping(path: Path) -> Mapping[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error}); correct its path.") from error
-    except json.JSONDecodeError as error:
+    except JSON_ERRORS as error:
         raise DatasetError(f"{path} is no valid JSON ({error}); download it anew.") from error
     if not isinstance(content, Mapping):
         raise DatasetError(f"{path} is not as it is published: it must be an object, {{...}}.")
