@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import adapter_files, checkpoint, paths
+from lavis_uniadapter import adapter_files, checkpoint, lavis_versions, paths
 from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
 from lavis_uniadapter.backbone import (
     attach_adapters,
@@ -420,6 +420,12 @@ class TunedBlip(BaseModel):
         """Restart moving averages, where the model has any, from the present parameters."""
 
     # --- LAVIS ----------------------------------------------------------------------------------
+
+    def get_optimizer_params(self, weight_decay: float, lr_scale: float = 1) -> list[dict]:
+        """Parameter groups of what trains, for the runner of LAVIS's main branch."""
+        return lavis_versions.optimizer_params(
+            self.trainable_parameters().values(), weight_decay, lr_scale
+        )
 
     def load_checkpoint(self, url_or_filename):
         """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).
