@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import lavis_generates
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_caption import BlipCaption
 from lavis.models.med import XBertLMHeadDecoder
@@ -70,6 +71,7 @@ def test_adapters_at_rest_it_is_lavis_caption(build, lavis_model, images):
             torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
+@lavis_generates
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generation_equals_lavis(build, lavis_model, images, num_beams):
     """LAVIS computes each step from the start and without a memory."""

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from conftest import lavis_generates
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertLMHeadDecoder
@@ -96,6 +97,7 @@ def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
     return theirs
 
 
+@lavis_generates
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generated_answers_equal_lavis(vqa_config, questions, monkeypatch, tmp_path, num_beams):
     """Questions of one length: LAVIS's answers see the padding of others."""

@@ -170,10 +170,13 @@ class TunedBlip(BaseModel):
             tokenizer = BertTokenizer.from_pretrained(
                 str(folder) if folder else name_or_folder, local_files_only=folder is not None
             )
-        except (OSError, ValueError) as error:
+        # Of a missing vocab.txt, later releases of transformers say TypeError, or that there is no
+        # protobuf to read another format with.
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
             raise ConfigError(
                 f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                f"BERT's vocab.txt, or a hub name while online. ({error})"
+                f"BERT's vocab.txt, or a hub name while online.{reason}"
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

@@ -10,6 +10,7 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.multimodal_classification_datasets import (
     MultimodalClassificationDataset,
 )
+from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 
 from lavis_uniadapter import lavis_versions
@@ -73,7 +74,7 @@ class VideoQATask(PredictionTask, VQATask):
             ConfigError: for a dataset that has no class labels, or a validation split without
                 questions of the kind that the selection metric is about.
         """
-        datasets = super().build_datasets(cfg)
+        datasets = BaseTask.build_datasets(self, cfg)  # VQATask's looks for COCO's question files
         labels: dict[str, int] = {}
         every = [(name, d) for name, splits in datasets.items() for d in splits.values()]
         for name, dataset in every:
