@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata, util
@@ -404,15 +403,14 @@ def run_probe(probe: Callable[[], Iterator[str | tuple]]) -> Iterator[Finding]:
 def mend_of(failure: Mapping[str, Any]) -> str:
     """The command that mends an import that failed."""
     module, file = failure["module"], failure["file"]
-    libraries = [sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")]
+    installed = {"site-packages", "dist-packages"} & set(Path(file).parts)
     if failure["missing"]:
         return install_command(module)
-    if module in DISTRIBUTIONS and Path(file).stem in (module, "__init__"):
-        if not any(Path(file).is_relative_to(folder) for folder in libraries):
-            return (
-                f"{file} stands before the installed {module}: rename it, or take its folder off "
-                "PYTHONPATH"
-            )
+    if module in DISTRIBUTIONS and not installed and Path(file).stem in (module, "__init__"):
+        return (
+            f"{file} stands before the installed {module}: rename it, or take its folder off "
+            "PYTHONPATH"
+        )
     if module == "transformers":
         return EITHER_SET
     if module == "lavis":
