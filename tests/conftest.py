@@ -11,16 +11,25 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
+from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
 
 torch.set_num_threads(2)
 
-# transformers 4.50 took generate() from models like LAVIS's decoder.
-lavis_generates = pytest.mark.skipif(
-    not hasattr(XBertLMHeadDecoder, "generate"),
-    reason="LAVIS's own BLIP generates no text with this version of transformers",
-)
+
+class LavisDecoder(XBertLMHeadDecoder, GenerationMixin):
+    """LAVIS's decoder, which has lost ``generate`` to transformers 4.50, generating as it did."""
+
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        for key in ("encoder_hidden_states", "encoder_attention_mask"):
+            # LAVIS repeats them for beams, and transformers has begun to as well
+            inputs[key] = inputs[key][:: len(inputs[key]) // len(input_ids)]
+        return inputs
+
 
 SMALL = {
     "image_size": 32,

@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import lavis_generates
+from conftest import LavisDecoder
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from test_adapter_contracts import perturb
 
@@ -89,7 +88,7 @@ def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
     theirs = BlipVQA(
         build_visual_encoder("custom", 32, VIT),
         build_text_encoder(med_config, 32),
-        XBertLMHeadDecoder(build_text_decoder(med_config).config),
+        LavisDecoder(build_text_decoder(med_config).config),
     )
     theirs.load_state_dict(
         {k: v for k, v in ours.state_dict().items() if not k.startswith("adapters.")}
@@ -97,7 +96,6 @@ def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
     return theirs
 
 
-@lavis_generates
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generated_answers_equal_lavis(vqa_config, questions, monkeypatch, tmp_path, num_beams):
     """Questions of one length: LAVIS's answers see the padding of others."""
