@@ -161,7 +161,7 @@ def check_versions(
     wanted, torch = torch_of_torchvision, versions.get("torch")
     if wanted and torch and release(wanted) != release(torch):
         what = f"{versions.get('torchvision')} was built for torch {wanted}, and torch is {torch}"
-        add(PROBLEM, "torchvision", what, f"{PIP} --upgrade torch=={wanted} torchvision")
+        add(PROBLEM, "torchvision", what, f"{PIP} torch=={wanted}")
     if versions.get("lavis") and not between("lavis", (1, 0, 2), (1, 0, 3)):
         what = f"{versions['lavis']}, and this package is made for 1.0.2"
         add(WARNING, "LAVIS", what, LAVIS_ALONE)
