@@ -28,6 +28,7 @@ DATASET_KEYS = (
     "text_processor",
     "generate",
     "skip_missing",
+    "allow_missing",
 )
 BUILD_INFO_KEYS = ("annotations", "images", "videos", "features")
 ANNOTATION_KEYS = ("url", "storage", "md5")
@@ -75,7 +76,19 @@ LAVIS_RUN_KEYS = (
     "report_metric",
 )
 # selection_metric is read by this package's tasks, and stays when LAVIS's are swapped in.
-RUNNER_KEYS = ("cache_root", "job_id", "max_grad_norm", "selection_metric", "compile")
+RUNNER_KEYS = (
+    "cache_root",
+    "job_id",
+    "max_grad_norm",
+    "selection_metric",
+    "compile",
+    "resume",
+    "checkpoint_freq",
+    "data_timeout",
+    "unreadable_threshold",
+    "max_skipped_steps",
+    "check_files",
+)
 # Read by LAVIS's other runner alone.
 RUNNER_ITER_KEYS = ("max_iters", "iters_per_inner_epoch", "train_dataset_ratios")
 # (least, whole): what a number must be; a run that only evaluates may leave it out.
@@ -93,6 +106,11 @@ RUN_NUMBERS = {
     "max_len": (1, True),
     "min_len": (0, True),
     "num_ans_candidates": (1, True),
+    "checkpoint_freq": (0, True),
+    "max_skipped_steps": (1, True),
+    "data_timeout": (0, False),
+    "unreadable_threshold": (0, False),
+    "max_grad_norm": (0, False),
     "init_lr": (0, False),
     "min_lr": (0, False),
     "weight_decay": (0, False),
@@ -193,8 +211,8 @@ def _check_datasets(datasets: Mapping) -> None:
         types = registry.get_builder_class(name).DATASET_CONFIG_DICT
         if section.get("type", "default") not in types:
             raise ConfigError(f"{where}.type is '{section.type}'; it has {', '.join(types)}.")
-        if not isinstance(section.get("skip_missing", False), bool):
-            raise ConfigError(f"{where}.skip_missing is {section.skip_missing!r}: True or False.")
+        for key in ("skip_missing", "allow_missing"):
+            _check_flag(f"{where}.{key}", section.get(key, False))
         for kind in ("vis_processor", "text_processor"):
             reject_unknown_keys(section.get(kind) or {}, ("train", "eval"), f"{where}.{kind}")
             for mode, processor in (section.get(kind) or {}).items():
@@ -235,23 +253,32 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     known = (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *iter_keys, *model_keys)
     reject_unknown_keys(run.keys(), known, "run")
     for key, (least, whole) in RUN_NUMBERS.items():
-        if key in run:
+        if key in run and (run[key] is not None or key not in RUNNER_KEYS):
             _check_number(f"run.{key}", run[key], least, whole)
     if int(run.get("min_len", 0)) > int(run.get("max_len", 10**9)):
         raise ConfigError(f"run.min_len {run.min_len} exceeds run.max_len {run.max_len}.")
     amp = run.get("amp") or None
     if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
         raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
-    if not isinstance(run.get("compile", False), bool):
-        raise ConfigError(f"run.compile is {run.compile!r}; it must be True or False.")
+    for key in ("compile", "check_files"):
+        _check_flag(f"run.{key}", run.get(key, False))
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is missing.")
     resumed = run.get("resume_ckpt_path")
+    if run.get("resume") not in (None, "auto"):
+        raise ConfigError(f"run.resume is {run.resume!r}; it must be auto or null.")
+    if resumed and run.get("resume"):
+        raise ConfigError("run.resume and run.resume_ckpt_path are both set; keep one of them.")
     if resumed and not Path(resumed).is_file():
         raise ConfigError(f"run.resume_ckpt_path: no file '{resumed}'.")
     if run.get("evaluate") and not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be True or False.")
 
 
 def _check_number(name: str, value: object, least: float, whole: bool) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import datetime
 import gc
 import os
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 
 from lavis_uniadapter.errors import ConfigError
 
@@ -69,3 +71,50 @@ def from_main_process(value: T) -> T:
     holder = [value]
     dist.broadcast_object_list(holder, src=0)
     return holder[0]
+
+
+def on_main_process(do: Callable[..., T], *args: Any, errors: tuple[type[Exception], ...]) -> T:
+    """Do something once for all ranks: its result, or its error, reaches every one of them.
+
+    Args:
+        errors: kinds that all ranks raise; another kind ends the main process alone.
+    """
+    result = error = None
+    if not dist.is_initialized() or is_main_process():
+        try:
+            result = do(*args)
+        except errors as raised:
+            error = raised
+    result, error = from_main_process((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+class Votes:
+    """Numbers that ranks give, of which every one learns the largest; between CPUs alone.
+
+    Cheap enough for every training step: nothing waits for a GPU.
+    """
+
+    def __init__(self) -> None:
+        alone = get_world_size() == 1
+        on_cpu = dist.is_initialized() and dist.get_backend() == "gloo"
+        self._alone = alone
+        self._group = None if alone or on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def largest(self, number: int) -> int:
+        if self._alone:
+            return number
+        vote = torch.tensor(number)
+        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self._group)
+        return int(vote)
+
+
+def gather_to_main(value: T) -> list[T] | None:
+    """Every rank's value, by rank, on the main process; None on the others."""
+    if get_world_size() == 1:
+        return [value]
+    values: list = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values if get_rank() == 0 else None

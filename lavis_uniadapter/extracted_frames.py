@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,8 @@ from torch import Tensor
 EXTRACTED_SUFFIX = ".frames.zip"
 ABOUT = "about.json"
 JPEG_QUALITY = 95
+# Of an archive's content and of a picture's pixels: a small file can unpack to any size.
+MAX_BYTES = 64 * 2**20
 
 
 def clip_file(path: str | os.PathLike) -> str:
@@ -42,9 +45,9 @@ def read_extracted_frames(
         OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
     """
     with zipfile.ZipFile(path) as archive:
-        about = json.loads(archive.read(ABOUT))
+        about = json.loads(_content(archive, ABOUT))
         pictures = [
-            _read_picture(archive.read(_name(i)), image_size)
+            _read_picture(_content(archive, _name(i)), image_size)
             for i in choose_indices(about["num_frames"])
         ]
     return torch.from_numpy(np.stack(pictures))
@@ -58,24 +61,30 @@ def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> Non
         frames: uint8 RGB (number, height, width, 3).
         source_frames: how many frames the video has.
     """
-    temporary = f"{path}.tmp"
     about = {
         "num_frames": len(frames),
         "image_size": frames.shape[1],
         "source_frames": source_frames,
         "quality": JPEG_QUALITY,
     }
+    # A name that no other process has, which may be extracting the same video.
+    handle, temporary = tempfile.mkstemp(
+        prefix=f".{os.path.basename(path)}-", suffix=".tmp", dir=os.path.dirname(path) or "."
+    )
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            os.fdopen(handle, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        ):
             for index, frame in enumerate(frames.numpy()):
                 content = io.BytesIO()
                 Image.fromarray(frame).save(content, "JPEG", quality=JPEG_QUALITY)
                 archive.writestr(_name(index), content.getvalue())
             archive.writestr(ABOUT, json.dumps(about))
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        os.remove(temporary)
         raise
 
 
@@ -86,15 +95,34 @@ def read_about(path: str) -> dict[str, int]:
         OSError, ValueError, KeyError, zipfile.BadZipFile: If the file is no such archive.
     """
     with zipfile.ZipFile(path) as archive:
-        return json.loads(archive.read(ABOUT))
+        return json.loads(_content(archive, ABOUT))
 
 
 def _name(index: int) -> str:
     return f"{index:05d}.jpg"
 
 
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
+    """What an archive holds under a name, unless that is more than a picture can be."""
+    member = archive.getinfo(name)
+    # of the other methods, zipfile unpacks all at once
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in another way than frames are")
+    if member.file_size <= MAX_BYTES:
+        with archive.open(member) as file:
+            # Bounded, too, as the size that an archive states may not be the true one.
+            return file.read(MAX_BYTES)
+    raise ValueError(f"{name} holds {member.file_size / 1e6:,.0f} MB, which no frame does")
+
+
 def _read_picture(content: bytes, image_size: int) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    with opened as picture:
+        if 3 * picture.width * picture.height > MAX_BYTES:
+            raise ValueError(f"a picture has {picture.width} x {picture.height} pixels")
         picture = picture.convert("RGB")
         if picture.size != (image_size, image_size):
             picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import logging
 import math
@@ -27,20 +28,25 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, m
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks import setup_task
+from lavis.tasks.base_task import BaseTask
+from lavis.tasks.retrieval import RetrievalTask
 from tqdm import tqdm
 
-from lavis_uniadapter import run_folders
+from lavis_uniadapter import run_checkpoints, run_folders
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.distributed import (
     destroy_process_group,
-    from_main_process,
     init_process_group,
+    on_main_process,
 )
 from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.interruption import EXIT_INTERRUPTED, Interrupted
+from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors import VideoDecodeError
-from lavis_uniadapter.runner import SPLIT_KINDS, check_splits
+from lavis_uniadapter.runner import SPLIT_KINDS, AnotherRankFailed, check_splits
+from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")
 
@@ -52,9 +58,12 @@ USER_ERRORS = (
     VideoDecodeError,
     FileExistsError,
     FloatingPointError,
+    run_folders.FolderInUse,
 )
 # Those that one rank may meet alone.
-RANK_ERRORS = (VideoDecodeError, FloatingPointError)
+RANK_ERRORS = (VideoDecodeError, DatasetError, FloatingPointError)
+# How long a rank that stops because of another one waits for that one's error to be told first.
+WAIT_FOR_THE_FIRST_ERROR = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
 
     Raises:
         ConfigError, DatasetError, CheckpointError: before training, naming what is wrong.
+        FolderInUse: if another process trains in the run's folder.
+        Interrupted: after SIGTERM or SIGINT, when the state of training is saved.
     """
     started = time.perf_counter()
     options = [*options, "run.evaluate=True"] if evaluate else list(options)
@@ -91,34 +102,52 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     init_process_group(config.run_cfg.device)
     config.config.run.distributed = get_world_size() > 1
     config.config.run.world_size = get_world_size()
+    # before the checks below fill it in for LAVIS's builders
+    config.as_asked = config.to_dict()
     set_cache_root(config)
+    job_id, checkpoint = on_main_process(
+        _choose_folder, config, errors=(ConfigError, CheckpointError, run_folders.FolderInUse)
+    )
+    folder = _folder_of(config, job_id)
+    with contextlib.ExitStack() as held:
+        if is_main_process() and not config.run_cfg.evaluate:
+            held.enter_context(run_folders.sole_user(folder))
+        if checkpoint is not None:
+            config.config.run.resume_ckpt_path = str(checkpoint)
+            if is_main_process():
+                run_checkpoints.clean(folder)
+        runner, metrics = _build_and_run(config, job_id)
+        seconds = time.perf_counter() - started
+        _write_summary(runner, config, metrics, seconds)
+    return RunResult(Path(runner.output_dir), metrics, runner, seconds)
+
+
+def _build_and_run(
+    config: Config, job_id: str
+) -> tuple[RunnerBase, dict[str, dict[str, float]] | None]:
     seed = int(config.run_cfg.seed)
     # Alike on every rank while the model is built; apart when batches and negatives are drawn.
     seed_everything(seed)
-
     task = setup_task(config)
+    _check_allow_missing(config, task)
     make_buildable(config.datasets_cfg, _splits_of(config))
     datasets = task.build_datasets(config)
     check_splits(config.run_cfg, task, datasets)
     model = task.build_model(config)
-    check_built(datasets, config.datasets_cfg)  # last of the checks, as it opens every file
+    # last of the checks, as it opens every file
+    check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
     seed_everything(seed + get_rank())
-    job_id = from_main_process(_job_id(config) if is_main_process() else None)
     runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if is_main_process():  # of an earlier run under the same name
         (Path(runner.output_dir) / run_folders.SUMMARY).unlink(missing_ok=True)
     log_to_file(Path(runner.output_dir))
     _report_start(runner, config)
-    if config.run_cfg.evaluate:
-        if config.run_cfg.get("resume_ckpt_path"):
-            model.load_checkpoint(config.run_cfg.resume_ckpt_path)
-        metrics = runner.evaluate(skip_reload=True)
-    else:
-        metrics = runner.train()
-    seconds = time.perf_counter() - started
-    _write_summary(runner, config, metrics, seconds)
-    return RunResult(Path(runner.output_dir), metrics, runner, seconds)
+    if not config.run_cfg.evaluate:
+        return runner, runner.train()
+    if config.run_cfg.get("resume_ckpt_path"):
+        model.load_checkpoint(config.run_cfg.resume_ckpt_path)
+    return runner, runner.evaluate(skip_reload=True)
 
 
 @main_process
@@ -161,6 +190,22 @@ def _splits_of(config: Config) -> set[str]:
     return {split for kind in kinds for split in run_cfg.get(kind) or ()}
 
 
+def _check_allow_missing(config: Config, task: BaseTask) -> None:
+    """See that whoever scores knows what to do with items that could not be read."""
+    names = [name for name, cfg in config.datasets_cfg.items() if cfg.get("allow_missing")]
+    model_cls = registry.get_model_class(config.model_cfg.arch)
+    scores_them = isinstance(task, PredictionTask) or (
+        isinstance(task, RetrievalTask) and issubclass(model_cls, BlipUniAdapterRetrieval)
+    )
+    ours = config.run_cfg.get("runner", "runner_uniadapter") == "runner_uniadapter"
+    if names and not (ours and scores_them):
+        raise ConfigError(
+            f"datasets.{names[0]}.allow_missing is True, and run.task '{config.run_cfg.task}' with "
+            f"model.arch '{config.model_cfg.arch}' and this run.runner cannot score what is "
+            "missing. Take this package's own, or set allow_missing: False."
+        )
+
+
 def set_cache_root(config: Config) -> None:
     """Where LAVIS looks for data with relative paths; its default is a folder of its authors'.
 
@@ -176,16 +221,46 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _job_id(config: Config) -> str:
-    """The run folder's name: as configured, or the time; the latter is made here, so unique."""
-    given = config.run_cfg.get("job_id")
-    if given:
-        return str(given)
+def _folder_of(config: Config, job_id: str) -> Path:
+    return Path.cwd() / config.run_cfg.output_dir / job_id
+
+
+def _choose_folder(config: Config) -> tuple[str, Path | None]:
+    """The run folder's name, and the checkpoint in it to go on from (``run.resume: auto``).
+
+    The name is as configured, or that of an unfinished run of the same configuration, or the time.
+
+    Raises:
+        ConfigError: if training is to start anew where a run has left its checkpoints.
+    """
+    run_cfg = config.run_cfg
+    job_id = str(run_cfg.get("job_id") or "")
+    if run_cfg.evaluate:
+        return job_id or _new_folder(config), None
+    resumes = run_cfg.get("resume") == "auto"
+    if resumes and not job_id:
+        output_dir = Path.cwd() / run_cfg.output_dir
+        job_id = run_checkpoints.find_unfinished_run(output_dir, config.as_asked) or ""
+    if not job_id:
+        return _new_folder(config), None
+    folder = _folder_of(config, job_id)
+    with run_folders.sole_user(folder):
+        checkpoint = run_checkpoints.newest_whole(folder)
+    if checkpoint is not None and not resumes:
+        raise ConfigError(
+            f"'{folder}' holds a run already. Set run.resume=auto to go on with it; name another "
+            "run.job_id or delete the folder to start anew."
+        )
+    return job_id, checkpoint
+
+
+def _new_folder(config: Config) -> str:
+    """Make a folder named by the time, which no other run has; returns its name."""
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     for suffix in itertools.count():
         job_id = f"{now}-{suffix}" if suffix else now
         try:
-            (Path.cwd() / config.run_cfg.output_dir / job_id).mkdir(parents=True)
+            _folder_of(config, job_id).mkdir(parents=True)
             return job_id
         except FileExistsError:
             continue  # another run took the name
@@ -297,6 +372,13 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
         # Configurations fail alike on every rank; data and numbers on one.
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RANK_ERRORS):
             print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except Interrupted as interrupted:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(interrupted, file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    except AnotherRankFailed:
+        time.sleep(WAIT_FOR_THE_FIRST_ERROR)
         status = 2
     except Exception:
         traceback.print_exc()

@@ -38,7 +38,13 @@ CROP_ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
 class VideoDecodeError(RuntimeError):
-    """A video file that yields no frames. The message names the file, the reason and the mend."""
+    """A video file that yields no frames. The message names the file, the reason and the mend.
+
+    Attributes:
+        reason: by itself.
+    """
+
+    reason = ""
 
 
 def sample_frame_indices(
@@ -103,6 +109,13 @@ def decode_frames(
             return read_extracted_frames(path, choose_indices, image_size)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise _decode_error(path, f"it is no archive of frames ({error})") from error
+    return decode_video(path, choose_indices, image_size)
+
+
+def decode_video(
+    path: str, choose_indices: Callable[[int], Sequence[int]], image_size: int
+) -> Tensor:
+    """As `decode_frames`, from the video itself, whether frames were extracted from it or not."""
     try:
         with _OPENING:
             reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
@@ -115,10 +128,12 @@ def decode_frames(
 
 
 def _decode_error(path: str, reason: str) -> VideoDecodeError:
-    return VideoDecodeError(
+    error = VideoDecodeError(
         f"Cannot decode video '{path}': {reason}. "
         "Download or re-encode the file, or take its records out of the annotations."
     )
+    error.reason = reason
+    return error
 
 
 def _identity(frames: Tensor, level: float) -> Tensor:

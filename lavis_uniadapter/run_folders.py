@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -17,6 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+LOCK = ".lock"
 LOG = "log.txt"
 LAVIS_RESULTS = "evaluate.txt"
 # Where LAVIS's name or unit of a metric is another: its name, and how many of ours its one is.
@@ -76,6 +80,38 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
+
+
+class FolderInUse(RuntimeError):
+    """Another process works in a folder."""
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone, until the end or the process's own.
+
+    Raises:
+        FolderInUse: if another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            # by process, so that data workers which outlive a killed one don't hold it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise FolderInUse(f"Another process works in '{folder}'.") from None
+        yield
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether another process holds a folder."""
+    try:
+        with sole_user(folder):
+            return False
+    except FolderInUse:
+        return True
 
 
 def is_finished(folder: Path) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import random
 import shutil
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
@@ -23,22 +22,91 @@ from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from lavis_uniadapter import lavis_versions
+from lavis_uniadapter import lavis_versions, run_checkpoints, run_folders
 from lavis_uniadapter.checkpoint import describe_mismatch
 from lavis_uniadapter.config import AMP_DTYPES
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.reading import (
+    BatchReport,
+    EvaluationItems,
+    ItemLoader,
+    ReadingMonitor,
+    TrainingItems,
+    gather_unreadable,
+)
+from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
+from lavis_uniadapter.distributed import Votes, gather_to_main
 from lavis_uniadapter.errors import CheckpointError, ConfigError, nearest
+from lavis_uniadapter.interruption import Interrupted, InterruptionWatch
+from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
+from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
+from lavis_uniadapter.run_faults import FaultLog
 
 logger = logging.getLogger(__name__)
 
-BEST = "checkpoint_best.pth"
-LATEST = "checkpoint_latest.pth"
 BEST_ADAPTER = "adapter_best"
 LATEST_ADAPTER = "adapter_latest"
 COMPILE_BACKEND = "inductor"
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
+# Defaults of run.checkpoint_freq (steps), data_timeout (seconds), unreadable_threshold (share of an
+# epoch's items) and max_skipped_steps (in a row).
+CHECKPOINT_FREQ = 500
+DATA_TIMEOUT = 300
+UNREADABLE_THRESHOLD = 0.01
+MAX_SKIPPED_STEPS = 20
+# What a rank may want of all: to go on, to save and stop, to stop for want of data.
+_GO_ON, _SAVE_AND_STOP, _CANNOT_GO_ON = range(3)
+
+
+class AnotherRankFailed(RuntimeError):
+    """A rank stops because another one had to; that one says why."""
+
+
+@dataclass
+class EpochProgress:
+    """How far this rank is in an epoch; saved, so that the epoch can go on from there.
+
+    Attributes:
+        epoch: counted from 0.
+        step: batches done.
+        sums, counts: of each finite loss.
+        seconds: that earlier sessions spent on the epoch.
+        unreadable: items that gave their places to others.
+        skipped: steps that were not taken.
+        skipped_in_a_row: of them, since the last one taken; goes on through epochs.
+    """
+
+    epoch: int
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    unreadable: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Count a batch's losses, where they are numbers."""
+        for name, value in losses.items():
+            value = value.detach().float()
+            finite = torch.isfinite(value)
+            counted = torch.where(finite, value, torch.zeros_like(value))
+            self.sums[name] = self.sums[name] + counted if name in self.sums else counted
+            self.counts[name] = self.counts[name] + finite if name in self.counts else finite.int()
+
+    def means(self) -> dict[str, float]:
+        """Mean losses of all ranks so far; every rank must call it."""
+        if not self.sums:
+            return {}
+        both = torch.stack(
+            [torch.stack(list(self.sums.values())), torch.stack(list(self.counts.values())).float()]
+        )
+        dist.all_reduce(both)
+        means = (both[0] / both[1]).tolist()  # of no finite loss: not a number
+        return dict(zip(self.sums, means, strict=True))
 
 
 @registry.register_runner("runner_uniadapter")
@@ -46,8 +114,10 @@ class RunnerUniAdapter(RunnerBase):
     """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
 
     Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
-    over accumulated batches, ``amp: bf16 | fp16 | null``, atomic checkpoints from which training
-    goes on as if it had not stopped, and the best epoch chosen by ``agg_metrics`` of any sign.
+    over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
+    ``agg_metrics`` of any sign. From its checkpoints, in the middle of an epoch too, training goes
+    on as if it had not stopped; SIGTERM and SIGINT save one. Files that cannot be read and steps
+    whose loss or gradient is not finite are passed over, counted and named, up to a limit.
     """
 
     def __init__(self, cfg, task, model, datasets, job_id):
@@ -60,6 +130,10 @@ class RunnerUniAdapter(RunnerBase):
         amp = cfg.run_cfg.get("amp") or None
         # LAVIS's True is fp16.
         self.amp = "fp16" if amp is True else amp
+        self._watch = InterruptionWatch()
+        self._faults = FaultLog(self.output_dir)
+        self._votes = Votes()
+        self._saved_at = 0
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -132,77 +206,115 @@ class RunnerUniAdapter(RunnerBase):
 
     def create_loaders(
         self, datasets, num_workers, batch_sizes, is_trains, collate_fns, dataset_ratios=None
-    ) -> list[DataLoader]:
-        """One DataLoader a split; samplers are sharded over ranks and seeded by epoch."""
+    ) -> list[ItemLoader]:
+        """One loader a split; items are sharded over ranks, and in training shuffled by epoch."""
         loaders = []
         for dataset, batch_size, is_train, collate_fn in zip(
             datasets, batch_sizes, is_trains, collate_fns, strict=True
         ):
             if isinstance(dataset, list | tuple | IterableDataset):
                 raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
-            sharded = is_train or self.use_dist_eval_sampler
-            sampler = DistributedSampler(
-                dataset,
-                num_replicas=get_world_size() if sharded else 1,
-                rank=get_rank() if sharded else 0,
-                shuffle=is_train,
-                seed=int(self.config.run_cfg.seed),
-                drop_last=is_train,
-            )
-            if is_train and len(sampler) < batch_size:
-                raise ConfigError(
-                    f"The training split gives each process {len(sampler)} items, fewer than "
-                    f"run.batch_size_train {batch_size}. Make the batch smaller."
-                )
+            monitor = ReadingMonitor(num_workers)
+            if is_train:
+                seed = int(self.config.run_cfg.seed)
+                items = TrainingItems(dataset, seed, monitor)
+                sampler = TrainingShard(items, get_rank(), get_world_size(), seed)
+                if len(sampler) < batch_size:
+                    raise ConfigError(
+                        f"The training split gives each process {len(sampler)} items, fewer than "
+                        f"run.batch_size_train {batch_size}. Make the batch smaller."
+                    )
+            else:
+                stand_ins = self.output_dir / "stand_ins"
+                allowed = getattr(dataset, "allow_missing", False)
+                items = EvaluationItems(dataset, stand_ins if allowed else None, monitor)
+                shard = (get_rank(), get_world_size()) if self._shards_evaluation() else (0, 1)
+                sampler = EvaluationShard(items, *shard)
             loaders.append(
-                DataLoader(
-                    dataset,
+                ItemLoader(
+                    items,
                     batch_size=batch_size,
                     sampler=sampler,
                     num_workers=num_workers,
                     collate_fn=collate_fn,
                     drop_last=is_train,
                     pin_memory=self.cuda_enabled,
+                    timeout=float(self._setting("data_timeout", DATA_TIMEOUT)),
                 )
             )
         return loaders
 
+    def _shards_evaluation(self) -> bool:
+        # LAVIS's own retrieval models score what their loader gives as if it were the gallery
+        scores_its_loader = hasattr(self._model, "compute_sim_matrix") and not isinstance(
+            self._model, BlipUniAdapterRetrieval
+        )
+        return self.use_dist_eval_sampler and not scores_its_loader
+
+    def _setting(self, name: str, default: float) -> float:
+        value = self.config.run_cfg.get(name)
+        return default if value is None else value
+
     # --- training -------------------------------------------------------------------------------
 
     def train(self) -> dict[str, dict[str, float]] | None:
-        """Train and test; returns the metrics of the test splits (main process)."""
-        self._start_log()
+        """Train and test; returns the metrics of the test splits (main process).
+
+        Raises:
+            Interrupted: after SIGTERM or SIGINT, saying where the run can go on.
+            FloatingPointError: if too many steps in a row had no finite loss and gradient.
+            DatasetError: if too many items could not be read, or a data worker hung or died.
+        """
+        with self._watch:
+            try:
+                return self._train()
+            except Interrupted as interrupted:
+                raise Interrupted(self._describe_interruption(str(interrupted))) from None
+
+    def _train(self) -> dict[str, dict[str, float]] | None:
+        progress = EpochProgress(epoch=0)
         if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
-        for epoch in range(self.start_epoch, self.max_epoch):
-            started = time.perf_counter()
-            stats = self.train_epoch(epoch)
-            self.log_stats({**stats, "epoch": epoch}, "train")
-            first_log = None
-            for split in self.valid_splits:
-                val_log = self.eval_epoch(split_name=split, cur_epoch=epoch)
-                if val_log is not None:
-                    first_log = first_log or val_log
-                    self.log_stats({**val_log, "epoch": epoch}, split)
-            is_best = first_log is not None and first_log["agg_metrics"] > self.best_metric
-            if is_best:
-                self.best_metric, self.best_epoch = first_log["agg_metrics"], epoch
-                self.best_value = first_log[self._metric_name]
-            self._save_checkpoint(epoch, is_best=is_best)
-            self._announce_epoch(epoch, stats, first_log, is_best, time.perf_counter() - started)
-            dist.barrier()
+            progress = self._load_checkpoint(self.resume_ckpt_path)
+        self._start_log(progress.epoch)
+        while progress.epoch < self.max_epoch:
+            epoch, started = progress.epoch, time.perf_counter()
+            with self._watch.deferred():
+                stats = self.train_epoch(progress)
+                if self.valid_splits:  # an interruption from here on costs the validation alone
+                    self._save_latest(progress)
+            self._stop_if_interrupted()
+            logs = {split: self.eval_epoch(split, cur_epoch=epoch) for split in self.valid_splits}
+            with self._watch.deferred():
+                self.log_stats({**stats, "epoch": epoch}, "train")
+                logs = {split: log for split, log in logs.items() if log is not None}
+                for split, log in logs.items():
+                    self.log_stats({**log, "epoch": epoch}, split)
+                first_log = next(iter(logs.values()), None)
+                is_best = first_log is not None and first_log["agg_metrics"] > self.best_metric
+                if is_best:
+                    self.best_metric, self.best_epoch = first_log["agg_metrics"], epoch
+                    self.best_value = first_log[self._metric_name]
+                progress = EpochProgress(
+                    epoch + 1, skipped_in_a_row=progress.skipped_in_a_row, step=0
+                )
+                self._save_epoch(progress, is_best)
+                seconds = time.perf_counter() - started
+                self._announce_epoch(epoch, stats, first_log, is_best, seconds)
+                dist.barrier()
+        self._stop_if_interrupted()
         tested = "best" if self.valid_splits else self.max_epoch - 1
         results = self.evaluate(cur_epoch=tested, skip_reload=not self.valid_splits)
-        if results and self._has_adapter():
-            # the adapter that was tested, with what the test gave
-            name = BEST_ADAPTER if self.valid_splits else LATEST_ADAPTER
-            epoch = self.best_epoch if self.valid_splits else tested
-            self._save_adapter(name, epoch, results)
+        with self._watch.deferred():
+            if results and self._has_adapter():
+                # the adapter that was tested, with what the test gave
+                name = BEST_ADAPTER if self.valid_splits else LATEST_ADAPTER
+                epoch = self.best_epoch if self.valid_splits else tested
+                self._save_adapter(name, epoch, results)
         return results
 
     def evaluate(self, cur_epoch="best", skip_reload=False):
         if self.evaluate_only:
-            self._start_log()
+            self._start_log(0)
         results = {}
         for split in self.test_splits:
             started = time.perf_counter()
@@ -223,59 +335,153 @@ class RunnerUniAdapter(RunnerBase):
         self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
         with self._autocast():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
+        self._note_unreadable(split_name, loader)
         if results is None:
             return None
         return self.task.after_evaluation(
             val_result=results, split_name=split_name, epoch=cur_epoch
         )
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training split; returns mean losses, the rate and the seconds.
+    def _note_unreadable(self, split: str, loader: ItemLoader) -> None:
+        """Keep a list of what was scored as wrong because it could not be read."""
+        unreadable = gather_unreadable(loader)
+        if not unreadable or not is_main_process():
+            return
+        path = self.result_dir / f"unreadable_{split}.json"
+        run_folders.write_json(path, [asdict(fault) for _, fault in sorted(unreadable.items())])
+        logger.warning(
+            "%s: %d of %d items cannot be read and are scored as wrong (allow_missing): %s",
+            *(split, len(unreadable), len(loader.dataset), path),
+        )
+
+    def train_epoch(self, progress: EpochProgress) -> dict[str, float]:
+        """One pass over the training split, or the rest of it; returns what ``log.txt`` is told.
+
+        Args:
+            progress: where to begin; changed as the epoch advances.
 
         Raises:
-            FloatingPointError: if a loss is not finite.
+            FloatingPointError, DatasetError, Interrupted: see ``train``.
         """
         self.model.train()
         loader = self.train_loader
-        loader.sampler.set_epoch(epoch)
+        loader.start(progress.epoch, progress.step)
         steps, accumulate = len(loader), self.accum_grad_iters
-        totals: dict[str, Tensor] = {}
-        started = time.perf_counter()
-        progress = tqdm(
-            loader,
-            desc=f"epoch {epoch + 1}/{self.max_epoch}",
+        started = time.perf_counter() - progress.seconds
+        self._saved_at = progress.step
+        reports: list[BatchReport] = []
+        batches = iter(loader)
+        bar = tqdm(
+            desc=f"epoch {progress.epoch + 1}/{self.max_epoch}",
+            total=steps,
+            initial=progress.step,
             disable=not is_main_process(),
             leave=False,
             mininterval=0.5,
         )
-        for i, samples in enumerate(progress):
-            samples = apply_to_sample(lambda x: x.to(self.device, non_blocking=True), samples)
-            samples.update(epoch=epoch, iters=i, num_iters_per_epoch=steps)
-            self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+        for i in range(progress.step, steps):
             # The last batches of an epoch may be fewer than those that are usually accumulated.
             first = i - i % accumulate
             window = min(accumulate, steps - first)
+            progress.seconds = time.perf_counter() - started
+            samples = self._next_batch(batches, progress, may_save=i == first)
+            reports.append(loader.report)
+            samples = apply_to_sample(lambda x: x.to(self.device, non_blocking=True), samples)
+            samples.update(epoch=progress.epoch, iters=i, num_iters_per_epoch=steps)
+            self.lr_scheduler.step(cur_epoch=progress.epoch, cur_step=i)
             updates = i + 1 == first + window
             with self._no_sync(unless=updates):
                 losses = self._losses(samples)
                 loss = losses["loss"] / window
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
+            progress.add(losses)
+            progress.step = i + 1
             if updates:
-                self._update()
-            for name, value in losses.items():
-                value = value.detach().float()
-                totals[name] = totals[name] + value if name in totals else value
+                if self._update(loss):
+                    progress.skipped_in_a_row = 0
+                else:
+                    self._note_skipped_step(progress, losses, reports)
+                reports = []
+                progress.seconds = time.perf_counter() - started
+                self._save_now_and_then(progress, steps)
+            bar.update()
             if i % self.log_freq == 0 or i + 1 == steps:
-                self._require_finite(totals, epoch, i)
-                progress.set_postfix({k: f"{float(v) / (i + 1):.3f}" for k, v in totals.items()})
-        means = torch.stack(list(totals.values())) / steps
-        dist.all_reduce(means)
-        means = (means / get_world_size()).tolist()
+                bar.set_postfix(
+                    {k: f"{float(v / progress.counts[k]):.3f}" for k, v in progress.sums.items()}
+                )
+        bar.close()
+        progress.seconds = time.perf_counter() - started
+        faults = torch.tensor([progress.unreadable, progress.skipped], device=self.device)
+        dist.all_reduce(faults)
+        unreadable, skipped = faults.tolist()
         return {
-            **dict(zip(totals, means, strict=True)),
+            **progress.means(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - started,
+            "seconds": progress.seconds,
+            "unreadable": unreadable,
+            "skipped_steps": skipped // get_world_size(),
         }
+
+    def _next_batch(
+        self, batches: Iterator[dict[str, Any]], progress: EpochProgress, may_save: bool
+    ) -> dict[str, Any]:
+        """The next batch, unless a rank is to stop or can't read its own: then all stop here."""
+        samples = failure = None
+        try:
+            samples = next(batches)
+            self._count_unreadable(progress)
+        except DatasetError as error:
+            # a signal to the whole process group may have ended the workers first
+            if not self._watch.requested_within(1.0):
+                failure = error
+        if failure is not None:
+            wish = _CANNOT_GO_ON
+        elif self._watch.requested and (may_save or samples is None):
+            wish = _SAVE_AND_STOP
+        else:
+            wish = _GO_ON
+        verdict = self._votes.largest(wish)
+        if verdict == _GO_ON:
+            return samples
+        if may_save:
+            self._save_latest(progress)
+        if failure is not None:
+            raise failure
+        if verdict == _CANNOT_GO_ON:
+            raise AnotherRankFailed("Another rank cannot read its data.")
+        raise Interrupted(self._watch.requested or "a signal to another rank")
+
+    def _count_unreadable(self, progress: EpochProgress) -> None:
+        loader = self.train_loader
+        faults = loader.report.unreadable
+        self._faults.unreadable(faults, progress.epoch, progress.step)
+        progress.unreadable += len(faults)
+        threshold = float(self._setting("unreadable_threshold", UNREADABLE_THRESHOLD))
+        items = len(loader) * loader.batch_size
+        if faults and progress.unreadable > threshold * items:
+            raise DatasetError(
+                f"{progress.unreadable} of the {items} items of this epoch could not be read, more "
+                f"than run.unreadable_threshold {threshold:g} allows; the last: "
+                f"'{faults[-1].file}' ({faults[-1].reason}). All are in {self.output_dir}. Is the "
+                "disk there? python -m lavis_uniadapter.prepare check looks through a folder."
+            )
+
+    def _note_skipped_step(self, progress: EpochProgress, losses, reports) -> None:
+        """Count a step that was not taken; too many in a row end the run."""
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        numbers = {name: float(value.detach()) for name, value in losses.items()}
+        path = self._faults.skipped_step(
+            progress.epoch, progress.step - 1, numbers, reports, self.train_loader.dataset.dataset
+        )
+        most = int(self._setting("max_skipped_steps", MAX_SKIPPED_STEPS))
+        if progress.skipped_in_a_row >= most:
+            raise FloatingPointError(
+                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite (run.max_skipped_steps), the last at step {progress.step - 1} of epoch "
+                f"{progress.epoch + 1}. Their items are in {path}. Lower run.init_lr, set "
+                "run.max_grad_norm, or set run.amp to null."
+            )
 
     def _losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast():
@@ -286,57 +492,87 @@ class RunnerUniAdapter(RunnerBase):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _update(self) -> None:
+    def _update(self, loss: Tensor) -> bool:
+        """Take the step, unless the loss or the gradient is not finite, on any rank.
+
+        Returns:
+            Whether it was taken.
+        """
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = self.config.run_cfg.get("max_grad_norm")
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         if max_norm is not None:
-            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, float(max_norm))
-        if self.scaler:
+            norm = torch.nn.utils.clip_grad_norm_(trained, float(max_norm))
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        finite = (torch.isfinite(norm) & torch.isfinite(loss.detach())).int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+        finite = bool(finite)
+        if self.scaler:  # which does not step either, and lowers its scale
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        else:
+        elif finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _require_finite(self, totals: dict[str, Tensor], epoch: int, step: int) -> None:
-        for name, value in totals.items():
-            if not torch.isfinite(value):
-                raise FloatingPointError(
-                    f"'{name}' is not finite at or before step {step} of epoch {epoch}. Lower "
-                    "run.init_lr, or set run.amp to null."
-                )
+        return finite
 
     # --- checkpoints ----------------------------------------------------------------------------
 
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Write the latest state, and the best beside it; every rank takes part."""
-        rng_states: list = [None] * get_world_size()
-        dist.all_gather_object(rng_states, _rng_state(self.device))
-        if not is_main_process():
+    def _save_now_and_then(self, progress: EpochProgress, steps: int) -> None:
+        frequency = int(self._setting("checkpoint_freq", CHECKPOINT_FREQ))
+        if not frequency or progress.step - self._saved_at < frequency or progress.step == steps:
             return
+        if progress.skipped_in_a_row:
+            return  # the weights may be what is wrong; the states on disk are better
+        self._saved_at = progress.step
+        self._save_latest(progress)
+
+    def _save_latest(self, progress: EpochProgress) -> None:
+        """Write the newest state; every rank takes part."""
+        content = self._state(progress)
+        if content is not None:
+            run_checkpoints.write_latest(content, self.output_dir)
+
+    def _save_epoch(self, progress: EpochProgress, is_best: bool) -> None:
+        """Write the state after an epoch, the best beside it, and their adapters."""
+        content = self._state(progress)
+        if content is None:
+            return
+        epoch = progress.epoch - 1
+        # The best one first: whoever resumes from the latest must find the best that it speaks of.
+        if is_best:
+            run_checkpoints.write(content, self.output_dir / BEST)
+            if self._has_adapter():
+                self._save_adapter(BEST_ADAPTER, epoch)
+        run_checkpoints.write_latest(content, self.output_dir)
+        if self._has_adapter():
+            self._save_adapter(LATEST_ADAPTER, epoch)
+
+    def _state(self, progress: EpochProgress) -> dict[str, Any] | None:
+        """All that a run needs to go on, on the main process; None on the others."""
+        ranks = gather_to_main(
+            {"rng": run_checkpoints.rng_state(self.device), "progress": _to_cpu(asdict(progress))}
+        )
+        if ranks is None:
+            return None
         model = self.unwrap_dist_model(self.model)
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        content = {
-            "model": {k: v for k, v in model.state_dict().items() if k not in frozen},
+        unchanged = _unchanged_by_training(model)
+        return {
+            "model": {k: v for k, v in model.state_dict().items() if k not in unchanged},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": self.config.to_dict(),
-            "epoch": cur_epoch,
+            # LAVIS's meaning: the last epoch that is done
+            "epoch": progress.epoch - 1,
+            "steps_per_epoch": len(self.train_loader),
             "best": {
                 "metric": self.best_metric,
                 "value": self.best_value,
                 "epoch": self.best_epoch,
             },
-            "rng": rng_states,
+            "ranks": ranks,
         }
-        # The best one first: whoever resumes from the latest must find the best that it speaks of.
-        names = {**({BEST: BEST_ADAPTER} if is_best else {}), LATEST: LATEST_ADAPTER}
-        for name, adapter_name in names.items():
-            _save_atomically(content, self.output_dir / name)
-            if self._has_adapter():
-                self._save_adapter(adapter_name, cur_epoch)
 
     def _has_adapter(self) -> bool:
         bank = getattr(self._model, "adapters", None)
@@ -352,31 +588,69 @@ class RunnerUniAdapter(RunnerBase):
             metrics.update({f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"})
         self._model.save_adapter(self.output_dir / name, metrics)
 
-    def _load_checkpoint(self, url_or_filename) -> None:
-        """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best."""
-        content = self._read_checkpoint(url_or_filename)
+    def _load_checkpoint(self, path) -> EpochProgress:
+        """Go on where a checkpoint stopped: weights, averages, queues, optimizer, RNG, best.
+
+        Checkpoints of LAVIS's runner will do, which lack some of it.
+
+        Returns:
+            How far this rank is.
+        """
+        content = run_checkpoints.read(path)
         theirs, ours = (
             section.get("model", {}).get("tuning")
             for section in (content.get("config") or {}, self.config.to_dict())
         )
         if theirs != ours:
             raise CheckpointError(
-                f"'{url_or_filename}' is of a run with model.tuning '{theirs}', and this one has "
+                f"'{path}' is of a run with model.tuning '{theirs}', and this one has "
                 f"'{ours}'. Set model.tuning: {theirs} to go on with it."
             )
-        self._load_model_state(content["model"], url_or_filename)
+        progress = self._progress_in(content, path)
+        self._load_model_state(content["model"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
-        self.start_epoch = content["epoch"] + 1
         best = content.get("best") or {}
         self.best_metric = best.get("metric", float("-inf"))
         self.best_value = best.get("value")
         self.best_epoch = best.get("epoch")
-        self._take_over_best(Path(url_or_filename).parent)
-        if len(content.get("rng", [])) == get_world_size():
-            _restore_rng(content["rng"][get_rank()], self.device)
-        logger.info("Resumed from %s: epoch %d follows.", url_or_filename, self.start_epoch + 1)
+        self._take_over_best(Path(path).parent)
+        where = f"step {progress.step} of epoch" if progress.step else "epoch"
+        logger.info("Resumed from %s: %s %d follows.", path, where, progress.epoch + 1)
+        return progress
+
+    def _progress_in(self, content: Mapping[str, Any], path) -> EpochProgress:
+        """This rank's progress, its random numbers restored.
+
+        Raises:
+            CheckpointError: if the state is of the middle of an epoch that this run divides into
+                other batches.
+        """
+        ranks = content.get("ranks") or []
+        if len(ranks) == get_world_size():
+            state = ranks[get_rank()]
+            progress = EpochProgress(**state["progress"])
+            progress.sums, progress.counts = (
+                {k: v.to(self.device) for k, v in tensors.items()}
+                for tensors in (progress.sums, progress.counts)
+            )
+            run_checkpoints.restore_rng(state["rng"], self.device)
+        else:
+            progress = EpochProgress(content["epoch"] + 1)
+            logger.warning(
+                "'%s' has the random numbers of %d process(es) and not of %d: they begin anew.",
+                *(path, len(ranks), get_world_size()),
+            )
+        in_the_middle = any(state["progress"]["step"] for state in ranks)
+        steps = content.get("steps_per_epoch")
+        if in_the_middle and (len(ranks) != get_world_size() or steps != len(self.train_loader)):
+            raise CheckpointError(
+                f"'{path}' is of the middle of an epoch of {steps} steps on {len(ranks)} "
+                f"process(es), and this run has {len(self.train_loader)} on {get_world_size()}. "
+                "Start it with the same number of processes, run.batch_size_train and data."
+            )
+        return progress
 
     @main_process
     def _take_over_best(self, folder: Path) -> None:
@@ -392,20 +666,14 @@ class RunnerUniAdapter(RunnerBase):
 
     def _reload_best_model(self, model):
         path = self.output_dir / BEST
-        self._load_model_state(self._read_checkpoint(path)["model"], path)
+        content = run_checkpoints.read(path, checked=False)
+        self._load_model_state(content["model"], path)
+        if content["epoch"] != self.best_epoch:
+            logger.warning(
+                "'%s' is of epoch %d, and epoch %s was the best.",
+                *(path, content["epoch"], self.best_epoch),
+            )
         return model
-
-    def _read_checkpoint(self, path) -> dict[str, Any]:
-        if not Path(path).is_file():
-            raise CheckpointError(f"No checkpoint at '{path}' (run.resume_ckpt_path).")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            content["model"], content["optimizer"], content["epoch"]
-        except Exception as error:
-            raise CheckpointError(
-                f"'{path}' is not a whole checkpoint of a runner: {error}"
-            ) from error
-        return content
 
     def _load_model_state(self, state: dict[str, Tensor], source) -> None:
         model = self.unwrap_dist_model(self.model)
@@ -418,6 +686,12 @@ class RunnerUniAdapter(RunnerBase):
         if problems := describe_mismatch(own, state):
             raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
         model.load_state_dict(state, strict=False)
+        if momentum := _momentum_parameters(model).difference(state):
+            model.copy_params()
+            logger.warning(
+                "'%s' holds no momentum encoders (%d tensors): they start from the model.",
+                *(source, len(momentum)),
+            )
 
     # --- telling people -------------------------------------------------------------------------
 
@@ -450,13 +724,51 @@ class RunnerUniAdapter(RunnerBase):
             file.write(json.dumps(line) + "\n")
 
     @main_process
-    def _start_log(self) -> None:
-        """Note the configuration; a run that does not go on from a checkpoint starts anew."""
-        if self.resume_ckpt_path is None:
-            (self.output_dir / "log.txt").unlink(missing_ok=True)
-        (self.output_dir / "config.json").write_text(
-            json.dumps(self.config.to_dict(), indent=2) + "\n"
+    def _start_log(self, epoch: int) -> None:
+        """Note the configuration; ``log.txt`` keeps what it says of the epochs before this one."""
+        path = self.output_dir / run_folders.LOG
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = []
+        for line in lines if self.resume_ckpt_path is not None else ():
+            noted = [v for k, v in json.loads(line).items() if k.endswith("_epoch")]
+            if noted and noted[0] < epoch:
+                kept.append(line)
+        path.write_text("".join(f"{line}\n" for line in kept))
+        asked = getattr(self.config, "as_asked", None) or self.config.to_dict()
+        run_folders.write_json(self.output_dir / run_checkpoints.CONFIG, asked)
+
+    # --- interruptions --------------------------------------------------------------------------
+
+    def _stop_if_interrupted(self) -> None:
+        if self._watch.requested:
+            raise Interrupted(self._watch.requested)
+
+    def _describe_interruption(self, signal_name: str) -> str:
+        saved = [name for name in (LATEST, PREVIOUS) if (self.output_dir / name).is_file()]
+        if not saved:
+            return f"{signal_name}: the run ended before its first step was saved."
+        return (
+            f"{signal_name}: the run ended before it was done, and is saved in "
+            f"{self.output_dir / saved[0]}. The same command with run.resume=auto goes on."
         )
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    return value.cpu() if torch.is_tensor(value) else value
+
+
+def _momentum_parameters(model: torch.nn.Module) -> set[str]:
+    """Parameters of momentum encoders, which LAVIS's models keep beside what they follow."""
+    momentum = {id(p) for pair in getattr(model, "model_pairs", ()) for p in pair[1].parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in momentum}
+
+
+def _unchanged_by_training(model: torch.nn.Module) -> set[str]:
+    """Parameters that are what they were when the model was built."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return frozen - _momentum_parameters(model)
 
 
 def compile_visual_encoder(model: torch.nn.Module) -> None:
@@ -511,33 +823,3 @@ def check_splits(run_cfg, task: BaseTask, datasets: dict[str, dict[str, Any]]) -
             "run.report_metric is False), so it cannot pick the best epoch. Set "
             "run.valid_splits=[]."
         )
-
-
-def _save_atomically(content: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "python": [version, torch.tensor(internal), gauss],
-    }
-
-
-def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))

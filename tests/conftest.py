@@ -11,9 +11,11 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
+from tiny_runs import TRAIN, options_of
 from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
+from lavis_uniadapter import launch
 
 torch.set_num_threads(2)
 
@@ -97,3 +99,16 @@ def video_batch():
 def tiny_cache(tmp_path_factory):
     """One cache of generated data for all runs."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cache, monkeypatch):
+    """Run a configuration of the embedded example, made tiny, here and in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name="shapes_retrieval", *options, evaluate=False):
+        tiny = options_of(str(name), tiny_cache)
+        return launch.run(TRAIN / f"{name}.yaml", [*tiny, *options], evaluate)
+
+    yield start
+    launch.destroy_process_group()

@@ -517,7 +517,7 @@ def test_all_wrong_records_of_all_splits_are_listed_by_line(form, mine):
     message = error_of("retrieval", "images", {"train": str(train), "val": str(val)})
     # JSON is written with a line a bracket and field; a table has a header.
     line = {"json": lambda i: 2 + 4 * i, "jsonl": lambda i: 1 + i}.get(form, lambda i: 2 + i)
-    outside = "which is not below the visual folder; name a file below it"
+    outside = f"which is not below {mine / 'images'}; name a file below it"
     expected = [
         (1, "needs a non-empty string (or a list) under 'caption', has ''"),
         (2, f"names 'nowhere.png', and there is no such file below {mine / 'images'}"),

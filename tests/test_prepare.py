@@ -513,7 +513,7 @@ MSRVTT_ERRORS = {
     spoil_empty_csv: r"test.csv: is empty",
     spoil_cells: r"test.csv:2: has 3 cells, and the header has 2",
     spoil_short_row: r"test.csv:3: has 1 cells, and the header has 2",
-    spoil_name: r"test.csv:2: needs a non-empty string under 'video_id', has ''",
+    spoil_name: r"test.csv:2: needs the name of a file, without folders, under 'video_id', has ''",
     spoil_sentence: r"1 videos of retrieval_test.json have no caption, .*: video8.mp4",
     spoil_captions: r"1 videos of cap_train.json have no caption, .*: video3.mp4",
     spoil_number: r"video_ids must be 'video<number>'; otherwise are video03\.",

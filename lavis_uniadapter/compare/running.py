@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,20 +9,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lavis_uniadapter import run_folders
 from lavis_uniadapter.compare.plan import Entry, Plan, slug
-from lavis_uniadapter.runner import BEST, LATEST
+from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
 
 logger = logging.getLogger("lavis_uniadapter")
 
 REQUEST = "request.json"
 CONSOLE = "console.log"
-LOCK = ".lock"
 
 
 @dataclass
@@ -61,8 +58,14 @@ class Comparison:
             RuntimeError: if the base, on which all stand, cannot be trained, or another comparison
                 works in the same folder.
         """
-        with _sole_user_of(self.plan.output_dir):
-            return self._run_all()
+        try:
+            with run_folders.sole_user(self.plan.output_dir):
+                return self._run_all()
+        except run_folders.FolderInUse:
+            raise RuntimeError(
+                f"Another comparison works in '{self.plan.output_dir}'. Wait for it, end it, or "
+                "take another --output-dir."
+            ) from None
 
     def _run_all(self) -> list[Line]:
         lines = {entry.name: Line(entry.name) for entry in self.plan.entries}
@@ -188,7 +191,7 @@ class Comparison:
             "base": self._base_identity,
         }
         folder.mkdir(parents=True, exist_ok=True)
-        holds_something = run_folders.is_finished(folder) or (folder / LATEST).is_file()
+        holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
             return (
                 f"'{folder}' holds a run of another configuration. Delete it, or take another "
@@ -198,7 +201,7 @@ class Comparison:
         if run_folders.is_finished(folder):
             logger.info("%s: finished before", folder.name)
             return None
-        resumed = (folder / LATEST).is_file() and not entry.evaluate
+        resumed = _has_checkpoint(folder) and not entry.evaluate
         logger.info("%s: %s", folder.name, "goes on" if resumed else "starts")
         command = [sys.executable, "-m"]
         if self.processes > 1:
@@ -208,7 +211,7 @@ class Comparison:
         command += [*options, f"run.output_dir={folder.parent.resolve()}"]
         command += [f"run.job_id={folder.name}"]
         command += ["run.evaluate=True"] if entry.evaluate else []
-        command += [f"run.resume_ckpt_path={(folder / LATEST).resolve()}"] if resumed else []
+        command += [] if entry.evaluate else ["run.resume=auto"]
         threads = max(1, (os.cpu_count() or 1) // ((beside or self.jobs) * self.processes))
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
@@ -236,20 +239,8 @@ class Comparison:
         return f"{folder.name}: exit {status}: {reason}"
 
 
-@contextlib.contextmanager
-def _sole_user_of(folder: Path) -> Iterator[None]:
-    """Two comparisons in one folder would train the same runs into each other's checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        try:
-            # gone with the process, however that ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"Another comparison works in '{folder}'. Wait for it, end it, or take another "
-                "--output-dir."
-            ) from None
-        yield
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (LATEST, PREVIOUS))
 
 
 def _seed_of(options: Sequence[str]) -> int:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from torch.utils.data import Dataset
@@ -21,7 +20,7 @@ from lavis_uniadapter.datasets.preflight import (
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.distributed import from_main_process
+from lavis_uniadapter.distributed import on_main_process
 from lavis_uniadapter.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -77,24 +76,45 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             )
 
 
-def check_built(datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping) -> None:
+def check_built(
+    datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
+) -> None:
     """Check what LAVIS built, files included; leave out what ``skip_missing`` allows to.
 
     Args:
         datasets: by name and split, as a LAVIS task builds them.
         datasets_cfg: their configuration.
+        files: look at the visual files too, which takes a while where there are many.
 
     Raises:
         DatasetError: listing what is missing or malformed.
+        ConfigError: if files are to be left out and are not looked at.
     """
     for name, by_split in datasets.items():
-        skip_missing = bool(datasets_cfg[name].get("skip_missing", False))
+        skip_missing, allow_missing = (
+            bool(datasets_cfg[name].get(key, False)) for key in ("skip_missing", "allow_missing")
+        )
+        if skip_missing and not files:
+            raise ConfigError(
+                f"datasets.{name}.skip_missing is True and run.check_files False: whose files are "
+                "missing is not known. Set run.check_files: True."
+            )
         for split, dataset in by_split.items():
             if layout_of(type(dataset)) is None:
                 logger.warning("%s, %s: this kind of dataset is not checked.", name, split)
                 continue
-            unusable = _on_main_process(check_dataset, dataset, split, skip_missing)
-            if unusable.paths():
+            tolerant = skip_missing if split == "train" else allow_missing
+            unusable = _on_main_process(check_dataset, dataset, split, tolerant, files)
+            if split != "train":
+                # read by the runner's loaders
+                dataset.allow_missing = allow_missing
+                if unusable.paths():
+                    logger.warning(
+                        "%s, %s: %d files are missing and %d cannot be decoded; their items are "
+                        "scored as wrong (allow_missing).",
+                        *(name, split, len(unusable.missing), len(unusable.undecodable)),
+                    )
+            elif unusable.paths():
                 records = leave_out(dataset, unusable)
                 logger.warning(
                     "%s, %s: %d records left out (skip_missing), as %d files are missing and %d "
@@ -124,17 +144,7 @@ def _number_apart(datasets: Iterable[Dataset]) -> None:
 
 
 def _on_main_process(check: Callable[..., T], *args: Any) -> T:
-    """Do something once for all ranks: its result, or its error, reaches every one of them."""
-    result = error = None
-    if is_main_process():
-        try:
-            result = check(*args)
-        except (ConfigError, DatasetError, FileExistsError) as raised:
-            error = raised
-    result, error = from_main_process((result, error))
-    if error is not None:
-        raise error
-    return result
+    return on_main_process(check, *args, errors=(ConfigError, DatasetError, FileExistsError))
 
 
 def _name_local_annotations(annotations: Mapping) -> None:

@@ -37,7 +37,7 @@ from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.layouts import Field, are_texts, is_text
+from lavis_uniadapter.datasets.layouts import Field, are_texts, is_text, outside_problem
 from lavis_uniadapter.datasets.preflight import SPLITS, DatasetError, listing
 from lavis_uniadapter.datasets.record_files import (
     Place,
@@ -260,13 +260,7 @@ class CustomBuilder(BaseDatasetBuilder, ABC):
 
     def _name_problem(self, fields: Mapping[str, Any]) -> str | None:
         problem = Field(self.visual_key, is_text, "a file name").problem(fields)
-        if problem:
-            return problem
-        name = fields[self.visual_key]
-        # By the name alone: a link below the folder may lead wherever its owner wants.
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            return f"names {name!r}, which is not below the visual folder; name a file below it"
-        return None
+        return problem or outside_problem(fields[self.visual_key], self._visual_folder)
 
     def _field_problems(self, fields: Mapping[str, Any]) -> Iterator[str | None]:
         identifier = Field(

@@ -6,9 +6,12 @@ evaluation dataset iterates a caption that is a plain string letter by letter.
 
 from __future__ import annotations
 
+import posixpath
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 
 from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
 from lavis.datasets.datasets.coco_caption_datasets import (
@@ -40,6 +43,24 @@ def is_text(value: object) -> bool:
 def are_texts(value: object) -> bool:
     """Whether a value is a list of at least one text."""
     return isinstance(value, list) and bool(value) and all(map(is_text, value))
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file name, joined to a folder, leads out of it, on this system or on Windows.
+
+    By the name alone: a link below the folder may lead wherever its owner wants.
+    """
+    name = name.replace("\\", "/")
+    is_absolute = name.startswith("/") or re.match(r"[A-Za-z]:/", name)
+    return bool(is_absolute) or posixpath.normpath(name).split("/")[0] == ".."
+
+
+def outside_problem(name: str, root: str | PathLike | None) -> str | None:
+    """Say that a record's file name leads out of the visual folder `root`, or None."""
+    if not leads_out(name):
+        return None
+    folder = "the visual folder" if root is None else root
+    return f"names {name!r}, which is not below {folder}; name a file below it"
 
 
 @dataclass(frozen=True)

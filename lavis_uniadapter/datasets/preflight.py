@@ -27,6 +27,8 @@ from lavis_uniadapter.datasets.layouts import (
     class_labels_problem,
     is_text,
     layout_of,
+    leads_out,
+    outside_problem,
 )
 from lavis_uniadapter.extracted_frames import clip_file
 from lavis_uniadapter.processors import VideoDecodeError, decode_frames, sample_frame_indices
@@ -84,7 +86,7 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     annotations = build_info.get("annotations") or {}
     visual_storage = (build_info.get(data_type) or {}).get("storage")
 
-    problems = []
+    problems, root = [], None
     if not any(split in annotations for split in SPLITS):
         problems.append(
             "build_info.annotations names none of the splits train, val, test; add at least one."
@@ -92,19 +94,22 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     if visual_storage is None:
         problems.append(f"build_info.{data_type}.storage is missing; set it to the visual folder.")
     else:
-        problems.extend(_root_problems(get_cache_path(visual_storage)))
+        root = get_cache_path(visual_storage)
+        problems.extend(_root_problems(root))
     for split in SPLITS:
         dataset_cls = builder.train_dataset_cls if split == "train" else builder.eval_dataset_cls
         if split in annotations and dataset_cls is None:
             problems.append(f"This dataset has no {split} split; take it out of the annotations.")
         elif split in annotations and (layout := layout_of(dataset_cls)) is not None:
-            problems.extend(_split_problems(split, annotations[split], layout))
+            problems.extend(_split_problems(split, annotations[split], layout, root))
     if isinstance(builder, VideoQABuilder):
         problems.extend(_class_label_problems(annotations.get("ans2label") or {}))
     raise_if_any(problems, "The dataset config cannot be used")
 
 
-def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) -> UnusableFiles:
+def check_dataset(
+    dataset: BaseDataset, split: str, tolerant: bool = False, files: bool = True
+) -> UnusableFiles:
     """Check a built dataset: its records, and that every file is there and can be decoded.
 
     Of each distinct video the last frame that the split can sample is decoded: the very last one
@@ -113,8 +118,9 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
     Args:
         dataset: of a LAVIS class whose layout is known (`layouts.LAYOUTS`).
         split: "train", "val" or "test".
-        skip_missing: return what files are unusable instead of raising for them; in training
-            alone, as an evaluation that leaves items out is another benchmark.
+        tolerant: return what files are unusable instead of raising for them: ``skip_missing`` of
+            training, ``allow_missing`` of evaluation.
+        files: look at the files; False: at the records alone.
 
     Raises:
         TypeError: If the dataset is of another class.
@@ -129,7 +135,8 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
     title = f"The {split} dataset cannot be used"
     raise_if_any(_root_problems(dataset.vis_root), title)
 
-    problems = list(_record_problems(dataset.annotation, layout, f"the {split} annotations"))
+    source = f"the {split} annotations"
+    problems = list(_record_problems(dataset.annotation, layout, source, dataset.vis_root))
     for attribute, problem_of in (
         ("class_labels", class_labels_problem),
         ("answer_list", answer_list_problem),
@@ -137,8 +144,8 @@ def check_dataset(dataset: BaseDataset, split: str, skip_missing: bool = False) 
         content = getattr(dataset, attribute, None)
         if content is not None and (problem := problem_of(content)):
             problems.append(f"the {attribute} {problem}.")
-    unusable = _unusable_files(dataset, layout, split)
-    if not (skip_missing and split == "train"):
+    unusable = _unusable_files(dataset, layout, split) if files else UnusableFiles([], {})
+    if not tolerant:
         problems.extend(_file_problems(unusable, len(_visual_paths(dataset, layout))))
     raise_if_any(problems, title)
     return unusable
@@ -217,7 +224,12 @@ def listing(items: Sequence[str]) -> str:
 
 def _visual_paths(dataset: BaseDataset, layout: Layout) -> list[str]:
     names = (r.get(layout.visual_key) for r in dataset.annotation if isinstance(r, Mapping))
-    return [os.path.join(dataset.vis_root, name) for name in dict.fromkeys(filter(is_text, names))]
+    # those that lead out of the folder are a problem of their records, and not to be opened
+    return [
+        os.path.join(dataset.vis_root, name)
+        for name in dict.fromkeys(filter(is_text, names))
+        if not leads_out(name)
+    ]
 
 
 def _unusable_files(dataset: BaseDataset, layout: Layout, split: str) -> UnusableFiles:
@@ -235,7 +247,8 @@ def _file_problems(unusable: UnusableFiles, total: int) -> Iterator[str]:
     if unusable.missing:
         yield (
             f"{len(unusable.missing)} of {total} files are missing; download them or take their "
-            "records out of the annotations (skip_missing: True leaves them out of training):"
+            "records out of the annotations (skip_missing: True leaves them out of training, "
+            "allow_missing: True scores them as wrong in evaluation):"
             f"{listing(unusable.missing)}"
         )
     if unusable.undecodable:
@@ -251,14 +264,19 @@ def _root_problems(root: str) -> Iterator[str]:
         )
 
 
-def _record_problems(records: object, layout: Layout, source: str) -> Iterator[str]:
+def _record_problems(
+    records: object, layout: Layout, source: str, root: str | None
+) -> Iterator[str]:
     if not isinstance(records, list):
         yield f"{source} hold no list of records; write a JSON list of mappings."
         return
     if not records:
         yield f"{source} are empty; add records."
         return
-    found = ((index, layout.record_problem(record)) for index, record in enumerate(records))
+    found = (
+        (index, layout.record_problem(record) or outside_problem(record[layout.visual_key], root))
+        for index, record in enumerate(records)
+    )
     wrong = [f"record {index} {problem}" for index, problem in found if problem]
     if wrong:
         yield (
@@ -275,7 +293,7 @@ def _record_problems(records: object, layout: Layout, source: str) -> Iterator[s
             )
 
 
-def _split_problems(split: str, info: Mapping, layout: Layout) -> Iterator[str]:
+def _split_problems(split: str, info: Mapping, layout: Layout, root: str | None) -> Iterator[str]:
     where = f"build_info.annotations.{split}"
     storages = _as_list((info or {}).get("storage"))
     urls = _as_list((info or {}).get("url"))
@@ -304,7 +322,7 @@ def _split_problems(split: str, info: Mapping, layout: Layout) -> Iterator[str]:
                 yield f"The {what} {get_cache_path(storage)} {problem}."
         elif content is not None:
             source = f"the {split} annotations {get_cache_path(storage)}"
-            yield from _record_problems(content, layout, source)
+            yield from _record_problems(content, layout, source, root)
 
 
 def _class_label_problems(info: Mapping) -> Iterator[str]:

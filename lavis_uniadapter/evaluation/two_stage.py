@@ -20,6 +20,7 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 from torch import Tensor
 from tqdm import tqdm
 
+from lavis_uniadapter.datasets.reading import unreadable_mask
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.features import TextFeatures
 
@@ -148,10 +149,13 @@ def two_stage_scores(
             two stages; where its share of the gallery takes more, they wait on disk.
 
     Returns:
-        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank.
+        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank. A
+        visual input that could not be read (``allow_missing``) scores lowest of all for its texts,
+        and its texts for it: it counts as wrong both ways.
 
     Raises:
         ConfigError: for a negative k_test or a rerank_batch below 1.
+        FloatingPointError: if similarities are not finite.
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
     check_settings(k_test, rerank_batch, feature_memory)
@@ -161,19 +165,41 @@ def two_stage_scores(
         texts = _encode_texts(model, list(data_loader.dataset.text))
         visuals = _encode_visuals(model, data_loader, feature_memory)
         sims = visuals.feat @ texts.feat.t()
+        if not torch.isfinite(sims).all():
+            raise FloatingPointError(
+                "The model's features are not finite: its weights are spoiled, or overflow in "
+                "run.amp. Evaluate an earlier checkpoint, or set run.amp to null."
+            )
+        unreadable = unreadable_mask(data_loader, sims.device)
         if k_test == 0:
-            return sims, sims.t()
+            return _count_as_wrong(sims, sims.t(), unreadable, data_loader.dataset)
         chosen_v2t = _shortlist(sims, k_test, "texts")
         chosen_t2v = _shortlist(sims.t(), k_test, "visual inputs").t()
         matching = _rerank(model, texts, visuals, chosen_v2t | chosen_t2v, rerank_batch)
         matching += itc_weight * sims
         outside = OUTSIDE_SHORTLIST + sims
-        return (
+        return _count_as_wrong(
             torch.where(chosen_v2t, matching, outside),
             torch.where(chosen_t2v, matching, outside).t(),
+            unreadable,
+            data_loader.dataset,
         )
     finally:
         model.train(was_training)
+
+
+def _count_as_wrong(
+    scores_v2t: Tensor, scores_t2v: Tensor, unreadable: Tensor, dataset
+) -> tuple[Tensor, Tensor]:
+    """Give what was not seen the lowest score both ways, whoever sorts the scores."""
+    if not unreadable.any():
+        return scores_v2t, scores_t2v
+    scores_v2t, scores_t2v = scores_v2t.clone(), scores_t2v.clone()
+    scores_t2v[:, unreadable] = float("-inf")
+    for index in torch.nonzero(unreadable).flatten().tolist():
+        scores_v2t[index] = 0
+        scores_v2t[index, dataset.img2txt[index]] = float("-inf")
+    return scores_v2t, scores_t2v
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

@@ -26,7 +26,10 @@ class ContrastiveQueueMixin(nn.Module):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
-        """Replace the oldest entries by all ranks' (batch, embed_dim) features, ids (batch, 1)."""
+        """Replace the oldest entries by all ranks' (batch, embed_dim) features, ids (batch, 1).
+
+        Features that are not finite leave the old entry: one bad batch must not spoil the next.
+        """
         if not self.queue_size:
             return
         image_feat, text_feat, idx = (
@@ -35,7 +38,11 @@ class ContrastiveQueueMixin(nn.Module):
         )
         start = int(self.queue_ptr)
         places = (start + torch.arange(len(idx), device=idx.device)) % self.queue_size
-        self.image_queue[:, places] = image_feat.T.to(self.image_queue.dtype)
-        self.text_queue[:, places] = text_feat.T.to(self.text_queue.dtype)
-        self.idx_queue[:, places] = idx.T
+        finite = (torch.isfinite(image_feat) & torch.isfinite(text_feat)).all(dim=1)
+        for queue, new in (
+            (self.image_queue, image_feat.T),
+            (self.text_queue, text_feat.T),
+            (self.idx_queue, idx.T),
+        ):
+            queue[:, places] = torch.where(finite, new.to(queue.dtype), queue[:, places])
         self.queue_ptr[0] = (start + len(idx)) % self.queue_size

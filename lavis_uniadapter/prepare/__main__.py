@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_uniadapter.launch import USER_ERRORS
-from lavis_uniadapter.prepare import didemo, frames, msrvtt
+from lavis_uniadapter.prepare import check, didemo, frames, msrvtt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,13 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lavis_uniadapter.prepare",
         description="Turn the files of a benchmark that circulate into LAVIS's annotations, and "
-        "videos into frames that train faster.",
+        "videos into frames that train faster; check files.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     shared = _benchmark_options()
     for benchmark in (msrvtt, didemo):
         benchmark.add_parser(commands, parents=[shared])
     frames.add_parser(commands)
+    check.add_parser(commands)
     args = parser.parse_args(argv)
     try:
         report = args.run(args)
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)
-    return 0
+    # a check that went well may have found something
+    return getattr(report, "status", 0)
 
 
 def _benchmark_options() -> argparse.ArgumentParser:

@@ -23,8 +23,8 @@ from lavis_uniadapter.prepare.annotations import (
 )
 from lavis_uniadapter.prepare.sources import (
     count_problems,
+    file_field,
     id_field,
-    name_field,
     read_list,
     repetition_problems,
     text_field,
@@ -105,7 +105,7 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
     Raises:
         DatasetError: the file is not laid out as published, or repeats an annotation.
     """
-    fields = [name_field("video"), text_field("description"), id_field("annotation_id")]
+    fields = [file_field("video"), text_field("description"), id_field("annotation_id")]
     records = read_list(path, fields)
     problems = repetition_problems(
         (f"{r['video']} annotation_id {r['annotation_id']}" for r in records),

@@ -25,6 +25,7 @@ from lavis_uniadapter.prepare.annotations import (
 )
 from lavis_uniadapter.prepare.sources import (
     count_problems,
+    file_field,
     id_field,
     name_field,
     read_list,
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> str:
         FileExistsError: the output folder holds other annotations.
     """
     data = read_data(args.data)
-    test_rows = read_list(args.test_csv, [name_field("video_id"), text_field("sentence")])
+    test_rows = read_list(args.test_csv, [file_field("video_id"), text_field("sentence")])
     test = [row["video_id"] for row in test_rows]
     train = _training_list(args, data, test)
     raise_if_any(_list_problems(args, data, train, test), f"{BENCHMARK} cannot be prepared")
@@ -150,11 +151,11 @@ def read_data(path: Path) -> MSRVTTData:
         DatasetError: it is not laid out as published, or contradicts itself.
     """
     content = read_mapping(path)
-    videos = records_under(content, "videos", [name_field("video_id"), name_field("split")], path)
+    videos = records_under(content, "videos", [file_field("video_id"), name_field("split")], path)
     sentences = records_under(
         content,
         "sentences",
-        [name_field("video_id"), text_field("caption"), id_field("sen_id")],
+        [file_field("video_id"), text_field("caption"), id_field("sen_id")],
         path,
     )
     splits = {video["video_id"]: video["split"] for video in videos}
@@ -203,7 +204,7 @@ def hold_out(train: AnnotationFile, num_val: int, seed: int) -> list[AnnotationF
 
 def _training_list(args: argparse.Namespace, data: MSRVTTData, test: Iterable[str]) -> list[str]:
     if args.train_csv is not None:
-        return [row["video_id"] for row in read_list(args.train_csv, [name_field("video_id")])]
+        return [row["video_id"] for row in read_list(args.train_csv, [file_field("video_id")])]
     if args.split == "7k":
         return [video for video, split in data.splits.items() if split in ("train", "validate")]
     tested = set(test)

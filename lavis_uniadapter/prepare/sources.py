@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_uniadapter.datasets.layouts import Field, is_text
+from lavis_uniadapter.datasets.layouts import Field, is_text, leads_out
 from lavis_uniadapter.datasets.preflight import MAX_NAMED, DatasetError, listing
 from lavis_uniadapter.datasets.record_files import Problem, read_records
 from lavis_uniadapter.errors import name_some
@@ -18,6 +18,15 @@ from lavis_uniadapter.errors import name_some
 def name_field(key: str) -> Field:
     """A field that names something."""
     return Field(key, is_text, "a non-empty string")
+
+
+def file_field(key: str) -> Field:
+    """A field that names something and becomes the name of a file in a folder."""
+    return Field(key, _is_file_name, "the name of a file, without folders,")
+
+
+def _is_file_name(value: object) -> bool:
+    return is_text(value) and not leads_out(value) and not {"/", "\\"} & set(value)
 
 
 def text_field(key: str) -> Field:

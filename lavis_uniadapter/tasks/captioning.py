@@ -29,6 +29,8 @@ class UniAdapterCaptionTask(PredictionTask):
     not scored; ``selection_metric`` (cider): what picks the best epoch.
     """
 
+    NOTHING = {"caption": ""}
+
     def __init__(
         self,
         *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -9,12 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import apply_to_sample
 from lavis.tasks.base_task import BaseTask
 from tqdm import tqdm
+
+from lavis_uniadapter.datasets.reading import gather_unreadable
+from lavis_uniadapter.distributed import gather_to_main
+
+# Key of the reason with an item, and of the number among the metrics.
+UNREADABLE = "unreadable"
 
 
 class PredictionTask(BaseTask, ABC):
@@ -25,8 +31,11 @@ class PredictionTask(BaseTask, ABC):
     of the dataset's ``annotation``, and every record must have one. Predictions are on file before
     they are scored.
 
-    A subclass answers ``predict``, ``describe`` and ``metrics``.
+    A subclass answers ``predict``, ``describe`` and ``metrics``, and has in ``NOTHING`` what stands
+    for the prediction of an item that cannot be read (``allow_missing``): a wrong one.
     """
+
+    NOTHING: Mapping[str, Any]
 
     @abstractmethod
     def predict(self, model, samples: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -44,28 +53,36 @@ class PredictionTask(BaseTask, ABC):
         """All items of a split with their predictions, on the main process; None on the others.
 
         Raises:
-            RuntimeError: if an item got no prediction.
+            RuntimeError: if an item was not predicted exactly once.
         """
-        predictions: dict[int, Mapping[str, Any]] = {}
+        predictions: list[tuple[int, Mapping[str, Any]]] = []
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
         for samples in progress:
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
-            predictions.update(zip(indices, self.predict(model, samples), strict=True))
-        shares: list = [None] * get_world_size()
-        if get_world_size() > 1:
-            dist.all_gather_object(shares, predictions)
-            predictions = {index: value for share in shares for index, value in share.items()}
-        if not is_main_process():
+            predictions += zip(indices, self.predict(model, samples), strict=True)
+        # Every rank answers for its share, whether or not its loader is sharded.
+        predictions = [p for p in predictions if p[0] % get_world_size() == get_rank()]
+        shares = gather_to_main(predictions)
+        unreadable = gather_unreadable(data_loader)
+        if shares is None:
             return None
         records = data_loader.dataset.annotation
-        missing = set(range(len(records))) - predictions.keys()
-        if missing:
+        by_index: dict[int, list[Mapping[str, Any]]] = {i: [] for i in range(len(records))}
+        for index, prediction in itertools.chain.from_iterable(shares):
+            by_index[index].append(prediction)
+        wrong = [i for i, found in by_index.items() if len(found) != 1]
+        if wrong:
             raise RuntimeError(
-                f"{len(missing)} of {len(records)} items got no prediction, the first being "
-                f"{records[min(missing)]}."
+                f"{len(wrong)} of {len(records)} items were not predicted exactly once, the first "
+                f"being {records[wrong[0]]}, {len(by_index[wrong[0]])} times. The evaluation "
+                "sampler must cover the split: do not shuffle or pad it."
             )
-        return [{**self.describe(record), **predictions[i]} for i, record in enumerate(records)]
+        return [
+            {**self.describe(record), **by_index[i][0]}
+            | ({**self.NOTHING, UNREADABLE: unreadable[i].reason} if i in unreadable else {})
+            for i, record in enumerate(records)
+        ]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write predictions, then metrics, to the run's ``result`` folder; returns the metrics."""
@@ -74,6 +91,8 @@ class PredictionTask(BaseTask, ABC):
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
         path.write_text(json.dumps(val_result, indent=1) + "\n")
         metrics = self.metrics(val_result)
+        if unreadable := sum(UNREADABLE in item for item in val_result):
+            metrics[UNREADABLE] = unreadable
         write_metrics(metrics, split_name, epoch)
         return metrics
 

@@ -6,10 +6,11 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
+from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
-from lavis_uniadapter.tasks.prediction import write_metrics
+from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics
 
 
 @registry.register_task("uniadapter_retrieval")
@@ -59,6 +60,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
     def evaluation(self, model, data_loader, **kwargs):
         """Metrics of a split, on the main process; None on the others."""
         scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
+        unreadable = gather_unreadable(data_loader)
         if not is_main_process():
             return None
         dataset = data_loader.dataset
@@ -67,6 +69,8 @@ class UniAdapterRetrievalTask(RetrievalTask):
         )
         recalls = [metrics[name] for name in metrics if name.split("_")[1] in ("r1", "r5", "r10")]
         metrics["mean_recall"] = sum(recalls) / len(recalls)
+        if unreadable:
+            metrics[UNREADABLE] = len(unreadable)
         selected = metrics[self.selection_metric]
         # LAVIS's runners keep the epoch with the highest agg_metrics above 0.
         lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)

@@ -40,6 +40,7 @@ class VideoQATask(PredictionTask, VQATask):
     """
 
     selection_metric = "accuracy"
+    NOTHING = {"prediction": ""}
 
     @classmethod
     def setup_task(cls, cfg):

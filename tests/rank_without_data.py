@@ -1,0 +1,20 @@
+"""``train.py`` whose last rank cannot read anything in the second epoch; for torchrun."""
+
+import os
+import sys
+
+from lavis_uniadapter.datasets.reading import TrainingItems
+from lavis_uniadapter.launch import main
+
+read = TrainingItems._read
+
+
+def fail_in_the_second_epoch(items, index):
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if last and items.epoch == 1:
+        raise OSError(f"the disk of rank {os.environ['RANK']} is gone")
+    return read(items, index)
+
+
+TrainingItems._read = fail_in_the_second_epoch
+sys.exit(main())

@@ -1,0 +1,322 @@
+"""Files that vanish or break while a run is under way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_runs import TRAIN, torchrun
+
+from lavis_uniadapter import launch, run_checkpoints
+from lavis_uniadapter.datasets import reading
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, file_of
+from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
+from lavis_uniadapter.processors import BlipVideoBaseProcessor
+from lavis_uniadapter.run_faults import UNREADABLE
+from rotten_videos import KINDS, make_rotten
+
+DATASET = "datasets.shapes_retrieval"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0.0)
+
+
+@pytest.fixture
+def clips(run, tmp_path):
+    """Options of a run on clips of its own, all whole so far, and their folder."""
+    options = (f"run.cache_root={tmp_path / 'cache'}", "run.max_epoch=2", "run.num_workers=1")
+    options += ("run.batch_size_train=3", "run.unreadable_threshold=1")
+    run("shapes_retrieval", *options, "run.job_id=whole")
+    (folder,) = (tmp_path / "cache").rglob("videos")
+    return options, folder
+
+
+def videos_of(folder: Path, split: str) -> list[Path]:
+    (annotation,) = folder.parent.rglob(f"*{split}.json")
+    names = dict.fromkeys(record["video"] for record in json.loads(annotation.read_text()))
+    return [folder / name for name in names]
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What a file becomes after the checks before training."""
+    from lavis_uniadapter.datasets import building
+
+    def rot_after_the_checks(rot):
+        check = building.check_dataset
+
+        def check_then_rot(dataset, split, *args):
+            result = check(dataset, split, *args)
+            rot(split)
+            return result
+
+        monkeypatch.setattr(building, "check_dataset", check_then_rot)
+
+    return rot_after_the_checks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotten_while_training_is_replaced_and_named(run, clips, unchecked, caplog, kind):
+    options, folder = clips
+    bad = videos_of(folder, "train")[2]
+    unchecked(lambda split: make_rotten(kind, bad) if split == "train" else None)
+    with caplog.at_level("WARNING"):
+        result = run("shapes_retrieval", *options)
+    noted = [json.loads(line) for line in (result.output_dir / UNREADABLE).read_text().splitlines()]
+    assert {line["file"] for line in noted} == {str(bad)}
+    assert sorted({line["epoch"] for line in noted}) == [0, 1]
+    assert all(line["reason"] for line in noted)
+    assert f"'{bad}' cannot be read and is replaced" in caplog.text
+    log = [json.loads(line) for line in (result.output_dir / "log.txt").read_text().splitlines()]
+    counted = [line["train_unreadable"] for line in log if "train_unreadable" in line]
+    assert counted == [2, 2]  # two captions of the clip, each epoch
+    assert result.metrics["test"]["mean_recall"] >= 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotten_before_training_stops_the_run(run, clips, kind):
+    options, folder = clips
+    bad = videos_of(folder, "train")[1]
+    make_rotten(kind, bad)
+    with pytest.raises(DatasetError, match=bad.name):
+        run("shapes_retrieval", *options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotten_in_evaluation_is_an_error_that_names_it(run, clips, unchecked, kind):
+    options, folder = clips
+    bad = videos_of(folder, "test")[3]
+    unchecked(lambda split: make_rotten(kind, bad) if split == "test" else None)
+    with pytest.raises(DatasetError, match=rf"{bad.name}' cannot be read .*allow_missing"):
+        run("shapes_retrieval", *options, evaluate=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotten_in_evaluation_is_scored_as_wrong_where_that_is_allowed(run, clips, kind, caplog):
+    options, folder = clips
+    whole = run("shapes_retrieval", *options, evaluate=True).metrics["test"]
+    bad = videos_of(folder, "test")[3]
+    make_rotten(kind, bad)
+    with caplog.at_level("WARNING"):
+        allowed = (f"{DATASET}.allow_missing=True", "run.job_id=allowed")
+        result = run("shapes_retrieval", *options, *allowed, evaluate=True)
+    metrics = result.metrics["test"]
+    assert metrics["unreadable"] == 1 and "unreadable" not in whole
+    assert metrics["t2v_meanr"] > whole["t2v_meanr"] or metrics["t2v_r1"] < whole["t2v_r1"]
+    (noted,) = json.loads((result.output_dir / "result/unreadable_test.json").read_text())
+    assert noted["index"] == 3 and noted["file"] == str(bad)
+    assert "1 of 5 items cannot be read and are scored as wrong" in caplog.text
+
+
+def test_what_was_not_seen_ranks_last_both_ways(build_model, run, clips):
+    """And the others as they would without it, ties and the first stage alone included."""
+    options, folder = clips
+    bad = videos_of(folder, "test")[3]
+    bad.unlink()
+    for k_test in (0, 3):
+        allowed = (f"{DATASET}.allow_missing=True", f"run.k_test={k_test}")
+        runner = run("shapes_retrieval", *options, *allowed, evaluate=True).runner
+        loader = runner.dataloaders["test"]
+        model = runner.unwrap_dist_model(runner.model)
+        v2t, t2v = model.compute_sim_matrix(loader, task_cfg=runner.config.run_cfg)
+        dataset = loader.dataset
+        metrics = retrieval_metrics(v2t, t2v, dataset.txt2img, dataset.img2txt, "video")
+        mine = dataset.img2txt[3]
+        assert all((t2v[text].argsort()[0] == 3) for text in mine)
+        others = [text for text in range(v2t.shape[1]) if text not in mine]
+        assert v2t[3, mine].max() < v2t[3, others].min()
+        assert metrics["v2t_meanr"] >= v2t.shape[1] / len(v2t) / 2
+
+
+def test_too_many_unreadable_files_stop_the_run_and_save_it(run, clips, unchecked):
+    options, folder = clips
+    videos = videos_of(folder, "train")
+
+    def rot(split):
+        if split == "train":
+            for video in videos[:3]:
+                make_rotten("vanished", video)
+
+    unchecked(rot)
+    with pytest.raises(DatasetError, match=r"could not be read.*run.unreadable_threshold 0.2"):
+        run("shapes_retrieval", *options, "run.unreadable_threshold=0.2", "run.job_id=stopped")
+    run_checkpoints.read(folder.parents[3] / "output/shapes_retrieval/stopped/checkpoint_latest.pth")
+
+
+def test_a_batch_without_any_readable_file_takes_others(run, clips, unchecked):
+    options, folder = clips
+    bad = videos_of(folder, "train")[0]
+    unchecked(lambda split: make_rotten("vanished", bad) if split == "train" else None)
+    result = run("shapes_retrieval", *options, "run.batch_size_train=1", "run.valid_splits=[]")
+    noted = (result.output_dir / UNREADABLE).read_text().splitlines()
+    assert len(noted) == 2 * 2
+
+
+def test_nothing_readable_at_all_is_an_error(run, clips, unchecked):
+    options, folder = clips
+    videos = videos_of(folder, "train")
+    unchecked(lambda split: [make_rotten("vanished", v) for v in videos] if split == "train" else 0)
+    with pytest.raises(DatasetError, match="is .*videos still there"):
+        run("shapes_retrieval", *options)
+
+
+def test_a_file_that_comes_back_is_read(run, clips, monkeypatch):
+    options, folder = clips
+    whole = run_checkpoints.read(
+        folder.parents[3] / "output/shapes_retrieval/whole/checkpoint_latest.pth"
+    )
+    decode = BlipVideoBaseProcessor._decode
+    failed = set()
+
+    def first_time_fails(processor, path, positions):
+        if path not in failed:
+            failed.add(path)
+            raise OSError(5, "Input/output error")
+        return decode(processor, path, positions)
+
+    monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", first_time_fails)
+    result = run("shapes_retrieval", *options)
+    assert failed and not (result.output_dir / UNREADABLE).exists()
+    again = run_checkpoints.read(result.output_dir / "checkpoint_latest.pth")
+    for name, value in whole["model"].items():
+        assert torch.equal(again["model"][name], value), name
+
+
+@pytest.mark.parametrize("end", ["hangs", "dies"])
+def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, monkeypatch, end):
+    options, folder = clips
+    bad = videos_of(folder, "train")[2]
+    decode = BlipVideoBaseProcessor._decode
+    main = os.getpid()
+
+    def hang_or_die(processor, path, positions):
+        if os.getpid() != main and Path(path).name == bad.name:
+            if end == "dies":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            time.sleep(600)
+        return decode(processor, path, positions)
+
+    monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", hang_or_die)
+    said = {"hangs": "gave nothing for 2 s", "dies": "signal: Segmentation fault"}[end]
+    with pytest.raises(DatasetError, match=rf"(?s){said}.*{bad.name}"):
+        run("shapes_retrieval", *options, "run.data_timeout=2", "run.job_id=stopped")
+    # what was computed before is kept
+    path = folder.parents[3] / "output/shapes_retrieval/stopped/checkpoint_latest.pth"
+    run_checkpoints.read(path)
+
+
+def test_images_too(run, tmp_path, monkeypatch):
+    from lavis_uniadapter.datasets import building
+
+    options = (f"run.cache_root={tmp_path / 'cache'}", "run.unreadable_threshold=1")
+    run("shapes_pretrain", *options, "run.job_id=whole", "run.max_epoch=1")
+    bad = sorted((tmp_path / "cache").rglob("*.png"))[0]
+    check = building.check_dataset
+
+    def check_then_cut(dataset, split, *args):
+        result = check(dataset, split, *args)
+        bad.write_bytes(bad.read_bytes()[:60])
+        return result
+
+    monkeypatch.setattr(building, "check_dataset", check_then_cut)
+    result = run("shapes_pretrain", *options, "run.max_epoch=1", "run.test_splits=[]")
+    noted = [json.loads(line) for line in (result.output_dir / UNREADABLE).read_text().splitlines()]
+    assert {line["file"] for line in noted} == {str(bad)}
+
+
+def test_questions_and_captions_count_what_is_missing_as_wrong(run, tmp_path):
+    cache = tmp_path / "cache"
+    for name, answer in (("shapes_qa", "prediction"), ("shapes_caption", "caption")):
+        section = name
+        options = [
+            *(f"run.cache_root={cache}", "run.device=cpu", "run.num_workers=0"),
+            *(f"datasets.{section}.generate.num_train=6", f"datasets.{section}.generate.num_val=4"),
+            *(f"datasets.{section}.generate.num_test=5", "model.vit.depth=1"),
+            f"datasets.{section}.generate.num_frames=6",
+        ]
+        launch.run(TRAIN / f"{name}.yaml", [*options, "run.job_id=whole"], evaluate=True)
+        (folder,) = cache.rglob("videos")
+        bad = videos_of(folder, "retrieval_test")[2]
+        content = bad.read_bytes()
+        bad.unlink()
+        with pytest.raises(DatasetError, match=bad.name):
+            launch.run(TRAIN / f"{name}.yaml", options, evaluate=True)
+        options += [f"datasets.{section}.allow_missing=True", "run.job_id=allowed"]
+        result = launch.run(TRAIN / f"{name}.yaml", options, evaluate=True)
+        bad.write_bytes(content)
+        (path,) = (result.output_dir / "result").glob("test_epoch_*.json")
+        items = json.loads(path.read_text())
+        missing = [item for item in items if item["file"] == bad.name]
+        assert missing and all(item[answer] == "" and item["unreadable"] for item in missing)
+        assert result.metrics["test"]["unreadable"] == len(missing)
+        assert all("unreadable" not in item for item in items if item["file"] != bad.name)
+        if name == "shapes_qa":
+            assert not any(item["correct"] for item in missing)
+
+
+def test_only_who_can_score_it_may_allow_what_is_missing(run, tmp_path):
+    config = OmegaConf.load(TRAIN / "shapes_caption.yaml")
+    config.run.task = "captioning"
+    config.run.pop("selection_metric", None)
+    OmegaConf.save(config, tmp_path / "lavis.yaml")
+    with pytest.raises(ConfigError, match="run.task 'captioning'.*cannot score what is missing"):
+        launch.run(tmp_path / "lavis.yaml", ["datasets.shapes_caption.allow_missing=True"])
+
+
+def test_unchecked_files_are_not_opened_before_training(run, clips):
+    options, folder = clips
+    bad = videos_of(folder, "train")[2]
+    bad.write_bytes(b"")
+    result = run("shapes_retrieval", *options, "run.check_files=False")
+    assert (result.output_dir / UNREADABLE).is_file()
+    with pytest.raises(ConfigError, match="skip_missing is True and run.check_files False"):
+        run("shapes_retrieval", *options, "run.check_files=False", f"{DATASET}.skip_missing=True")
+
+
+def test_stand_ins_leave_the_records_as_they_are(run, clips, tmp_path):
+    options, folder = clips
+    runner = run("shapes_retrieval", *options, evaluate=True).runner
+    dataset = runner.datasets["test"]
+    items = EvaluationItems(dataset, tmp_path / "blank", ReadingMonitor(0))
+    before = [dict(record) for record in dataset.annotation]
+    Path(file_of(dataset, 1)).unlink()
+    report, (first, second) = items.__getitems__([0, 1])
+    assert [fault.index for fault in report.unreadable] == [1]
+    assert dataset.annotation == before
+    assert first["video"].shape == second["video"].shape
+    assert second["video"].flatten(1).std(dim=1).max() < 1e-5  # black
+    assert second["index"] == 1
+
+
+def test_a_rank_without_data_ends_the_others_and_says_why(tmp_path, clips):
+    """Every process is gone within a minute, the failing rank's error told."""
+    options, folder = clips
+    started = time.monotonic()
+    done = torchrun(
+        2,
+        "tests/rank_without_data.py",
+        [*clips_options(options), "run.job_id=one", "run.batch_size_train=1"],
+        tmp_path,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert time.monotonic() - started < 60 + 60  # of which starting takes a part
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "the disk of rank 1 is gone" in errors[0], done.stderr
+    run_checkpoints.read(tmp_path / "output/shapes_retrieval/one/checkpoint_latest.pth")
+
+
+def clips_options(options):
+    from tiny_runs import TINY_CLIPS, TINY_RUN
+
+    return [*TINY_CLIPS, *TINY_RUN, *options]
