@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from lavis_uniadapter import run_checkpoints, run_folders
+from lavis_uniadapter import lavis_versions, run_checkpoints, run_folders
 from lavis_uniadapter.checkpoint import describe_mismatch
 from lavis_uniadapter.config import AMP_DTYPES
 from lavis_uniadapter.datasets.preflight import DatasetError
@@ -485,10 +485,7 @@ class RunnerUniAdapter(RunnerBase):
 
     def _losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast():
-            if type(self.task).train_step is not BaseTask.train_step:
-                return {"loss": self.task.train_step(model=self.model, samples=samples)}
-            output = self.model(samples)
-        return {name: output[name] for name in output.keys() if name.startswith("loss")}
+            return lavis_versions.losses(self.task, self.model, samples)
 
     def _no_sync(self, unless: bool):
         if unless or not isinstance(self.model, DistributedDataParallel):

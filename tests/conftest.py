@@ -10,19 +10,36 @@ import pytest
 import torch
 from hypothesis import settings
 from lavis.common.registry import registry
+from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from tiny_runs import TRAIN, options_of
+from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter import launch
 
-torch.set_num_threads(2)
+# one each, where pytest-xdist runs tests side by side
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # What fails once fails again, and a busy machine makes nothing fail. To search further:
 # pytest --hypothesis-profile=search, with ten times the examples, others each time.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=False)
 settings.register_profile("search", max_examples=1000, deadline=None, print_blob=False)
 settings.load_profile("repeatable")
+
+
+class LavisDecoder(XBertLMHeadDecoder, GenerationMixin):
+    """LAVIS's decoder, which has lost ``generate`` to transformers 4.50, generating as it did."""
+
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        for key in ("encoder_hidden_states", "encoder_attention_mask"):
+            # LAVIS repeats them for beams, and transformers has begun to as well
+            inputs[key] = inputs[key][:: len(inputs[key]) // len(input_ids)]
+        return inputs
+
 
 SMALL = {
     "image_size": 32,

@@ -7,5 +7,6 @@ from lavis_uniadapter.launch import main
 
 status = main()
 names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-print("left:", sorted(name for name in names if "gloo" in name), flush=True)
+left = sorted(name for name in names if "gloo" in name)
+print(f"left: {left}\n", end="", flush=True)  # in one piece: two processes write
 sys.exit(status)

@@ -562,7 +562,7 @@ def test_launcher_starts_its_configuration(name, tmp_path):
     """With a Python that only writes down what it is asked to do."""
     python = tmp_path / "bin/python"
     python.parent.mkdir()
-    python.write_text('#!/bin/bash\necho "$@" >> "$ASKED"\n')
+    python.write_text('#!/bin/bash\necho "$@" >> "$ASKED"\necho 3.11\n')
     python.chmod(0o755)
     asked = tmp_path / "asked"
     command = ["bash", str(ROOT / f"run_scripts/{name}.sh"), "--options", "run.seed=7"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import LavisDecoder
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_caption import BlipCaption
-from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from test_adapter_contracts import perturb
 
@@ -42,7 +42,7 @@ def lavis_model(build, small_med_config, monkeypatch):
     monkeypatch.setattr(BlipCaption, "init_tokenizer", classmethod(lambda cls: ours.tokenizer))
     config = build_text_decoder(small_med_config, 32).config
     model = BlipCaption(
-        build_visual_encoder("custom", 32, VIT), XBertLMHeadDecoder(config), prompt=PROMPT
+        build_visual_encoder("custom", 32, VIT), LavisDecoder(config), prompt=PROMPT
     )
     model.load_state_dict(
         {k: v for k, v in ours.state_dict().items() if not k.startswith("adapters.")}
@@ -75,7 +75,9 @@ def test_generation_equals_lavis(build, lavis_model, images, num_beams):
     """LAVIS computes each step from the start and without a memory."""
     how = {"num_beams": num_beams, "max_length": 14, "min_length": 6, "repetition_penalty": 1.2}
     captions = [model.eval().generate(images, **how) for model in (build(), lavis_model)]
-    assert captions[0] == captions[1]
+    # LAVIS cuts the prompt off the text, and a caption may begin with the end of a word.
+    texts = [(PROMPT + caption).replace(" ##", "")[len(PROMPT) :] for caption in captions[0]]
+    assert texts == captions[1]
     assert len(captions[0]) == 2 and all(len(c) > 3 for c in captions[0])
 
 

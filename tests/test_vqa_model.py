@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from conftest import LavisDecoder
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from test_adapter_contracts import perturb
 
@@ -88,7 +88,7 @@ def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
     theirs = BlipVQA(
         build_visual_encoder("custom", 32, VIT),
         build_text_encoder(med_config, 32),
-        XBertLMHeadDecoder(build_text_decoder(med_config).config),
+        LavisDecoder(build_text_decoder(med_config).config),
     )
     theirs.load_state_dict(
         {k: v for k, v in ours.state_dict().items() if not k.startswith("adapters.")}

@@ -212,6 +212,11 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     transformers no longer uses.
     """
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Not transformers' cache objects: LAVIS's layers keep keys and values in tuples."""
+        return False
+
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> VisualMemory:
         """Memory of (items, tokens, width) states, key/value adapter included.
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import adapter_files, checkpoint, paths
+from lavis_uniadapter import adapter_files, checkpoint, lavis_versions, paths
 from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
 from lavis_uniadapter.backbone import (
     attach_adapters,
@@ -170,10 +170,13 @@ class TunedBlip(BaseModel):
             tokenizer = BertTokenizer.from_pretrained(
                 str(folder) if folder else name_or_folder, local_files_only=folder is not None
             )
-        except (OSError, ValueError) as error:
+        # Of a missing vocab.txt, later releases of transformers say TypeError, or that there is no
+        # protobuf to read another format with.
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
             raise ConfigError(
                 f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                f"BERT's vocab.txt, or a hub name while online. ({error})"
+                f"BERT's vocab.txt, or a hub name while online.{reason}"
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -420,6 +423,12 @@ class TunedBlip(BaseModel):
         """Restart moving averages, where the model has any, from the present parameters."""
 
     # --- LAVIS ----------------------------------------------------------------------------------
+
+    def get_optimizer_params(self, weight_decay: float, lr_scale: float = 1) -> list[dict]:
+        """Parameter groups of what trains, for the runner of LAVIS's main branch."""
+        return lavis_versions.optimizer_params(
+            self.trainable_parameters().values(), weight_decay, lr_scale
+        )
 
     def load_checkpoint(self, url_or_filename):
         """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.blip_models.blip import BlipBase
 from lavis.models.blip_models.blip_caption import BlipCaption
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import paths
+from lavis_uniadapter import lavis_versions, paths
 from lavis_uniadapter.backbone import build_text_decoder, encode_frames
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.features import visual_input
@@ -61,7 +60,7 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         Args:
             prompt: what every caption begins with, in training and generation.
         """
-        BlipBase.__init__(self)  # BlipCaption's own asks the hub for its tokenizer
+        lavis_versions.init_blip(self)  # BlipCaption's own asks the hub for its tokenizer
         self.tokenizer = tokenizer
         self.visual_encoder = image_encoder
         self.text_decoder = text_decoder

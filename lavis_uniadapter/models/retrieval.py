@@ -21,7 +21,7 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import paths
+from lavis_uniadapter import lavis_versions, paths
 from lavis_uniadapter.adapters import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
@@ -95,7 +95,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         max_txt_len: int = 35,
     ):
         """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
-        super().__init__()
+        lavis_versions.init_blip(self)
         self.tokenizer = tokenizer
         self.visual_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -296,7 +296,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-        ids = samples["image_id"].view(-1, 1)
+        ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)
         gathers_texts = self.negative_all_rank and get_world_size() > 1
         tokens = self.tokenize(
             samples["text_input"], padding="max_length" if gathers_texts else "longest"

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.blip_models.blip import BlipBase
 from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import paths
+from lavis_uniadapter import lavis_versions, paths
 from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, encode_frames
 from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
 from lavis_uniadapter.features import visual_input
@@ -53,7 +52,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         max_txt_len: int = 35,
     ):
         """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
-        BlipBase.__init__(self)  # BlipVQA's own asks the hub for its tokenizer
+        lavis_versions.init_blip(self)  # BlipVQA's own asks the hub for its tokenizer
         self.tokenizer = tokenizer
         self.visual_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -141,7 +140,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         targets = answers.input_ids.masked_fill(
             answers.input_ids == self.tokenizer.pad_token_id, -100
         )
-        counts = torch.as_tensor(samples["n_answers"], device=self.device)
+        counts = lavis_versions.numbers(samples["n_answers"], self.device)
         output = self.text_decoder(
             answers.input_ids,
             attention_mask=answers.attention_mask,
@@ -155,7 +154,8 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         )
         visual = visual_input(samples)
         num_frames = len(visual) * (1 if visual.ndim == 4 else visual.shape[2])
-        loss = (samples["weight"] * output.loss).sum() / num_frames
+        weight = lavis_versions.numbers(samples["weight"], self.device)
+        loss = (weight * output.loss).sum() / num_frames
         return loss, output, targets
 
     def _rank_answers(self, samples, answer_list, num_ans_candidates) -> list[str]:

@@ -8,7 +8,6 @@ import torch
 from lavis.common.registry import registry
 from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
 from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDataset
-from lavis.tasks.captioning import CaptionTask
 from torch.utils.data import Dataset
 
 from lavis_uniadapter.datasets.preflight import DatasetError
@@ -20,7 +19,7 @@ CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
 
 
 @registry.register_task("uniadapter_captioning")
-class UniAdapterCaptionTask(PredictionTask, CaptionTask):
+class UniAdapterCaptionTask(PredictionTask):
     """Captioning by beam search, scored against the captions in the annotation of the split.
 
     LAVIS's ``captioning`` scores against COCO's files, whatever the data set, and downloads them.
@@ -32,8 +31,20 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
 
     NOTHING = {"caption": ""}
 
-    def __init__(self, selection_metric: str = "cider", **settings):
-        super().__init__(**settings)
+    def __init__(
+        self,
+        *,
+        num_beams: int = 3,
+        max_len: int = 30,
+        min_len: int = 5,
+        report_metric: bool = True,
+        selection_metric: str = "cider",
+    ):
+        super().__init__()
+        self.num_beams = num_beams
+        self.max_len = max_len
+        self.min_len = min_len
+        self.report_metric = report_metric
         self.selection_metric = selection_metric
 
     @classmethod
@@ -62,7 +73,6 @@ class UniAdapterCaptionTask(PredictionTask, CaptionTask):
             num_beams=run.get("num_beams", 3),
             max_len=run.get("max_len", 30),
             min_len=run.get("min_len", 5),
-            evaluate=run.evaluate,
             report_metric=run.get("report_metric", True),
         )
 

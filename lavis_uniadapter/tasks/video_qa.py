@@ -10,8 +10,10 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.multimodal_classification_datasets import (
     MultimodalClassificationDataset,
 )
+from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 
+from lavis_uniadapter import lavis_versions
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.answer_metrics import (
     OTHER,
@@ -73,7 +75,7 @@ class VideoQATask(PredictionTask, VQATask):
             ConfigError: for a dataset that has no class labels, or a validation split without
                 questions of the kind that the selection metric is about.
         """
-        datasets = super().build_datasets(cfg)
+        datasets = BaseTask.build_datasets(self, cfg)  # VQATask's looks for COCO's question files
         labels: dict[str, int] = {}
         every = [(name, d) for name, splits in datasets.items() for d in splits.values()]
         for name, dataset in every:
@@ -106,13 +108,12 @@ class VideoQATask(PredictionTask, VQATask):
                         f"has no question of that kind. Take accuracy."
                     )
 
-    def train_step(self, model, samples: Mapping[str, Any]) -> torch.Tensor:
+    def train_step(self, model, samples: Mapping[str, Any]):
         """Loss of a batch of LAVIS's ``VideoQADataset``: one answer a question, of weight 1."""
-        answers = [self._answers[index] for index in samples["answers"].tolist()]
-        ones = torch.ones(len(answers), device=samples["answers"].device)
-        return model(
-            {**samples, "answer": answers, "n_answers": ones.long(), "weight": ones},
-        )["loss"]
+        answers = [self._answers[int(index)] for index in samples["answers"]]
+        ones = torch.ones(len(answers))
+        output = model({**samples, "answer": answers, "n_answers": ones.long(), "weight": ones})
+        return lavis_versions.train_step_result(output["loss"])
 
     def predict(self, model, samples):
         answers = model.predict_answers(
