@@ -267,7 +267,13 @@ class RunnerUniAdapter(RunnerBase):
         """
         with self._watch:
             try:
-                return self._train()
+                try:
+                    return self._train()
+                except DatasetError:
+                    # a signal to the whole process group may have ended the data workers first
+                    if self._watch.requested_within(1.0):
+                        raise Interrupted(self._watch.requested) from None
+                    raise
             except Interrupted as interrupted:
                 raise Interrupted(self._describe_interruption(str(interrupted))) from None
 
@@ -280,9 +286,12 @@ class RunnerUniAdapter(RunnerBase):
             epoch, started = progress.epoch, time.perf_counter()
             with self._watch.deferred():
                 stats = self.train_epoch(progress)
-                if self.valid_splits:  # an interruption from here on costs the validation alone
+                stops = self._votes.largest(int(self._watch.requested is not None))
+                if self.valid_splits or stops:
+                    # an interruption from here on costs the validation alone
                     self._save_latest(progress)
-            self._stop_if_interrupted()
+                if stops:
+                    raise Interrupted(self._watch.requested or "a signal to another rank")
             logs = {split: self.eval_epoch(split, cur_epoch=epoch) for split in self.valid_splits}
             with self._watch.deferred():
                 self.log_stats({**stats, "epoch": epoch}, "train")
@@ -294,9 +303,7 @@ class RunnerUniAdapter(RunnerBase):
                 if is_best:
                     self.best_metric, self.best_epoch = first_log["agg_metrics"], epoch
                     self.best_value = first_log[self._metric_name]
-                progress = EpochProgress(
-                    epoch + 1, skipped_in_a_row=progress.skipped_in_a_row, step=0
-                )
+                progress = EpochProgress(epoch + 1, skipped_in_a_row=progress.skipped_in_a_row)
                 self._save_epoch(progress, is_best)
                 seconds = time.perf_counter() - started
                 self._announce_epoch(epoch, stats, first_log, is_best, seconds)
@@ -455,16 +462,17 @@ class RunnerUniAdapter(RunnerBase):
         loader = self.train_loader
         faults = loader.report.unreadable
         self._faults.unreadable(faults, progress.epoch, progress.step)
-        progress.unreadable += len(faults)
+        number = progress.unreadable + len(faults)
         threshold = float(self._setting("unreadable_threshold", UNREADABLE_THRESHOLD))
         items = len(loader) * loader.batch_size
-        if faults and progress.unreadable > threshold * items:
+        if faults and number > threshold * items:
             raise DatasetError(
-                f"{progress.unreadable} of the {items} items of this epoch could not be read, more "
+                f"{number} of the {items} items of this epoch could not be read, more "
                 f"than run.unreadable_threshold {threshold:g} allows; the last: "
                 f"'{faults[-1].file}' ({faults[-1].reason}). All are in {self.output_dir}. Is the "
                 "disk there? python -m lavis_uniadapter.prepare check looks through a folder."
             )
+        progress.unreadable = number
 
     def _note_skipped_step(self, progress: EpochProgress, losses, reports) -> None:
         """Count a step that was not taken; too many in a row end the run."""
@@ -746,6 +754,7 @@ class RunnerUniAdapter(RunnerBase):
     # --- interruptions --------------------------------------------------------------------------
 
     def _stop_if_interrupted(self) -> None:
+        """Act on a signal that came where it was only noted."""
         if self._watch.requested:
             raise Interrupted(self._watch.requested)
 

@@ -203,6 +203,15 @@ def test_a_signal_saves_the_run(run, number, step, longer):
     assert first_difference(ended(whole), ended(resumed)) is None
 
 
+def test_a_signal_at_the_last_step_of_an_epoch_saves_it(run, longer):
+    options = (*longer, "run.checkpoint_freq=0", "run.valid_splits=[]", "run.test_splits=[]")
+    with at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
+        run("shapes_retrieval", *options, "run.job_id=signalled")
+    content = run_checkpoints.read(Path("output/shapes_retrieval/signalled") / LATEST)
+    (state,) = content["ranks"]
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (0, 5)
+
+
 def test_a_signal_in_validation_loses_no_step(run, monkeypatch, longer):
     from lavis_uniadapter.tasks import UniAdapterRetrievalTask
 
