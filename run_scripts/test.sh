@@ -3,4 +3,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Threads that wait by spinning would hold up the tests beside them.
+export GOMP_SPINCOUNT=0
+exec python -m pytest -n 2 "$@"

@@ -50,7 +50,14 @@ def torchrun(number, script, options, cwd, check=True):
         *("--standalone", f"--nproc_per_node={number}", str(ROOT / script)),
         *("--cfg-path", str(TRAIN / "shapes_retrieval.yaml"), "--options", *options),
     ]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,  # of ranks that wait for each other
+    )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
