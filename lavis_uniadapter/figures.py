@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -134,14 +135,18 @@ def plot_comparison(
             nothing are drawn as a line across.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    drawn: Counter[float] = Counter()
     for index, (name, (parameters, mean, deviation)) in enumerate(points.items()):
         colour = f"C{index % 10}"
         if not parameters:
             axes.axhline(mean, color="grey", linestyle=":", label=name)
             continue
         marker = "osD^vP*X<>"[index // 10 % 10]
+        # side by side, where methods train as many
+        beside = 1.025 ** drawn[parameters]
+        drawn[parameters] += 1
         axes.errorbar(
-            *(parameters, mean, deviation),
+            *(parameters * beside, mean, deviation),
             color=colour,
             marker=marker,
             linestyle="none",

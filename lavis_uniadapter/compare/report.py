@@ -92,6 +92,6 @@ def write_report(lines: Sequence[Line], metrics: Sequence[str], folder: Path) ->
             points,
             metrics[0],
             folder / "comparison.png",
-            f"{metrics[0]} against what is trained (mean ± standard deviation over seeds)",
+            "mean ± standard deviation over seeds",
         )
     return table
