@@ -1,4 +1,4 @@
-"""What holds for any input: of sampling, padding, ranking metrics and configuration files."""
+"""What holds for any input: of sampling, padding, ranking metrics, shards, configuration files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import lavis_uniadapter.launch  # noqa: F401  (registers LAVIS's schedules)
 from lavis_uniadapter.config import load_config
+from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import RetrievalRanks, retrieval_metrics
@@ -197,6 +198,39 @@ def test_ranks_do_not_depend_on_the_order_of_queries_and_candidates(gallery, dat
     moved = {new: [candidates.index(c) for c in right[old]] for new, old in enumerate(queries)}
     found = ranks_of(scores[queries][:, candidates], moved)
     assert torch.equal(found, ranks_of(scores, right)[queries])
+
+
+# --- sharding -----------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 200), st.integers(1, 9))
+def test_every_item_is_evaluated_by_just_one_rank(number, world):
+    shards = [EvaluationShard(range(number), rank, world) for rank in range(world)]
+    shares = [list(shard) for shard in shards]
+    assert sorted(index for share in shares for index in share) == list(range(number))
+    assert [len(shard) for shard in shards] == [len(share) for share in shares]
+    assert all(index % world == rank for rank, share in enumerate(shares) for index in share)
+
+
+@given(
+    st.integers(1, 200), st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 50), st.data()
+)
+def test_training_ranks_share_an_epoch_out_and_may_begin_in_it(number, world, seed, epoch, data):
+    def shares(first=0, of_epoch=epoch, of_seed=seed):
+        shards = [TrainingShard(range(number), rank, world, of_seed) for rank in range(world)]
+        for shard in shards:
+            shard.start(of_epoch, first)
+        return [list(shard) for shard in shards], [len(shard) for shard in shards]
+
+    whole, lengths = shares()
+    assert lengths == [number // world] * world == [len(share) for share in whole]
+    seen = [index for share in whole for index in share]
+    assert len(set(seen)) == len(seen) and set(seen) <= set(range(number))
+    assert shares()[0] == whole  # the order is the seed's and the epoch's
+    first = data.draw(st.integers(0, number // world))
+    assert shares(first)[0] == [share[first:] for share in whole]
+    if number // world >= 20:
+        assert shares(of_epoch=epoch + 1)[0] != whole and shares(of_seed=seed ^ 1)[0] != whole
 
 
 # --- configuration files ------------------------------------------------------------------------

@@ -104,6 +104,16 @@ def test_mid_epoch_resume_equals_not_stopping(run, tuning, step, longer):
         }
 
 
+def test_a_gradient_scaler_goes_on_too(run, longer):
+    options = (*longer, "run.amp=fp16")
+    whole = run("shapes_retrieval", *options, "run.job_id=whole")
+    with at_step(8, raise_killed), pytest.raises(Killed):
+        run("shapes_retrieval", *options, "run.job_id=killed")
+    resumed = run("shapes_retrieval", *options, "run.job_id=killed", "run.resume=auto")
+    assert ended(whole)["scaler"]["scale"] > 0
+    assert first_difference(ended(whole), ended(resumed)) is None
+
+
 def test_the_last_two_states_are_kept(run, longer):
     folder = run("shapes_retrieval", *longer, "run.test_splits=[]").output_dir
     latest, previous = (run_checkpoints.read(folder / name) for name in (LATEST, PREVIOUS))
