@@ -514,8 +514,10 @@ def test_what_does_not_go_together_is_refused(start, name, options, expected):
 # --- several processes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("name", ["msrvtt_qa", "msrvtt_caption"])
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "processes"), [("msrvtt_qa", 2), ("msrvtt_qa", 3), ("msrvtt_caption", 3)]
+)
 def test_processes_evaluate_as_one(start, name, processes, small_med_config, tmp_path):
     """Seven questions, on ranks of uneven shares: each is predicted once."""
     BENCHMARKS[name](start.cache)

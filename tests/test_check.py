@@ -216,9 +216,12 @@ def test_no_files_need_no_workers():
     assert list(examine_isolated(lambda path: None, [], 2, SECONDS)) == []
 
 
-def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, monkeypatch):
+def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, monkeypatch, request):
     for name in ("a", "b", "c"):
         (folder / f"{name}.mp4").write_bytes(b"x")
+    # a shell starts what it runs in the background with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupt(path, thorough):
         name = Path(path).stem

@@ -306,6 +306,7 @@ def test_every_comparison_compares_every_method_by_a_configuration_that_runs(pat
     assert tunings == set(TUNING_METHODS)
 
 
+@pytest.mark.processes
 def test_compares_for_real_and_goes_on_where_it_stopped(
     plan_file, tmp_path, tiny_cache, monkeypatch, capsys
 ):

@@ -154,6 +154,7 @@ def test_spoiled_weights_are_not_evaluated(run):
 # --- ranks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_two_ranks_step_is_the_average_of_theirs(build_model, small_med_config, tmp_path):
     """Against the same two batches one after the other in one process, dropout included."""
     from conftest import CAPTIONS, SMALL
@@ -231,6 +232,7 @@ def resident_megabytes() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory from /proc")
 def test_memory_and_files_stay_flat(run):
     """Over 1,000 steps with checkpoints between, and 50 evaluations."""

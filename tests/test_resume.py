@@ -46,6 +46,7 @@ def longer(tmp_path_factory):
     )
 
 
+@pytest.mark.processes
 def test_killed_at_random_moments_resumes_bit_for_bit():
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/kill_and_resume.py"), "--kills", "4", "--seed", "3"],
@@ -83,8 +84,9 @@ def ended(result):
     return content
 
 
-@pytest.mark.parametrize("tuning", ["uniadapter", "full"])
-@pytest.mark.parametrize("step", [3, 7, 9])
+@pytest.mark.parametrize(
+    ("tuning", "step"), [("uniadapter", 3), ("uniadapter", 7), ("uniadapter", 9), ("full", 7)]
+)
 def test_mid_epoch_resume_equals_not_stopping(run, tuning, step, longer):
     """Steps 0 to 4 are the first epoch's; a checkpoint stands at every second one."""
     options = (*longer, f"model.tuning={tuning}")
@@ -253,6 +255,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_the_command_ends_with_a_code_of_its_own(tmp_path, tiny_cache, whole_group, longer):
     """As a scheduler does it, to the process or to its whole group, data workers included."""
@@ -283,6 +286,7 @@ def test_the_command_ends_with_a_code_of_its_own(tmp_path, tiny_cache, whole_gro
     run_checkpoints.read(folder / LATEST)
 
 
+@pytest.mark.processes
 def test_two_processes_stop_at_the_same_step_and_resume(tmp_path, tiny_cache, longer):
     options = [*options_of("shapes_retrieval", tiny_cache), *longer, "run.batch_size_train=1"]
     options += ["run.checkpoint_freq=1", "run.valid_splits=[]", "run.test_splits=[]"]

@@ -277,6 +277,7 @@ def test_tuned_checkpoint_is_no_base(run):
 # --- several processes --------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("processes", "dist_eval_sampler"), [(2, True), (2, False), (3, True)])
 def test_processes_evaluate_as_one(run, tmp_path, tiny_cache, processes, dist_eval_sampler):
     """An odd gallery, so the shares are uneven; the loader sharded or whole on each rank."""
@@ -292,6 +293,7 @@ def test_processes_evaluate_as_one(run, tmp_path, tiny_cache, processes, dist_ev
     assert together == alone
 
 
+@pytest.mark.processes
 def test_two_processes_train_in_one_folder(tmp_path, tiny_cache):
     options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.batch_size_train=2"]
     done = torchrun(2, "train.py", options, tmp_path)
@@ -301,6 +303,7 @@ def test_two_processes_train_in_one_folder(tmp_path, tiny_cache):
     assert done.stdout.count("epoch 1/2:") == 1
 
 
+@pytest.mark.processes
 def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path, tiny_cache):
     """Averages and queues of every rank included; the checkpoint holds them once."""
     options = [
@@ -317,6 +320,7 @@ def test_two_processes_resume_as_if_they_had_not_stopped(tmp_path, tiny_cache):
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads through /proc")
 def test_a_run_ends_its_process_group(tmp_path, tiny_cache):
     """Threads of gloo that are left to the interpreter's shutdown abort it now and then."""
@@ -326,6 +330,7 @@ def test_a_run_ends_its_process_group(tmp_path, tiny_cache):
     assert done.stdout.count("left: []") == 2, done.stdout
 
 
+@pytest.mark.processes
 def test_script_says_what_it_does(tmp_path, tiny_cache):
     """A plain ``python train.py`` without torchrun."""
     options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.max_epoch=1"]
