@@ -210,15 +210,26 @@ def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, m
         return decode(processor, path, positions)
 
     monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", hang_or_die)
-    said = {
-        "hangs": "gave nothing for 8 s",
-        # PyTorch learns of it from the signal, or from the silence
-        "dies": "signal: Segmentation fault|exited unexpectedly",
-    }[end]
+    # PyTorch learns of a death from the signal, from the silence or from the broken connection
+    said = {"hangs": "gave nothing for 8 s", "dies": r"A data worker died \("}[end]
     with pytest.raises(DatasetError, match=rf"(?s)({said}).*{bad.name}"):
         run("shapes_retrieval", *options, "run.data_timeout=8", "run.job_id=stopped")
     # what was computed before is kept
     run_checkpoints.read("output/shapes_retrieval/stopped/checkpoint_latest.pth")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_connection_to_a_worker_that_breaks_is_its_death(run, clips, monkeypatch, error):
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    options, _ = clips
+
+    def broken(iterator):
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", broken)
+    with pytest.raises(DatasetError, match=r"A data worker died \("):
+        run("shapes_retrieval", *options)
 
 
 def test_images_too(run, tmp_path, monkeypatch):

@@ -334,9 +334,11 @@ class ItemLoader(DataLoader):
                     self.report, samples = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not _is_of_a_worker(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self.num_workers or not _is_of_a_worker(error):
                     raise
+                # or else a later loader is told of the same death
+                batches._shutdown_workers()
                 raise DatasetError(self._describe(error)) from error
             if self.report.failure is not None:
                 raise DatasetError(self.report.failure)
@@ -344,17 +346,18 @@ class ItemLoader(DataLoader):
                 self.unreadable.update({fault.index: fault for fault in self.report.unreadable})
             yield samples
 
-    def _describe(self, error: RuntimeError) -> str:
+    def _describe(self, error: Exception) -> str:
         reading = self.dataset.monitor.in_progress()
         named = ", ".join(
             f"'{file_of(self.dataset.dataset, index)}' (for {seconds:.0f} s)"
             for index, seconds in reading
         )
         hung = "timed out" in str(error)
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
         what = (
             f"A data worker gave nothing for {self.timeout:g} s (run.data_timeout)"
             if hung
-            else f"A data worker died ({str(error).strip().splitlines()[-1]})"
+            else f"A data worker died ({said})"
         )
         return (
             f"{what}. Being read: {named or 'nothing'}. Check such a file with python -m "
@@ -398,9 +401,12 @@ class _WorkerDeaths:
             self._awaited = False
 
 
-def _is_of_a_worker(error: RuntimeError) -> bool:
-    # PyTorch raises plain RuntimeErrors here; "Caught ..." is an error that a worker raised itself
-    return str(error).startswith(("DataLoader worker", "DataLoader timed out"))
+def _is_of_a_worker(error: Exception) -> bool:
+    # PyTorch raises plain RuntimeErrors of a worker's end, and the socket to it errors of its own;
+    # "Caught ..." is an error that a worker raised itself
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(("DataLoader worker", "DataLoader timed out"))
+    return not str(error).startswith("Caught")
 
 
 class _Collater:
