@@ -101,7 +101,7 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _images_read_whole() -> Iterator[None]:
+def images_read_whole() -> Iterator[None]:
     """Inside, a truncated image is an error. (LAVIS lets Pillow fill it up with grey.)"""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -160,7 +160,7 @@ class _Items(Dataset):
         """An item, or why it cannot be read at a second attempt either."""
         for attempt in range(2):
             try:
-                with self.monitor.reading(index), _images_read_whole():
+                with self.monitor.reading(index), images_read_whole():
                     return read(index), None
             except READ_ERRORS as error:
                 self.monitor.done()

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageFile
+from PIL import Image
 from tqdm import tqdm
 
 from lavis_uniadapter.datasets.layouts import is_text, outside_problem
 from lavis_uniadapter.datasets.preflight import DatasetError, listing
+from lavis_uniadapter.datasets.reading import images_read_whole
 from lavis_uniadapter.datasets.record_files import Place, Problem, read_records
 from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.extracted_frames import EXTRACTED_SUFFIX, clip_file
@@ -244,15 +245,11 @@ def image_problem(path: str, thorough: bool) -> str | None:
     """Say why an image cannot be read, or None; it is always read as a whole."""
     if problem := _file_problem(path):
         return problem
-    # LAVIS has Pillow fill what is missing of an image with grey, and say nothing.
-    filled, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        with Image.open(path) as image:
+        with images_read_whole(), Image.open(path) as image:
             image.convert("RGB")
     except Exception as error:  # of Pillow's many decoders, each has its own
         return f"cannot be read as an image ({error})"
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = filled
     return None
 
 
