@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MARKER = "generated.json"
 SPLITS = ("train", "val", "test")
 
@@ -81,6 +81,8 @@ SHAPES = {
         )
     ],
     "ring": [_regular_polygon(48, [1.05], 0.0), _regular_polygon(48, [0.6], 0.0)],
+    "bar": [np.array([(-1.3, -0.4), (1.3, -0.4), (1.3, 0.4), (-1.3, 0.4)])],
+    "diamond": [_regular_polygon(4, [1.35, 0.75], _UP)],
 }
 
 # Radii, centres and jitter are fractions of the image's side.
@@ -92,6 +94,10 @@ CENTRES = {
     "top": (0.5, 0.25),
     "bottom": (0.5, 0.75),
     "centre": (0.5, 0.5),
+    "top left": (0.25, 0.25),
+    "top right": (0.75, 0.25),
+    "bottom left": (0.25, 0.75),
+    "bottom right": (0.75, 0.75),
 }
 POSITION_PHRASES = {
     "left": "on the left",
@@ -99,6 +105,10 @@ POSITION_PHRASES = {
     "top": "at the top",
     "bottom": "at the bottom",
     "centre": "in the centre",
+    "top left": "at the top left",
+    "top right": "at the top right",
+    "bottom left": "at the bottom left",
+    "bottom right": "at the bottom right",
 }
 
 # The first template of each list is the one of the evaluation splits.
@@ -128,8 +138,8 @@ QUESTIONS = {
 }
 ANSWERS = (*COLOURS, *SHAPES, *CENTRES, *SIZES)
 
-# Combinations of colour, shape and position (of 240) kept for evaluation, whatever the counts.
-RESERVED_COMBINATIONS = {"val": 50, "test": 50}
+# Combinations of colour, shape and position (of 576) kept for evaluation, whatever the counts.
+RESERVED_COMBINATIONS = {"val": 100, "test": 300}
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -262,8 +272,8 @@ class ClipsConfig(ShapesConfig):
     """
 
     num_train: int = 800
-    num_val: int = 100
-    num_test: int = 100
+    num_val: int = 200
+    num_test: int = 600
     noise: float = 8.0
     questions_per_train_item: int = 4
     num_frames: int = 16
@@ -622,7 +632,7 @@ def caption_words() -> list[str]:
 
 def question_words() -> list[str]:
     """Every word that a question or an answer may use, sorted."""
-    return sorted(_fixed_words(*QUESTIONS.values()).union(ANSWERS))
+    return sorted(_fixed_words(*QUESTIONS.values()).union(*map(str.split, ANSWERS)))
 
 
 def _fixed_words(*templates: str) -> set[str]:
