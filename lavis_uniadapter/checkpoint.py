@@ -175,12 +175,12 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
 # --- the layout of the authors' released code ---------------------------------------------------
 
 _RELEASED_ADAPTER_NAMES = {
-    "adapter_layer_norm_before": "norm_in",
+    "adapter_layer_norm_before": "norm_in.shared",
     "adapter_layer_norm_cross_modal": "norm_cross_modal",
-    "down_proj": "down",
-    "up_proj": "up_textual",
-    "multi_up_proj": "up_cross_modal",
-    "visual_up_proj": "up_visual",
+    "down_proj": "down.shared",
+    "up_proj": "up.textual",
+    "multi_up_proj": "up.cross_modal",
+    "visual_up_proj": "up.visual",
 }
 _RELEASED_KEY_VALUE_NAMES = {"video_key_adapter": "key", "video_value_adapter": "value"}
 

@@ -80,6 +80,7 @@ RUNNER_KEYS = (
     "cache_root",
     "job_id",
     "max_grad_norm",
+    "weight_decay_on",
     "selection_metric",
     "compile",
     "resume",
@@ -116,6 +117,7 @@ RUN_NUMBERS = {
     "weight_decay": (0, False),
 }
 MAX_SEED = 2**32 - 1  # NumPy's
+WEIGHT_DECAY_ON = ("matrices", "all")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NEEDED = ("num_workers", "batch_size_eval", "output_dir")
 NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
@@ -242,9 +244,9 @@ def _check_model(model: Mapping) -> None:
         )
     defaults = OmegaConf.load(model_cls.default_config_path(model.model_type)).model
     _check_containers(model, defaults, "model")
-    check = getattr(model_cls, "check_config", None)
-    if check is not None:
-        check(model)
+    if hasattr(model_cls, "check_config"):
+        model_cls.check_config(model)
+        model_cls.check_given(model, model.get("tuning", defaults.tuning))
 
 
 def _with_defaults(name: str, section: DictConfig | None) -> DictConfig:
@@ -325,6 +327,11 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     amp = run.get("amp") or None
     if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
         raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
+    if run.get("weight_decay_on", "matrices") not in WEIGHT_DECAY_ON:
+        raise ConfigError(
+            f"run.weight_decay_on is {run.weight_decay_on!r}; it must be one of "
+            f"{', '.join(WEIGHT_DECAY_ON)}."
+        )
     for key in ("compile", "check_files"):
         _check_flag(f"run.{key}", run.get(key, False))
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):

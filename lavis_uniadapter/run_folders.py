@@ -10,8 +10,8 @@ import logging
 import os
 import resource
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOCK = ".lock"
 LOG = "log.txt"
+# What each query contributes to the metrics of a split, below the run's folder ``result``.
+OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
 # Where LAVIS's name or unit of a metric is another: its name, and how many of ours its one is.
 LAVIS_METRICS = {
@@ -40,19 +42,23 @@ class RunSummary:
     """What a comparison asks of a run.
 
     Attributes:
+        seed: of the run; None where the folder does not tell.
         metrics: of the test split.
         best: the best validation score (``agg_metrics``, of which more is better), or None.
         trained_parameters, total_parameters: numbers; None where the folder does not tell.
         seconds: of training and evaluation, all sessions of the run together; None likewise.
+        outcomes: by metric, what each query contributes; see ``tasks.prediction.write_outcomes``.
         peak_bytes: most memory of the main process, on CUDA of the device; None likewise.
     """
 
+    seed: int | None
     metrics: Mapping[str, float]
     best: float | None
     trained_parameters: int | None
     total_parameters: int | None
     seconds: float | None
     peak_bytes: int | None
+    outcomes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def metric(self, name: str) -> float | None:
         """A metric of the test split, under our name or LAVIS's."""
@@ -133,12 +139,14 @@ def read(folder: Path, split: str = "test") -> RunSummary:
         else:
             measured = (metrics or {}).get(split, {})
         return RunSummary(
+            seed=summary.get("seed"),
             metrics=measured,
             best=summary["best"]["score"],
             trained_parameters=summary["parameters"]["trained"],
             total_parameters=summary["parameters"]["total"],
             seconds=_logged_seconds(folder),
             peak_bytes=summary["peak_bytes"],
+            outcomes=_outcomes(folder, split),
         )
     if not (folder / LAVIS_RESULTS).is_file():
         raise FileNotFoundError(
@@ -146,6 +154,7 @@ def read(folder: Path, split: str = "test") -> RunSummary:
             "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
         )
     return RunSummary(
+        seed=None,
         metrics=_lavis_results(folder, split),
         best=None,
         trained_parameters=_trained_by_lavis(folder),
@@ -153,6 +162,11 @@ def read(folder: Path, split: str = "test") -> RunSummary:
         seconds=None,
         peak_bytes=None,
     )
+
+
+def _outcomes(folder: Path, split: str) -> dict[str, list[list[float]]]:
+    path = folder / "result" / OUTCOMES.format(split=split)
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _lavis_results(folder: Path, split: str) -> dict[str, float]:

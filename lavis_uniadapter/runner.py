@@ -174,20 +174,23 @@ class RunnerUniAdapter(RunnerBase):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over what trains; weight decay on matrices alone, as in LAVIS."""
+        """AdamW over what trains.
+
+        Weights decay as ``run.weight_decay_on`` says: ``matrices`` as in LAVIS, or ``all`` trained
+        tensors as in the authors' released code.
+        """
         if self._optimizer is None:
             run = self.config.run_cfg
             trained = [
                 p for p in self.unwrap_dist_model(self.model).parameters() if p.requires_grad
             ]
+            least = 0 if run.get("weight_decay_on") == "all" else 2  # axes of what decays
+            groups = [
+                ([p for p in trained if p.ndim >= least], float(run.weight_decay)),
+                ([p for p in trained if p.ndim < least], 0.0),
+            ]
             self._optimizer = torch.optim.AdamW(
-                [
-                    {
-                        "params": [p for p in trained if p.ndim >= 2],
-                        "weight_decay": float(run.weight_decay),
-                    },
-                    {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-                ],
+                [{"params": p, "weight_decay": decay} for p, decay in groups if p],
                 lr=float(run.init_lr),
                 betas=(0.9, float(run.get("beta2", 0.999))),
             )

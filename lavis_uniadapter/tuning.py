@@ -12,12 +12,12 @@ from lavis_uniadapter.adapters import (
     AdapterConfig,
     AdapterSet,
     BitFitSet,
-    BottleneckAdapterSet,
     BottleneckConfig,
     LinearSet,
     LoraConfig,
     LoraSet,
     MethodConfig,
+    SeparateAdapterSet,
     UniAdapterSet,
 )
 from lavis_uniadapter.errors import ConfigError, nearest
@@ -47,7 +47,7 @@ TUNING_METHODS = {
     # adapters shared by vision, text and fusion, and the heads
     "uniadapter": TuningMethod(UniAdapterSet, AdapterConfig),
     # a bottleneck of its own for each modality, and the heads
-    "adapter": TuningMethod(BottleneckAdapterSet, BottleneckConfig),
+    "adapter": TuningMethod(SeparateAdapterSet, BottleneckConfig),
     # low-rank changes of the backbone's matrices, and the heads
     "lora": TuningMethod(LoraSet, LoraConfig),
     # the backbone's biases, and the heads

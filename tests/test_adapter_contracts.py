@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
 
 from lavis_uniadapter.adapters import AdapterConfig, BackboneGeometry, UniAdapterSet
 from lavis_uniadapter.checkpoint import base_state_dict
@@ -76,11 +79,11 @@ def test_vit_large_shares_nothing_between_widths():
     geometry = BackboneGeometry(1024, 24, 768, 12, {"text_encoder": 1024})
     adapter_set = UniAdapterSet({}, AdapterConfig(), geometry)
     assert len(adapter_set.visual_layers) == 24 and len(adapter_set.text_layers) == 12
-    assert adapter_set.layer("visual", 23).down.in_features == 1024
-    assert adapter_set.layer("text", 11).down.in_features == 768
+    assert adapter_set.layer("visual", 23).down["shared"].in_features == 1024
+    assert adapter_set.layer("text", 11).down["shared"].in_features == 768
     assert adapter_set.layer("text", 12) is None
-    assert adapter_set.layer("visual", 0).up_textual is None
-    assert adapter_set.layer("text", 0).up_visual is None
+    assert set(adapter_set.layer("visual", 0).up) == {"visual"}
+    assert set(adapter_set.layer("text", 0).up) == {"textual", "cross_modal"}
     assert adapter_set.key_value["text_encoder"].key.down.in_features == 1024
     assert adapter_set.key_value["text_encoder"].key.up.out_features == 768
 
@@ -95,7 +98,7 @@ def test_any_depth_and_width_trains(build_model, video_batch, depth, width):
 
 
 def test_fresh_identity_model_is_blip_bit_for_bit(build_model, video_batch):
-    model = build_model(adapter={"frame_aware": False})
+    model = build_model(adapter={"init": "identity", "frame_aware": False})
     enabled = outputs(model, video_batch)
     with model.disable_adapter():
         assert_same(enabled, outputs(model, video_batch))
@@ -120,12 +123,51 @@ def test_methods_without_adapters_are_plain_blip(build_model, video_batch, tunin
     assert_same(*(outputs(model, video_batch) for model in models))
 
 
-def test_released_init_zeroes_the_textual_up_projection_alone(build_model):
-    layer = build_model(adapter={"init": "released"}).adapters.get("default").layers[0]
-    assert not layer.up_textual.weight.any()
-    for module in (layer.up_visual, layer.up_cross_modal):
-        assert module.weight.any() and module.bias.any()
-    assert torch.equal(layer.norm_cross_modal.weight, torch.ones(32))
+@pytest.mark.parametrize("share", ["none", "down", "up", "all"])
+@pytest.mark.parametrize("bottleneck", [128, 512])
+@pytest.mark.parametrize("text_mode", [True, False], ids=["retrieval", "vqa"])
+def test_released_init_draws_what_the_authors_start_from(share, bottleneck, text_mode):
+    """Mean, standard deviation and largest value of every tensor, at BLIP base's width."""
+    torch.manual_seed(0)
+    geometry = dataclasses.replace(BLIP_BASE, text_mode=text_mode)
+    config = AdapterConfig(bottleneck=bottleneck, share=share)
+    adapter_set = UniAdapterSet({}, config, geometry)
+    drawn: dict[str, list[torch.Tensor]] = {}
+    for name, p in adapter_set.named_parameters():
+        kind = name.split(".", 2)[-1] if name.startswith("layers.") else name
+        drawn.setdefault(kind, []).append(p.detach().flatten())
+    assert len(drawn) > 10
+    for kind, tensors in drawn.items():
+        values = torch.cat(tensors)
+        if kind.endswith("bias"):
+            expected = "zero"
+        elif "norm" in kind or kind.endswith("scale"):
+            expected = "one"
+        elif text_mode and kind == "up.textual.weight":
+            expected = "zero"
+        elif text_mode and kind.startswith("down."):
+            expected = "uniform"
+        else:
+            expected = "normal"
+        if expected in ("zero", "one"):
+            assert (values == (expected == "one")).all(), kind
+            continue
+        std = {"uniform": 1 / (3 * 768) ** 0.5, "normal": 0.02}[expected]
+        error = 5 / len(values) ** 0.5  # five standard errors
+        assert abs(values.mean()) < std * error, kind
+        assert values.std() == pytest.approx(std, rel=error), kind
+        if expected == "uniform":
+            assert 0.036 < values.abs().max() < 0.0361, kind
+        else:
+            assert 4 * std < values.abs().max() < 7 * std, kind
+
+
+def test_benchmark_models_start_as_released():
+    for arch in ("retrieval", "vqa", "caption"):
+        types = registry.get_model_class(f"blip_uniadapter_{arch}").PRETRAINED_MODEL_CONFIG_DICT
+        for name, path in types.items():
+            if name != "shapes":
+                assert OmegaConf.load(path).model.adapter.init == "released", path
 
 
 def test_gradients_of_the_first_step_are_not_extreme(build_model, video_batch):
@@ -214,7 +256,7 @@ def test_every_branch_sends_gradient_to_the_shared_down_projection(
     else:
         model.match(texts, visuals).square().sum().backward()
     for layer in model.adapters.get("default").layers:
-        assert layer.down.weight.grad.abs().max() > 0
+        assert layer.down["shared"].weight.grad.abs().max() > 0
 
 
 def test_down_projection_is_one_tensor_for_vision_and_text(build_model):
@@ -222,8 +264,8 @@ def test_down_projection_is_one_tensor_for_vision_and_text(build_model):
     for block, layer in zip(
         model.visual_encoder.blocks, model.text_encoder.encoder.layer, strict=True
     ):
-        assert block.adapter_slot().down.weight is layer.adapter_slot().down.weight
-    names = [name for name in model.state_dict() if "down.weight" in name]
+        assert block.adapter_slot().down["shared"] is layer.adapter_slot().down["shared"]
+    names = [name for name in model.state_dict() if "down.shared.weight" in name]
     assert len(names) == len({model.state_dict()[n].data_ptr() for n in names})
     assert all(name.startswith(("adapters.", "momentum_average.")) for name in names)
 
@@ -311,18 +353,18 @@ def rewrite(folder, change):
 def test_tensors_that_do_not_fit_are_named(build_model, tmp_path, harm):
     model = build_model()
     model.save_adapter(tmp_path / "adapter")
-    name = "layers.1.down.weight"
+    name = "layers.1.down.shared.weight"
 
     def change(tensors):
         if harm == "deleted":
             del tensors[name]
         elif harm == "extra":
-            tensors["layers.7.down.weight"] = torch.zeros(2)
+            tensors["layers.7.down.shared.weight"] = torch.zeros(2)
         else:
             tensors[name] = tensors[name][:, 1:].contiguous()
 
     rewrite(tmp_path / "adapter", change)
-    expected = "layers.7.down.weight" if harm == "extra" else name
+    expected = "layers.7.down.shared.weight" if harm == "extra" else name
     with pytest.raises(CheckpointError, match=expected.replace(".", r"\.")):
         model.load_adapter(tmp_path / "adapter")
 

@@ -131,7 +131,7 @@ def test_benchmark_trains_and_evaluates(start, name):
     assert sum("train_loss" in line for line in log) == 2
     state = torch.load(trained.output_dir / LATEST, weights_only=True)["model"]
     # what starts at zero has moved
-    assert all(value.any() for key, value in state.items() if key.endswith("up_textual.weight"))
+    assert all(value.any() for key, value in state.items() if key.endswith("up.textual.weight"))
     config = OmegaConf.load(PROJECTS / "train" / f"{name}.yaml")
     assert list(trained.runner.config.datasets_cfg) == list(config.datasets)
     for dataset_name in config.datasets:

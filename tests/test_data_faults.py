@@ -20,7 +20,7 @@ from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, file_of
 from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
+from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics, retrieval_ranks
 from lavis_uniadapter.processors import BlipVideoBaseProcessor
 from lavis_uniadapter.run_faults import UNREADABLE
 
@@ -136,7 +136,8 @@ def test_what_was_not_seen_ranks_last_both_ways(build_model, run, clips):
         model = runner.unwrap_dist_model(runner.model)
         v2t, t2v = model.compute_sim_matrix(loader, task_cfg=runner.config.run_cfg)
         dataset = loader.dataset
-        metrics = retrieval_metrics(v2t, t2v, dataset.txt2img, dataset.img2txt, "video")
+        ranks = retrieval_ranks(v2t, t2v, dataset.txt2img, dataset.img2txt, "video")
+        metrics = retrieval_metrics(ranks)
         mine = dataset.img2txt[3]
         assert all((t2v[text].argsort()[0] == 3) for text in mine)
         others = [text for text in range(v2t.shape[1]) if text not in mine]

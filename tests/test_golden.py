@@ -71,7 +71,7 @@ class Case:
             build_text_encoder(self.about["med_config"], dims["hidden"]),
         )
 
-    def model(self) -> BlipUniAdapterRetrieval:
+    def model(self, **options) -> BlipUniAdapterRetrieval:
         dims, config = self.about["dims"], self.about["config"]
         tokenizer = GivenTokens(self["in.input_ids"], self["in.attention_mask"], dims["enc"])
         model = BlipUniAdapterRetrieval(
@@ -81,6 +81,7 @@ class Case:
             alpha=self.about["alpha"],
             embed_dim=dims["embed"],
             negative_all_rank=dims.get("neg_all", False),
+            **options,
         )
         model.attach_tuning(
             "uniadapter",

@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 from torchmetrics.retrieval import RetrievalHitRate
 
 from lavis_uniadapter.evaluation import ranking_metrics
-from lavis_uniadapter.evaluation.ranking_metrics import RetrievalRanks, retrieval_metrics
+from lavis_uniadapter.evaluation.ranking_metrics import (
+    RetrievalRanks,
+    retrieval_metrics,
+    retrieval_outcomes,
+    retrieval_ranks,
+)
 
 
 def naive_rank(scores, right):
@@ -162,7 +167,9 @@ SCORES_V2T = np.array([[0.6, 0.5, 0.4], [0.1, 0.2, 0.3]], dtype=np.float32)  # r
 
 def test_both_directions_of_a_small_example():
     third = pytest.approx(200 / 3)
-    assert retrieval_metrics(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video") == {
+    assert retrieval_metrics(
+        retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video")
+    ) == {
         "t2v_r1": third,
         "t2v_r5": 100,
         "t2v_r10": 100,
@@ -173,25 +180,35 @@ def test_both_directions_of_a_small_example():
         "v2t_r10": 100,
         "v2t_medr": 1.5,
         "v2t_meanr": 1.5,
+        "mean_recall": pytest.approx((200 / 3 + 50 + 400) / 6),
     }
 
 
+def test_metrics_are_the_means_of_what_queries_contribute():
+    ranks = retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video")
+    outcomes, metrics = retrieval_outcomes(ranks), retrieval_metrics(ranks)
+    assert set(outcomes) == {name for name in metrics if not name.endswith(("medr", "meanr"))}
+    assert [len(values) for values in outcomes["mean_recall"]] == [3, 2]
+    for name, kinds in outcomes.items():
+        assert np.mean([np.mean(values) for values in kinds]) == pytest.approx(metrics[name]), name
+
+
 def test_images_have_their_own_keys_and_the_same_numbers():
-    video = retrieval_metrics(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video")
-    image = retrieval_metrics(
-        torch.from_numpy(SCORES_V2T), torch.from_numpy(SCORES_T2V), TXT2IMG, IMG2TXT, "image"
-    )
-    assert image == {key.replace("v", "i", 1): value for key, value in video.items()}
+    video = retrieval_metrics(retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video"))
+    tensors = torch.from_numpy(SCORES_V2T), torch.from_numpy(SCORES_T2V)
+    image = retrieval_metrics(retrieval_ranks(*tensors, TXT2IMG, IMG2TXT, "image"))
+    names = {key: key if key == "mean_recall" else key.replace("v", "i", 1) for key in video}
+    assert image == {names[key]: value for key, value in video.items()}
 
 
 def test_unknown_visual_kind_is_refused():
     with pytest.raises(ValueError, match="'audio'"):
-        retrieval_metrics(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "audio")
+        retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "audio")
 
 
 def test_swapped_score_matrices_are_refused():
     with pytest.raises(ValueError, match="lies outside"):
-        retrieval_metrics(SCORES_T2V, SCORES_V2T, TXT2IMG, IMG2TXT, "video")
+        retrieval_ranks(SCORES_T2V, SCORES_V2T, TXT2IMG, IMG2TXT, "video")
 
 
 def test_metrics_do_not_wait_for_other_processes(monkeypatch):
@@ -202,4 +219,4 @@ def test_metrics_do_not_wait_for_other_processes(monkeypatch):
 
     monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
     monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", fail)
-    retrieval_metrics(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video")
+    retrieval_metrics(retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video"))

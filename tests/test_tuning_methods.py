@@ -24,8 +24,16 @@ BESIDE_A_BACKBONE = [name for name, method in TUNING_METHODS.items() if method.s
 FOLDABLE = ["lora", "bitfit", "linear"]
 ABLATIONS = {
     "no query residual": {"query_residual": False},
-    "no sharing": {"shared": False},
-    "no sharing, no query residual": {"shared": False, "query_residual": False},
+    "no sharing": {"share": "none", "reuse_textual_up": False},
+    "no sharing but of the textual up-projection": {"share": "none"},
+    "up-projection shared": {"share": "up"},
+    "all shared": {"share": "all"},
+    "no reuse of the textual up-projection": {"reuse_textual_up": False},
+    "no sharing, no query residual": {
+        "share": "none",
+        "reuse_textual_up": False,
+        "query_residual": False,
+    },
     "no visual part": {"visual": False},
     "no textual part": {"textual": False},
     "no cross-modal part": {"cross_modal": False},
@@ -221,7 +229,7 @@ def test_vit_large_trains_and_its_adapter_loads(build, tmp_path, arch):
     config.update(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
     (tmp_path / "med.json").write_text(json.dumps({**config, "num_hidden_layers": 12}))
     how = {"vit_type": "large", "vit": None, "image_size": 16}
-    how.update(med_config_path=str(tmp_path / "med.json"), vit_drop_path_rate=0.0)
+    how.update(med_config_path=str(tmp_path / "med.json"), drop_path_rate=0.0)
     with quick_init():
         model = build(arch, **how)
     assert model.visual_encoder.pos_embed.shape == (1, 2, 1024)
@@ -231,8 +239,8 @@ def test_vit_large_trains_and_its_adapter_loads(build, tmp_path, arch):
     for name, gradient in gradients.items():
         assert gradient is not None and torch.isfinite(gradient).all(), name
     layers = model.adapters.get("default")
-    assert layers.layer("visual", 23).down.weight.shape == (8, 1024)
-    assert layers.layer("text", 11).down.weight.shape == (8, 768)
+    assert layers.layer("visual", 23).down["shared"].weight.shape == (8, 1024)
+    assert layers.layer("text", 11).down["shared"].weight.shape == (8, 768)
     tuned = {k: v.clone() for k, v in layers.state_dict().items()}
     model.save_adapter(tmp_path / "adapter")
     perturb(layers)
@@ -289,11 +297,10 @@ def test_ablations_leave_something_out(build, ablation):
     own = part.adapters.get("default").state_dict()
     renamed = {}  # where nothing is shared, each branch gets a copy of what is shared
     for name in own:
-        source = name
+        source = name.replace(".up.shared.", ".up.cross_modal.")
         for branch in ("visual", "textual", "cross_modal"):
-            source = source.replace(f".of_{branch}.up.", f".up_{branch}.")
-            source = source.replace(f".of_{branch}.norm_out.", f".norm_{branch}.")
-            source = source.replace(f".of_{branch}.", ".")
+            source = source.replace(f".down.{branch}.", ".down.shared.")
+            source = source.replace(f".norm_in.{branch}.", ".norm_in.shared.")
         renamed[name] = state[source]
     part.adapters.get("default").load_state_dict(renamed)
     one, other = (outputs(model, samples_for_outputs()) for model in (whole, part))
@@ -307,7 +314,10 @@ def test_numbers_of_parameters_of_ablations(build):
     width, r, depth = 32, 8, 2
     norm, down, up = 2 * width, width * r + r, r * width + width
     assert adapters() == depth * (2 * norm + down + 3 * up)
-    assert adapters(shared=False) == depth * (4 * norm + 3 * down + 3 * up)
+    assert adapters(share="none") == depth * (4 * norm + 3 * down + 3 * up)
+    assert adapters(share="up") == depth * (4 * norm + 3 * down + up)
+    assert adapters(share="all") == depth * (2 * norm + down + up)
+    assert adapters(reuse_textual_up=False) == adapters()
     assert adapters("adapter") == depth * 3 * (norm + down + up)
     assert adapters(visual=False) == depth * (2 * norm + down + 2 * up)
     assert adapters(cross_modal=False) == depth * (norm + down + 2 * up)

@@ -8,11 +8,11 @@ from lavis_uniadapter.adapters.bank import (
     KeyValueSlot,
 )
 from lavis_uniadapter.adapters.bitfit import BitFitSet
-from lavis_uniadapter.adapters.bottleneck import BottleneckAdapterSet
 from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig, MethodConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry, BiasSite, LinearSite
 from lavis_uniadapter.adapters.linear import LinearSet
 from lavis_uniadapter.adapters.lora import LoraConfig, LoraSet
+from lavis_uniadapter.adapters.separate import SeparateAdapterSet
 from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter, UniAdapter, UniAdapterSet
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "BackboneGeometry",
     "BiasSite",
     "BitFitSet",
-    "BottleneckAdapterSet",
     "BottleneckConfig",
     "DeltaSlot",
     "KeyValueAdapter",
@@ -33,6 +32,7 @@ __all__ = [
     "LoraConfig",
     "LoraSet",
     "MethodConfig",
+    "SeparateAdapterSet",
     "UniAdapter",
     "UniAdapterSet",
 ]

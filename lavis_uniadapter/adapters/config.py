@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
 
-INITS = ("identity", "released")
+INITS = ("released", "identity")
+SHARES = ("none", "down", "up", "all")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class MethodConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in mapping.items() if key in own})
 
+    @classmethod
+    def reject_unread_keys(cls, section: str, given: Mapping[str, Any], tuning: str) -> None:
+        """Refuse keys that a user gives to a section and this method does not read.
+
+        Raises:
+            ConfigError: naming the first such key.
+        """
+        own = [f.name for f in dataclasses.fields(cls)] if section == cls.SECTION else []
+        for key in given:
+            if key not in own:
+                reads = ", ".join(own) if own else f"nothing of model.{section}"
+                raise ConfigError(
+                    f"model.{section}.{key} is given, and model.tuning '{tuning}' does not read "
+                    f"it. It reads {reads}. Remove the key, or choose another model.tuning."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -68,6 +85,9 @@ class MethodConfig:
         value = getattr(self, key)
         self._require(_is_number(value) and 0 <= value < 1, key, "a number in [0, 1)")
 
+    def _require_one_of(self, key: str, values: tuple[str, ...]) -> None:
+        self._require(getattr(self, key) in values, key, f"one of {', '.join(values)}")
+
     def _require_bool(self, *keys: str) -> None:
         for key in keys:
             self._require(isinstance(getattr(self, key), bool), key, "True or False")
@@ -81,13 +101,16 @@ def _is_number(value: Any) -> bool:
 class BottleneckConfig(MethodConfig):
     """Bottlenecks beside the FFNs (``tuning: adapter``).
 
-    It shares the section ``model.adapter`` with UniAdapter, so that one line swaps the two; what
-    only UniAdapter has is not read.
+    It shares the section ``model.adapter`` with UniAdapter, so that one line swaps the two.
 
     Attributes:
         bottleneck: width r of the down-projection.
         scale: factor s on every branch's output.
         dropout: probability of dropping a bottleneck unit in training.
+        init: ``released`` draws what the authors' code starts from, which is near BLIP and not
+            BLIP; ``identity`` starts with every branch at zero, so a fresh model computes what
+            BLIP computes. A branch that is zero through its norm's gain grows slowly: the gain
+            can reach about the sum of the learning rates of a run.
         visual, textual, cross_modal: which branches exist.
 
     Raises:
@@ -100,6 +123,7 @@ class BottleneckConfig(MethodConfig):
     bottleneck: int = 128
     scale: float = 0.1
     dropout: float = 0.0
+    init: str = "released"
     visual: bool = True
     textual: bool = True
     cross_modal: bool = True
@@ -108,6 +132,7 @@ class BottleneckConfig(MethodConfig):
         self._require_whole("bottleneck", 1)
         self._require_positive("scale")
         self._require_probability("dropout")
+        self._require_one_of("init", INITS)
         self._require_bool("visual", "textual", "cross_modal")
 
     @classmethod
@@ -117,14 +142,13 @@ class BottleneckConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class AdapterConfig(BottleneckConfig):
-    """UniAdapter (arXiv 2302.06605, section 3), and what its ablations leave out.
+    """UniAdapter (arXiv 2302.06605, section 3), and what its ablations change.
 
     Attributes:
-        init: ``identity`` starts with every branch at zero, so a fresh model computes what BLIP
-            computes; ``released`` is the initialisation of the authors' code, which zeroes the
-            textual up-projection alone.
-        shared: one down-projection a layer for vision, text and fusion, whose cross-modal branch
-            reuses the textual up-projection. False: each branch has its own, nothing is shared.
+        share: what vision, text and fusion share in a layer: the ``down``-projection (with the
+            norm before it), the ``up``-projection, ``all`` of the bottleneck, or ``none`` of it.
+        reuse_textual_up: the cross-modal branch adds the textual up-projection to its own. Where
+            the up-projection is shared they are the same one, and it is applied once.
         query_residual: add the textual branch beside the cross-modal one.
         kv_bottleneck: width of the key and value adapters of the cross-attention; 0 for none.
         frame_aware: parameter-free frame-aware attention (PFA) over the frames of a video.
@@ -133,8 +157,8 @@ class AdapterConfig(BottleneckConfig):
         ConfigError: if a value is out of its range.
     """
 
-    init: str = "identity"
-    shared: bool = True
+    share: str = "down"
+    reuse_textual_up: bool = True
     query_residual: bool = True
     kv_bottleneck: int = 64
     frame_aware: bool = False
@@ -142,5 +166,5 @@ class AdapterConfig(BottleneckConfig):
     def __post_init__(self):
         super().__post_init__()
         self._require_whole("kv_bottleneck", 0, " (0: no key/value adapter)")
-        self._require(self.init in INITS, "init", f"one of {', '.join(INITS)}")
-        self._require_bool("shared", "query_residual", "frame_aware")
+        self._require_one_of("share", SHARES)
+        self._require_bool("reuse_textual_up", "query_residual", "frame_aware")

@@ -14,6 +14,8 @@ A file has these keys, of which ``cfg_path``, ``output_dir``, ``metrics`` and ``
     options: [run.max_epoch=4]                 # for every run
     learning_rates: [3e-4, 1e-3, 3e-3]         # each run's is the best of these on validation
     tuning_seed: 0
+    tuning_options: []                         # for the runs that choose a learning rate
+    reference: uniadapter                      # differences are taken from this run's metrics
     base: {cfg_path: ../train/shapes_pretrain.yaml}   # trained first; model.pretrained of all
     runs:
       uniadapter: {options: [model.tuning=uniadapter]}
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     lines += added
-    logger.info("\n%s", write_report(lines, metrics, folder))
+    logger.info("\n%s", write_report(lines, metrics, folder, plan and plan.reference))
     logger.info("\nwritten: %s", folder / "comparison.{md,csv,json,png}")
     return 1 if any(line.failures for line in lines) else 0
 

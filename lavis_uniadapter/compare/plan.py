@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.errors import ConfigError, nearest, reject_unknown_keys
 
 KEYS = (
     "cfg_path",
@@ -20,6 +20,8 @@ KEYS = (
     "options",
     "learning_rates",
     "tuning_seed",
+    "tuning_options",
+    "reference",
     "base",
     "runs",
 )
@@ -40,12 +42,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison file asks for."""
+    """What a comparison file asks for.
+
+    Attributes:
+        tuning_options: for the runs that a learning rate is chosen by.
+        reference: the run that the others' differences are taken from.
+    """
 
     output_dir: Path
     metrics: tuple[str, ...]
     seeds: tuple[int, ...]
     tuning_seed: int
+    tuning_options: tuple[str, ...]
+    reference: str
     base: Entry | None
     entries: tuple[Entry, ...]
 
@@ -105,12 +114,20 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
             )
     if len({slug(name) for name in by_name}) < len(entries):
         raise ConfigError(f"'{path}': two runs would have the same folder; rename one.")
+    trained = [e.name for e in entries if not e.evaluate]
+    reference = content.get("reference", (trained or list(by_name))[0])
+    if reference not in by_name:
+        raise ConfigError(
+            f"'{path}': reference '{reference}' is no run.{nearest(str(reference), by_name)}"
+        )
     base = content.get("base")
     return Plan(
         output_dir=Path(output_dir or content["output_dir"]),
         metrics=tuple(content["metrics"]),
         seeds=tuple(content.get("seeds") or (42,)),
         tuning_seed=int(content.get("tuning_seed", 0)),
+        tuning_options=tuple(content.get("tuning_options") or ()),
+        reference=reference,
         base=entry("base", {**base, "learning_rates": []}, ()) if base else None,
         entries=entries,
     )
@@ -121,6 +138,7 @@ TYPES = {
     "metrics": (list, "a list of names"),
     "seeds": (list, "a list of whole numbers"),
     "options": (list, "a list of section.key=value"),
+    "tuning_options": (list, "a list of section.key=value"),
     "learning_rates": (list, "a list of numbers"),
     "runs": (dict, "a mapping of names to what each runs"),
     "base": (dict, "a mapping with cfg_path and options"),

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lavis_uniadapter import run_folders
+from lavis_uniadapter.compare.intervals import paired_difference
 from lavis_uniadapter.compare.running import Line
 from lavis_uniadapter.figures import plot_comparison
 
 
-def rows_of(lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a line: means over seeds, and sample standard deviations."""
+def rows_of(
+    lines: Sequence[Line], metrics: Sequence[str], reference: str | None = None
+) -> list[dict[str, Any]]:
+    """A row a line: means over seeds, sample standard deviations, and paired differences.
+
+    Args:
+        reference: name of the line that differences are taken from.
+    """
     rows = []
+    reference_runs = next((line.runs for line in lines if line.name == reference), [])
     for line in lines:
         row: dict[str, Any] = {"method": line.name, "seeds": len(line.runs)}
         row["learning rate"] = line.learning_rate
@@ -27,6 +35,11 @@ def rows_of(lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, Any
             values = [value for run in line.runs if (value := run.metric(name)) is not None]
             row[name] = statistics.fmean(values) if values else None
             row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else None
+            difference = None
+            if line.name != reference:
+                difference = paired_difference(line.runs, reference_runs, name)
+            for part in ("mean", "low", "high"):
+                row[f"{name} difference {part}"] = difference and getattr(difference, part)
         for name, values in (
             ("seconds", [run.seconds for run in line.runs]),
             ("peak bytes", [run.peak_bytes for run in line.runs]),
@@ -38,8 +51,13 @@ def rows_of(lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, Any
     return rows
 
 
-def markdown_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    header = ["method", "learning rate", "trained", "share", *metrics, "seeds", "min", "peak GB"]
+def markdown_table(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], reference: str | None = None
+) -> str:
+    compared = f"{metrics[0]} - {reference}'s [95%]"
+    has_differences = any(row[f"{metrics[0]} difference mean"] is not None for row in rows)
+    header = ["method", "learning rate", "trained", "share", *metrics]
+    header += [*([compared] if has_differences else []), "seeds", "min", "peak GB"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         trained, total = row["trained parameters"], row["total parameters"]
@@ -50,6 +68,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
             "" if trained is None else f"{trained:,}",
             f"{100 * trained / total:.2f}%" if trained is not None and total else "",
             *(_mean_and_deviation(row[name], row[f"{name} std"]) for name in metrics),
+            *([_interval(row, metrics[0])] if has_differences else []),
             str(row["seeds"]),
             "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
             "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}",
@@ -67,11 +86,18 @@ def _mean_and_deviation(mean: float | None, deviation: float | None) -> str:
     return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
-def write_report(lines: Sequence[Line], metrics: Sequence[str], folder: Path) -> str:
+def _interval(row: Mapping[str, Any], metric: str) -> str:
+    mean, low, high = (row[f"{metric} difference {part}"] for part in ("mean", "low", "high"))
+    return "" if mean is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def write_report(
+    lines: Sequence[Line], metrics: Sequence[str], folder: Path, reference: str | None = None
+) -> str:
     """Write ``comparison.{md,csv,json,png}``; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(lines, metrics)
-    table = markdown_table(rows, metrics)
+    rows = rows_of(lines, metrics, reference)
+    table = markdown_table(rows, metrics, reference)
     (folder / "comparison.md").write_text(table + "\n")
     with open(folder / "comparison.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -108,7 +108,12 @@ class Comparison:
                 by_name[name],
                 folder,
                 self.plan.tuning_seed,
-                (*common, f"run.init_lr={rate}", "run.test_splits=[]"),
+                (
+                    *common,
+                    f"run.init_lr={rate}",
+                    "run.test_splits=[]",
+                    *self.plan.tuning_options,
+                ),
             )
             for (name, rate), folder in attempts.items()
         }

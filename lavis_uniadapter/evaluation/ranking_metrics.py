@@ -90,14 +90,14 @@ class RetrievalRanks(Metric):
         }
 
 
-def retrieval_metrics(
+def retrieval_ranks(
     scores_v2t: np.ndarray | Tensor,
     scores_t2v: np.ndarray | Tensor,
     txt2img: Mapping[int, int],
     img2txt: Mapping[int, Sequence[int]],
     visual: str,
-) -> dict[str, float]:
-    """Recalls and ranks in both directions, from complete score matrices.
+) -> dict[str, RetrievalRanks]:
+    """Ranks in both directions, from complete score matrices.
 
     Args:
         scores_v2t: Float (num_visuals, num_texts), one row per video or image.
@@ -108,8 +108,7 @@ def retrieval_metrics(
         visual: "video" or "image".
 
     Returns:
-        `t2v_r1`, `t2v_r5`, `t2v_r10` (percent), `t2v_medr`, `t2v_meanr` and the same five with
-        `v2t_`; for images `t2i_` and `i2t_`.
+        By direction, `t2v` and `v2t`; for images `t2i` and `i2t`.
 
     Raises:
         ValueError: If `visual` is another word, or the scores do not fit the indices; see
@@ -121,26 +120,58 @@ def retrieval_metrics(
     text_to_visual = list(txt2img.items())
     visual_to_text = [(v, text) for v, texts in img2txt.items() for text in texts]
     return {
-        **_direction_metrics(f"t2{letter}", scores_t2v, text_to_visual),
-        **_direction_metrics(f"{letter}2t", scores_v2t, visual_to_text),
+        f"t2{letter}": _ranks(scores_t2v, text_to_visual),
+        f"{letter}2t": _ranks(scores_v2t, visual_to_text),
     }
 
 
-def _direction_metrics(
-    direction: str, scores: np.ndarray | Tensor, relevant_pairs: Sequence[tuple[int, int]]
-) -> dict[str, float]:
+def retrieval_metrics(ranks: Mapping[str, RetrievalRanks]) -> dict[str, float]:
+    """Recalls and ranks by name, of what `retrieval_ranks` returns.
+
+    Returns:
+        `t2v_r1`, `t2v_r5`, `t2v_r10` (percent), `t2v_medr`, `t2v_meanr` and the same five of the
+        other direction; `mean_recall`, the mean of the six recalls.
+    """
+    metrics = {}
+    for direction, metric in ranks.items():
+        summary = metric.compute()
+        metrics |= {f"{direction}_r{k}": summary[f"r{k}"] for k in RECALL_CUTOFFS}
+        metrics[f"{direction}_medr"] = summary["median_rank"]
+        metrics[f"{direction}_meanr"] = summary["mean_rank"]
+    recalls = [metrics[f"{direction}_r{k}"] for direction in ranks for k in RECALL_CUTOFFS]
+    return {**metrics, "mean_recall": sum(recalls) / len(recalls)}
+
+
+def retrieval_outcomes(ranks: Mapping[str, RetrievalRanks]) -> dict[str, list[list[float]]]:
+    """What each query contributes to a recall, in percent.
+
+    Returns:
+        By metric, a list of values for each kind of query: one for a recall of one direction, two
+        for `mean_recall`. The metric is the mean over the kinds of their means.
+    """
+    recalled = {
+        f"{direction}_r{k}": 100 * (dim_zero_cat(metric.ranks) <= k).double()
+        for direction, metric in ranks.items()
+        for k in RECALL_CUTOFFS
+    }
+    both = [
+        torch.stack([recalled[f"{direction}_r{k}"] for k in RECALL_CUTOFFS]).mean(dim=0)
+        for direction in ranks
+    ]
+    outcomes = {name: [values.tolist()] for name, values in recalled.items()}
+    return {**outcomes, "mean_recall": [values.tolist() for values in both]}
+
+
+def _ranks(
+    scores: np.ndarray | Tensor, relevant_pairs: Sequence[tuple[int, int]]
+) -> RetrievalRanks:
     # The matrices are complete and LAVIS reports from the main process alone: a sync would wait
     # forever for the others.
     metric = RetrievalRanks(sync_on_compute=False)
     metric.update(
         torch.as_tensor(scores), torch.tensor(relevant_pairs, dtype=torch.long).reshape(-1, 2)
     )
-    summary = metric.compute()
-    return {
-        **{f"{direction}_r{k}": summary[f"r{k}"] for k in RECALL_CUTOFFS},
-        f"{direction}_medr": summary["median_rank"],
-        f"{direction}_meanr": summary["mean_rank"],
-    }
+    return metric
 
 
 def _check_scores_and_pairs(scores: Tensor, relevant: Tensor) -> None:

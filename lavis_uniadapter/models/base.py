@@ -67,7 +67,7 @@ class TunedBlip(BaseModel):
         "tokenizer",
         "vit_type",
         "vit",
-        "vit_drop_path_rate",
+        "drop_path_rate",
         "vit_grad_ckpt",
         "vit_ckpt_layer",
         "text_ckpt_layer",
@@ -100,6 +100,20 @@ class TunedBlip(BaseModel):
         if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
             raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
 
+    @classmethod
+    def check_given(cls, given: Mapping[str, Any], tuning: str) -> None:
+        """Refuse keys of a user's own ``model:`` section that the tuning method does not read.
+
+        The defaults of a model type have the sections of all methods, so this is asked of what a
+        user gives, before defaults are merged.
+
+        Raises:
+            ConfigError: naming the first such key.
+        """
+        config_cls = tuning_method(tuning).config_cls
+        for name in SECTIONS:
+            config_cls.reject_unread_keys(name, plain(given.get(name)) or {}, tuning)
+
     @staticmethod
     def build_visual_encoder(cfg: Mapping[str, Any]) -> nn.Module:
         """LAVIS's visual encoder of a configuration.
@@ -111,7 +125,7 @@ class TunedBlip(BaseModel):
             cfg.get("vit_type", "base"),
             cfg.get("image_size", 384),
             plain(cfg.get("vit")),
-            cfg.get("vit_drop_path_rate"),
+            cfg.get("drop_path_rate"),
         )
 
     @classmethod

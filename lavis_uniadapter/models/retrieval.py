@@ -43,6 +43,7 @@ MODEL_NUMBERS = {
     "embed_dim": (1, float("inf")),
     "max_txt_len": (2, 512),
     "alpha": (0, 1),
+    "alpha_rampup_epochs": (0, float("inf")),
     "momentum": (0, 1),
     "adapter_momentum": (0, 1),
 }
@@ -75,6 +76,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         "embed_dim",
         "queue_size",
         "alpha",
+        "alpha_rampup_epochs",
         "momentum",
         "adapter_momentum",
         "negative_all_rank",
@@ -88,6 +90,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         *,
         queue_size: int = 57600,
         alpha: float = 0.4,
+        alpha_rampup_epochs: float = 2,
         embed_dim: int = 256,
         momentum: float = 0.995,
         adapter_momentum: float = 0.990025,
@@ -106,6 +109,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         self.temp = nn.Parameter(0.07 * torch.ones([]))
         self._init_queue(embed_dim, queue_size)
         self.alpha = alpha
+        self.alpha_rampup_epochs = alpha_rampup_epochs
         self.momentum = momentum
         self.adapter_momentum = adapter_momentum
         self.negative_all_rank = negative_all_rank
@@ -137,6 +141,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             for key in (
                 "queue_size",
                 "alpha",
+                "alpha_rampup_epochs",
                 "embed_dim",
                 "momentum",
                 "adapter_momentum",
@@ -418,10 +423,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             offset=get_rank() * len(ids),
         )
 
-    @staticmethod
-    def _rampup_factor(epoch: int, iters: int, num_iters_per_epoch: int) -> float:
-        """From 0 to 1 over the first two epochs (``lavis`` ``BlipRetrieval``)."""
-        return min(1, (epoch * num_iters_per_epoch + iters) / (2 * num_iters_per_epoch))
+    def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
+        """From 0 to 1 over the first ``alpha_rampup_epochs``, of which LAVIS has two."""
+        steps = self.alpha_rampup_epochs * num_iters_per_epoch
+        return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
     # --- evaluation -----------------------------------------------------------------------------
 

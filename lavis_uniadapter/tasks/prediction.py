@@ -16,6 +16,7 @@ from lavis.datasets.data_utils import apply_to_sample
 from lavis.tasks.base_task import BaseTask
 from tqdm import tqdm
 
+from lavis_uniadapter import run_folders
 from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.distributed import gather_to_main
 
@@ -48,6 +49,10 @@ class PredictionTask(BaseTask, ABC):
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Scores of a split, ``agg_metrics`` among them (more is better)."""
+
+    def outcomes(self, items: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+        """What each item contributes to metrics that are means over items; see write_outcomes."""
+        return {}
 
     def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
         """All items of a split with their predictions, on the main process; None on the others.
@@ -91,6 +96,8 @@ class PredictionTask(BaseTask, ABC):
         path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
         path.write_text(json.dumps(val_result, indent=1) + "\n")
         metrics = self.metrics(val_result)
+        if outcomes := self.outcomes(val_result):
+            write_outcomes(outcomes, split_name)
         if unreadable := sum(UNREADABLE in item for item in val_result):
             metrics[UNREADABLE] = unreadable
         write_metrics(metrics, split_name, epoch)
@@ -103,3 +110,13 @@ def write_metrics(metrics: Mapping[str, float], split_name: str, epoch: int | st
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     # root logger: to the log file, as LAVIS does, and not to the console
     logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
+
+
+def write_outcomes(outcomes: Mapping[str, Sequence[Sequence[float]]], split_name: str) -> None:
+    """Keep what each query of a split contributes to its metrics, for paired comparisons.
+
+    Args:
+        outcomes: by metric, values for each kind of query; the metric is the mean of their means.
+    """
+    path = Path(registry.get_path("result_dir")) / run_folders.OUTCOMES.format(split=split_name)
+    path.write_text(json.dumps(outcomes) + "\n")

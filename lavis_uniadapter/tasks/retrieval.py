@@ -8,9 +8,13 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.errors import ConfigError, nearest
-from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
+from lavis_uniadapter.evaluation.ranking_metrics import (
+    retrieval_metrics,
+    retrieval_outcomes,
+    retrieval_ranks,
+)
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
-from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics
+from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics, write_outcomes
 
 
 @registry.register_task("uniadapter_retrieval")
@@ -58,29 +62,32 @@ class UniAdapterRetrievalTask(RetrievalTask):
             )
 
     def evaluation(self, model, data_loader, **kwargs):
-        """Metrics of a split, on the main process; None on the others."""
+        """Metrics and outcomes of a split, on the main process; None on the others."""
         scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
         unreadable = gather_unreadable(data_loader)
         if not is_main_process():
             return None
         dataset = data_loader.dataset
-        metrics = retrieval_metrics(
+        ranks = retrieval_ranks(
             scores_v2t, scores_t2v, dataset.txt2img, dataset.img2txt, visual_kind(dataset)
         )
-        recalls = [metrics[name] for name in metrics if name.split("_")[1] in ("r1", "r5", "r10")]
-        metrics["mean_recall"] = sum(recalls) / len(recalls)
+        metrics = retrieval_metrics(ranks)
         if unreadable:
             metrics[UNREADABLE] = len(unreadable)
         selected = metrics[self.selection_metric]
         # LAVIS's runners keep the epoch with the highest agg_metrics above 0.
         lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
-        return {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
+        metrics["agg_metrics"] = 1 / selected if lower_is_better else selected
+        return metrics, retrieval_outcomes(ranks)
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
-        """Write the metrics to the run's ``result`` folder."""
-        if val_result is not None:
-            write_metrics(val_result, split_name, epoch)
-        return val_result
+        """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""
+        if val_result is None:
+            return None
+        metrics, outcomes = val_result
+        write_metrics(metrics, split_name, epoch)
+        write_outcomes(outcomes, split_name)
+        return metrics
 
 
 def _metric_names(visual: str) -> list[str]:

@@ -143,3 +143,6 @@ class VideoQATask(PredictionTask, VQATask):
     def metrics(self, items):
         metrics = answer_metrics(items, self.answer_list)
         return {**metrics, "agg_metrics": metrics[self.selection_metric]}
+
+    def outcomes(self, items):
+        return {"accuracy": [[100.0 * item["correct"] for item in items]]}

@@ -1,0 +1,31 @@
+"""Separate adapters: a bottleneck of its own for each modality, nothing shared.
+
+The baseline that the paper measures UniAdapter's sharing against (arXiv 2302.06605, section 4):
+no query residual, no norm in the cross-modal branch, no key/value adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
+
+
+class SeparateAdapterSet(UniAdapterSet):
+    """A bottleneck of its own for each modality (``tuning: adapter``)."""
+
+    def __init__(
+        self, heads: Mapping[str, nn.Module], config: BottleneckConfig, geometry: BackboneGeometry
+    ):
+        nothing_shared = AdapterConfig(
+            **config.to_dict(),
+            share="none",
+            reuse_textual_up=False,
+            query_residual=False,
+            kv_bottleneck=0,
+        )
+        super().__init__(heads, nothing_shared, geometry, norm_cross_modal=False)
