@@ -261,6 +261,15 @@ def test_video_qa_learns_the_answer_and_not_its_neighbour(start, monkeypatch):
     assert dict(seen) == truth and "star" in truth.values()
 
 
+def test_vqav2_is_scored_on_val2014_after_training_on_train2014(start):
+    BENCHMARKS["vqav2"](start.cache)
+    result = start("vqav2_val", "run.max_epoch=1")
+    assert result.metrics["test"]["agg_metrics"] >= 0
+    (train,), test = result.runner.datasets["train"].datasets, result.runner.datasets["test"]
+    assert {"train2014" in record["image"] for record in train.annotation} == {True}
+    assert {"val2014" in record["image"] for record in test.annotation} == {True}
+
+
 def test_captions_are_scored_against_all_captions_of_the_video(start):
     result = start("msrvtt_caption", "run.max_epoch=1")
     items = json.loads((result.output_dir / "result/test_epoch_best.json").read_text())
