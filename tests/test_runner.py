@@ -151,12 +151,15 @@ def test_accumulated_gradients_equal_a_larger_batch(run):
         runner.config.config.run.accum_grad_iters = accumulate
         seen = []
 
-        def note(loss, seen=seen):
-            seen.append(weight.grad.clone())
-            weight.grad.zero_()
-            return True
+        class Noted:
+            def take(self, progress, loss, losses, reports, seen=seen):
+                seen.append(weight.grad.clone())
+                weight.grad.zero_()
 
-        runner._update = note
+            def settle(self, progress):
+                pass
+
+        runner._new_updates = Noted
         batches = [{"x": part} for part in items.split(size)]
         runner._dataloaders["train"] = FixedLoader(batches)
         runner.train_epoch(EpochProgress(0))
