@@ -45,6 +45,7 @@ class RunSummary:
         trained_parameters, total_parameters: numbers; None where the folder does not tell.
         seconds: of training and evaluation, all sessions of the run together; None likewise.
         peak_bytes: most memory of the main process, on CUDA of the device; None likewise.
+        precision: the number format, such as float32 or bf16; None likewise.
     """
 
     metrics: Mapping[str, float]
@@ -53,6 +54,7 @@ class RunSummary:
     total_parameters: int | None
     seconds: float | None
     peak_bytes: int | None
+    precision: str | None = None
 
     def metric(self, name: str) -> float | None:
         """A metric of the test split, under our name or LAVIS's."""
@@ -139,6 +141,7 @@ def read(folder: Path, split: str = "test") -> RunSummary:
             total_parameters=summary["parameters"]["total"],
             seconds=_logged_seconds(folder),
             peak_bytes=summary["peak_bytes"],
+            precision=summary.get("precision"),
         )
     if not (folder / LAVIS_RESULTS).is_file():
         raise FileNotFoundError(

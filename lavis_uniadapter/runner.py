@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from lavis_uniadapter import lavis_versions, run_checkpoints, run_folders
 from lavis_uniadapter.checkpoint import describe_mismatch
-from lavis_uniadapter.config import AMP_DTYPES
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import (
     BatchReport,
@@ -42,6 +41,7 @@ from lavis_uniadapter.distributed import Votes, gather_to_main
 from lavis_uniadapter.errors import CheckpointError, ConfigError, nearest
 from lavis_uniadapter.interruption import Interrupted, InterruptionWatch
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
+from lavis_uniadapter.precision import AMP_DTYPES
 from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
 from lavis_uniadapter.run_faults import FaultLog
 from lavis_uniadapter.updates import Updates
@@ -115,7 +115,7 @@ class RunnerUniAdapter(RunnerBase):
     """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
 
     Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
-    over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
+    over accumulated batches, ``amp: auto | bf16 | fp16 | null``, and the best epoch chosen by
     ``agg_metrics`` of any sign. From its checkpoints, in the middle of an epoch too, training goes
     on as if it had not stopped; SIGTERM and SIGINT save one. Files that cannot be read and steps
     whose loss or gradient is not finite are passed over, counted and named, up to a limit.

@@ -407,6 +407,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.batch_size_train=500", "run.batch_size_train 500"),
         ("run.device=tpu", "run.device is 'tpu'"),
         ("run.amp=fp8", "run.amp is 'fp8'"),
+        ("run.matmul_precision=medium", "run.matmul_precision is 'medium'"),
         ("run.compile=maybe", "run.compile is 'maybe'"),
         ("run.k_test=-1", "run.k_test is -1"),
         ("run.init_lr=fast", "run.init_lr is 'fast'"),
