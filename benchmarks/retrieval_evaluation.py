@@ -62,10 +62,10 @@ def give_features(ours, theirs, embeds: torch.Tensor, frames: int) -> None:
 
     def encode_visual(image):
         chosen = look_up(image)
-        feat = F.normalize(ours.head("vision_proj")(chosen[:, 0]), dim=-1)
+        feat = F.normalize(ours.apply_head("vision_proj", chosen[:, 0]), dim=-1)
         per_frame = chosen.view(len(chosen), frames, -1, chosen.shape[-1])[:, :, 0]
         return VisualFeatures(
-            chosen, feat, F.normalize(ours.head("vision_proj")(per_frame), dim=-1)
+            chosen, feat, F.normalize(ours.apply_head("vision_proj", per_frame), dim=-1)
         )
 
     ours.encode_visual = encode_visual
@@ -137,9 +137,9 @@ def pair_by_pair(model, embeds, frames: int, texts: list[str], pairs, device: st
             tokens.input_ids[text][None], tokens.attention_mask[text][None], None, feat[text][None]
         )
         memory: VisualMemory = model.text_encoder.project(states)
-        frame_feat = F.normalize(model.head("vision_proj")(per_frame), dim=-1)
+        frame_feat = F.normalize(model.apply_head("vision_proj", per_frame), dim=-1)
         hidden = model.match_hidden(one, memory, torch.zeros(1, dtype=torch.long), frame_feat)
-        scores.append(model.head("itm_head")(hidden[:, 0])[0, 1].item())
+        scores.append(model.apply_head("itm_head", hidden[:, 0])[0, 1].item())
     measuring.synchronise(device)
     return time.perf_counter() - started, scores
 

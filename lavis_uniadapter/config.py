@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from lavis.common.config import Config
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import load_dataset_config
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_uniadapter.distributed import choose_device
 from lavis_uniadapter.errors import ConfigError, nearest, reject_unknown_keys
+from lavis_uniadapter.precision import AMP_DTYPES, MATMUL_PRECISIONS, choose_amp
 
 SECTIONS = ("model", "datasets", "run")
 DATASET_KEYS = (
@@ -79,6 +79,7 @@ LAVIS_RUN_KEYS = (
 RUNNER_KEYS = (
     "cache_root",
     "job_id",
+    "matmul_precision",
     "max_grad_norm",
     "weight_decay_on",
     "selection_metric",
@@ -118,7 +119,6 @@ RUN_NUMBERS = {
 }
 MAX_SEED = 2**32 - 1  # NumPy's
 WEIGHT_DECAY_ON = ("matrices", "all")
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NEEDED = ("num_workers", "batch_size_eval", "output_dir")
 NEEDED_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
 
@@ -183,6 +183,7 @@ def _checked(given: DictConfig, source: str) -> Config:
     given.run.evaluate = given.run.get("evaluate", False)
     _check_run(given.run, registry.get_model_class(given.model.arch))
     given.run.device = choose_device(given.run.get("device", "auto"))
+    given.run.amp = choose_amp(given.run.get("amp"), given.run.device)
     config = Config(Namespace(cfg_path=io.StringIO(OmegaConf.to_yaml(given)), options=[]))
     # LAVIS adds its defaults under their own name, which for some builders is another.
     for name in set(config.datasets_cfg) - set(given.datasets):
@@ -325,13 +326,15 @@ def _check_run(run: Mapping, model_cls: type) -> None:
     if run.get("min_len", 0) > run.get("max_len", float("inf")):
         raise ConfigError(f"run.min_len {run.min_len} exceeds run.max_len {run.max_len}.")
     amp = run.get("amp") or None
-    if amp not in (None, True, *AMP_DTYPES):  # LAVIS's True is fp16
-        raise ConfigError(f"run.amp is {amp!r}; it must be bf16, fp16 or null.")
-    if run.get("weight_decay_on", "matrices") not in WEIGHT_DECAY_ON:
-        raise ConfigError(
-            f"run.weight_decay_on is {run.weight_decay_on!r}; it must be one of "
-            f"{', '.join(WEIGHT_DECAY_ON)}."
-        )
+    if amp not in (None, True, "auto", *AMP_DTYPES):  # LAVIS's True is fp16
+        raise ConfigError(f"run.amp is {amp!r}; it must be auto, bf16, fp16 or null.")
+    for key, known in (
+        ("weight_decay_on", WEIGHT_DECAY_ON),
+        ("matmul_precision", MATMUL_PRECISIONS),
+    ):
+        value = run.get(key) or known[0]
+        if value not in known:
+            raise ConfigError(f"run.{key} is {value!r}; it must be one of {', '.join(known)}.")
     for key in ("compile", "check_files"):
         _check_flag(f"run.{key}", run.get(key, False))
     for key in (*NEEDED, *(() if run.get("evaluate") else NEEDED_TO_TRAIN)):

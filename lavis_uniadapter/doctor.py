@@ -217,7 +217,8 @@ def probe_torch() -> Iterator[str | tuple]:
         torch.ones(2, device=f"cuda:{index}").sum().item()
         properties = torch.cuda.get_device_properties(index)
         with torch.cuda.device(index):
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: take run.amp=fp16"
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            bf16 = "bf16" if bf16 else "no bf16: take run.amp=fp16"
         memory = f"{properties.total_memory / 2**30:.0f} GB"
         yield "ok", f"{torch.__version__}, cuda:{index} {properties.name}, {memory}, {bf16}"
     if not count:

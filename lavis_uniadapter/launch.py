@@ -32,7 +32,7 @@ from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
 from tqdm import tqdm
 
-from lavis_uniadapter import run_checkpoints, run_folders
+from lavis_uniadapter import precision, run_checkpoints, run_folders
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
@@ -128,6 +128,7 @@ def _build_and_run(
     seed = int(config.run_cfg.seed)
     # Alike on every rank while the model is built; apart when batches and negatives are drawn.
     seed_everything(seed)
+    precision.set_matmul_precision(config.run_cfg.get("matmul_precision") or "highest")
     task = setup_task(config)
     _check_allow_missing(config, task)
     make_buildable(config.datasets_cfg, _splits_of(config))
@@ -163,6 +164,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
             "task": config.run_cfg.task,
             "seed": int(config.run_cfg.seed),
             "device": str(config.run_cfg.device),
+            "precision": precision.describe(config.run_cfg),
             "processes": get_world_size(),
             "parameters": {
                 "trained": sum(p.numel() for p in trained),
@@ -280,6 +282,7 @@ def _report_start(runner: RunnerBase, config: Config) -> None:
             f"{run_cfg.device}, {get_world_size()} process(es), global batch {batch}, "
             f"queue {getattr(model, 'queue_size', 'none')}"
         )
+    lines.append(f"precision {precision.describe(run_cfg)}")
     if hasattr(model, "base_name"):
         lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
         if config.model_cfg.get("adapter_ckpt"):

@@ -49,6 +49,7 @@ class RunSummary:
         seconds: of training and evaluation, all sessions of the run together; None likewise.
         outcomes: by metric, what each query contributes; see ``tasks.prediction.write_outcomes``.
         peak_bytes: most memory of the main process, on CUDA of the device; None likewise.
+        precision: the number format, such as float32 or bf16; None likewise.
     """
 
     seed: int | None
@@ -59,6 +60,7 @@ class RunSummary:
     seconds: float | None
     peak_bytes: int | None
     outcomes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    precision: str | None = None
 
     def metric(self, name: str) -> float | None:
         """A metric of the test split, under our name or LAVIS's."""
@@ -147,6 +149,7 @@ def read(folder: Path, split: str = "test") -> RunSummary:
             seconds=_logged_seconds(folder),
             peak_bytes=summary["peak_bytes"],
             outcomes=_outcomes(folder, split),
+            precision=summary.get("precision"),
         )
     if not (folder / LAVIS_RESULTS).is_file():
         raise FileNotFoundError(

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from lavis_uniadapter import lavis_versions, run_checkpoints, run_folders
 from lavis_uniadapter.checkpoint import describe_mismatch
-from lavis_uniadapter.config import AMP_DTYPES
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import (
     BatchReport,
@@ -42,8 +41,10 @@ from lavis_uniadapter.distributed import Votes, gather_to_main
 from lavis_uniadapter.errors import CheckpointError, ConfigError, nearest
 from lavis_uniadapter.interruption import Interrupted, InterruptionWatch
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
+from lavis_uniadapter.precision import AMP_DTYPES
 from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
 from lavis_uniadapter.run_faults import FaultLog
+from lavis_uniadapter.updates import Updates
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class RunnerUniAdapter(RunnerBase):
     """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
 
     Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
-    over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
+    over accumulated batches, ``amp: auto | bf16 | fp16 | null``, and the best epoch chosen by
     ``agg_metrics`` of any sign. From its checkpoints, in the middle of an epoch too, training goes
     on as if it had not stopped; SIGTERM and SIGINT save one. Files that cannot be read and steps
     whose loss or gradient is not finite are passed over, counted and named, up to a limit.
@@ -193,6 +194,7 @@ class RunnerUniAdapter(RunnerBase):
                 [{"params": p, "weight_decay": decay} for p, decay in groups if p],
                 lr=float(run.init_lr),
                 betas=(0.9, float(run.get("beta2", 0.999))),
+                fused=True,  # so that the device can leave out a step
             )
         return self._optimizer
 
@@ -376,10 +378,12 @@ class RunnerUniAdapter(RunnerBase):
         self.model.train()
         loader = self.train_loader
         loader.start(progress.epoch, progress.step)
+        self._updates = self._new_updates()
         steps, accumulate = len(loader), self.accum_grad_iters
         started = time.perf_counter() - progress.seconds
         self._saved_at = progress.step
         reports: list[BatchReport] = []
+        total = torch.zeros((), device=self.device)
         batches = iter(loader)
         bar = tqdm(
             desc=f"epoch {progress.epoch + 1}/{self.max_epoch}",
@@ -404,14 +408,12 @@ class RunnerUniAdapter(RunnerBase):
                 losses = self._losses(samples)
                 loss = losses["loss"] / window
                 (self.scaler.scale(loss) if self.scaler else loss).backward()
+            total = total + loss.detach()
             progress.add(losses)
             progress.step = i + 1
             if updates:
-                if self._update(loss):
-                    progress.skipped_in_a_row = 0
-                else:
-                    self._note_skipped_step(progress, losses, reports)
-                reports = []
+                self._updates.take(progress, total, losses, reports)
+                total, reports = torch.zeros_like(total), []
                 progress.seconds = time.perf_counter() - started
                 self._save_now_and_then(progress, steps)
             bar.update()
@@ -420,6 +422,7 @@ class RunnerUniAdapter(RunnerBase):
                     {k: f"{float(v / progress.counts[k]):.3f}" for k, v in progress.sums.items()}
                 )
         bar.close()
+        self._updates.settle(progress)
         progress.seconds = time.perf_counter() - started
         faults = torch.tensor([progress.unreadable, progress.skipped], device=self.device)
         dist.all_reduce(faults)
@@ -454,6 +457,7 @@ class RunnerUniAdapter(RunnerBase):
         if verdict == _GO_ON:
             return samples
         if may_save:
+            self._updates.settle(progress)
             self._save_latest(progress)
         if failure is not None:
             raise failure
@@ -477,22 +481,16 @@ class RunnerUniAdapter(RunnerBase):
             )
         progress.unreadable = number
 
-    def _note_skipped_step(self, progress: EpochProgress, losses, reports) -> None:
-        """Count a step that was not taken; too many in a row end the run."""
-        progress.skipped += 1
-        progress.skipped_in_a_row += 1
-        numbers = {name: float(value.detach()) for name, value in losses.items()}
-        path = self._faults.skipped_step(
-            progress.epoch, progress.step - 1, numbers, reports, self.train_loader.dataset.dataset
+    def _new_updates(self) -> Updates:
+        max_norm = self.config.run_cfg.get("max_grad_norm")
+        return Updates(
+            self.optimizer,
+            self.scaler,
+            None if max_norm is None else float(max_norm),
+            faults=self._faults,
+            dataset=self.train_loader.dataset.dataset,
+            most_in_a_row=int(self._setting("max_skipped_steps", MAX_SKIPPED_STEPS)),
         )
-        most = int(self._setting("max_skipped_steps", MAX_SKIPPED_STEPS))
-        if progress.skipped_in_a_row >= most:
-            raise FloatingPointError(
-                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (run.max_skipped_steps), the last at step {progress.step - 1} of epoch "
-                f"{progress.epoch + 1}. Their items are in {path}. Lower run.init_lr, set "
-                "run.max_grad_norm, or set run.amp to null."
-            )
 
     def _losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         with self._autocast():
@@ -503,37 +501,13 @@ class RunnerUniAdapter(RunnerBase):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
-    def _update(self, loss: Tensor) -> bool:
-        """Take the step, unless the loss or the gradient is not finite, on any rank.
-
-        Returns:
-            Whether it was taken.
-        """
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        max_norm = self.config.run_cfg.get("max_grad_norm")
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        if max_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(trained, float(max_norm))
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        finite = (torch.isfinite(norm) & torch.isfinite(loss.detach())).int()
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
-        finite = bool(finite)
-        if self.scaler:  # which does not step either, and lowers its scale
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return finite
-
     # --- checkpoints ----------------------------------------------------------------------------
 
     def _save_now_and_then(self, progress: EpochProgress, steps: int) -> None:
         frequency = int(self._setting("checkpoint_freq", CHECKPOINT_FREQ))
         if not frequency or progress.step - self._saved_at < frequency or progress.step == steps:
             return
+        self._updates.settle(progress)
         if progress.skipped_in_a_row:
             return  # the weights may be what is wrong; the states on disk are better
         self._saved_at = progress.step
@@ -625,6 +599,8 @@ class RunnerUniAdapter(RunnerBase):
             )
         progress = self._progress_in(content, path)
         self._load_model_state(content["model"], path)
+        for group in content["optimizer"]["param_groups"]:
+            group["fused"] = True  # other runners' optimizers are not
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])

@@ -79,6 +79,35 @@ def test_the_likeliest_first_tokens_are_scored(model, samples, k):
     torch.testing.assert_close(scores, expected.gather(1, chosen), rtol=1e-5, atol=1e-4)
 
 
+def test_bf16_makes_no_ties(model, samples):
+    answers = [
+        f"{size} {colour} {shape}"
+        for size in ("small", "large")
+        for colour in ("red", "green", "blue", "yellow")
+        for shape in ("circle", "square", "star", "cross")
+    ]
+    exact, _ = ranked(model, dict(samples), answers, len(answers))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse, _ = ranked(model, dict(samples), answers, len(answers))
+    assert coarse.dtype == torch.float32 and not torch.equal(coarse, exact)
+    assert len(exact.unique()) == len(coarse.unique()) == exact.numel()
+
+
+def test_bf16_takes_the_likeliest_first_tokens(model, samples):
+    """First tokens whose scores bfloat16 cannot tell apart are still told apart."""
+    first = "red green blue yellow cyan circle square star cross left right top bottom".split()
+    decoder = model.text_decoder
+    word_of = {model.tokenizer.convert_tokens_to_ids(word): i for i, word in enumerate(first)}
+    with torch.no_grad():
+        output = decoder.cls.predictions.decoder
+        output.weight.zero_()
+        for token, i in word_of.items():
+            output.bias[token] = 10 + i / 1000
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, chosen = ranked(model, dict(samples), first, len(first))
+    assert chosen.tolist() == [list(reversed(range(len(first))))] * 2
+
+
 def test_equal_answers_tie(model, samples):
     answers = ["red", "red", "red"]
     scores, chosen = ranked(model, dict(samples), answers, 3)

@@ -110,6 +110,21 @@ def test_best_at_the_edge_of_the_grid_is_marked(plan_file, stub_runs):
     assert "0.002*" in table and "smallest or largest" in table
 
 
+def test_runs_in_different_precisions_are_told_apart(plan_file, stub_runs):
+    plan = read_plan(plan_file(runs={"linear": {}, "lora": {}}, seeds=[1, 2]))
+    lines = Comparison(plan).run()
+
+    def table(*precisions):
+        for run, precision in zip([*lines[0].runs, *lines[1].runs], precisions, strict=True):
+            object.__setattr__(run, "precision", precision)
+        return report.markdown_table(report.rows_of(lines, plan.metrics), plan.metrics)
+
+    assert "precision" not in table("bf16", "bf16", "bf16", "bf16")
+    assert "precision" not in table("bf16", "bf16", None, None)  # LAVIS's folders do not tell
+    assert "linear in bf16; lora in float32." in table("bf16", "bf16", "float32", "float32")
+    assert "linear in bf16, float32; lora in bf16." in table("bf16", "float32", "bf16", "bf16")
+
+
 def test_a_metric_that_no_run_has_is_a_failure(plan_file, stub_runs):
     (line,) = Comparison(read_plan(plan_file(metrics=["t2v_R1"]))).run()
     assert "no metric 't2v_R1', only t2v_r1, v2t_r1" in line.failures[0]
@@ -134,6 +149,32 @@ def stub_children(monkeypatch):
 
     monkeypatch.setattr(running.subprocess, "Popen", Child)
     return commands
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "threads", "policy"),
+    [(1, 1, "8", None), (2, 1, "4", "PASSIVE"), (1, 2, "4", "PASSIVE"), (4, 4, "1", "PASSIVE")],
+)
+def test_runs_beside_each_other_share_the_processors(
+    plan_file, stub_children, tmp_path, monkeypatch, jobs, processes, threads, policy
+):
+    environments = []
+    child = running.subprocess.Popen
+
+    def start(command, *, env, **options):
+        environments.append(env)
+        return child(command, **options)
+
+    monkeypatch.setattr(running.subprocess, "Popen", start)
+    monkeypatch.setattr(running.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name, expected in (("default", policy), ("chosen", "ACTIVE")):
+        if name == "chosen":
+            monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        plan = read_plan(plan_file(), output_dir=str(tmp_path / name))
+        Comparison(plan, jobs=jobs, processes=processes).run()
+        assert environments[-1]["OMP_NUM_THREADS"] == threads
+        assert environments[-1].get("OMP_WAIT_POLICY") == expected
 
 
 def test_what_decides_a_result_decides_whether_it_is_still_good(plan_file, stub_children, tmp_path):

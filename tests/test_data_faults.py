@@ -219,7 +219,15 @@ def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, m
     run_checkpoints.read("output/shapes_retrieval/stopped/checkpoint_latest.pth")
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "reset by peer"),
+        EOFError(),
+        # on a GPU, of a thread that lost its worker
+        RuntimeError("Pin memory thread exited unexpectedly"),
+    ],
+)
 def test_a_connection_to_a_worker_that_breaks_is_its_death(run, clips, monkeypatch, error):
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -231,6 +239,32 @@ def test_a_connection_to_a_worker_that_breaks_is_its_death(run, clips, monkeypat
     monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", broken)
     with pytest.raises(DatasetError, match=r"A data worker died \("):
         run("shapes_retrieval", *options)
+
+
+def test_a_batch_that_cannot_be_pinned_is_named(run, clips, monkeypatch):
+    """The thread that pins batches for a GPU hands its errors over as workers do."""
+    from torch._utils import ExceptionWrapper
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+    options, _ = clips
+    runner = run("shapes_retrieval", *options, evaluate=True).runner
+    loader = runner.dataloaders["test"]
+    next_data = _MultiProcessingDataLoaderIter._next_data
+
+    def fail_to_pin_the_second(batches):
+        if batches._rcvd_idx < 1:
+            return next_data(batches)
+        try:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        except RuntimeError:
+            ExceptionWrapper(where="in pin memory thread for device 0").reraise()
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", fail_to_pin_the_second)
+    with pytest.raises(DatasetError, match=r"pinned.*\(RuntimeError: CUDA error: .*\)") as raised:
+        list(loader)
+    # batches of three of the five test clips
+    names = [Path(file_of(runner.datasets["test"], index)).name for index in range(5)]
+    assert [name in str(raised.value) for name in names] == [False, False, False, True, True]
 
 
 def test_images_too(run, tmp_path, monkeypatch):

@@ -116,6 +116,22 @@ def test_a_gradient_scaler_goes_on_too(run, longer):
     assert first_difference(ended(whole), ended(resumed)) is None
 
 
+def test_an_optimizer_that_was_not_fused_goes_on(run, tmp_path):
+    """As in checkpoints of LAVIS's runner and of earlier versions of this one."""
+    options = ("run.test_splits=[]", "run.valid_splits=[]")
+    folder = run("shapes_retrieval", *options, "run.max_epoch=1").output_dir
+    content = run_checkpoints.read(folder / LATEST)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(content, tmp_path / "not_fused.pth")
+    resumed = [
+        run("shapes_retrieval", *options, "run.max_epoch=2", f"run.resume_ckpt_path={path}")
+        for path in (folder / LATEST, tmp_path / "not_fused.pth")
+    ]
+    weights = [ended(result)["model"] for result in resumed]
+    assert first_difference(*weights) is None
+
+
 def test_the_last_two_states_are_kept(run, longer):
     folder = run("shapes_retrieval", *longer, "run.test_splits=[]").output_dir
     latest, previous = (run_checkpoints.read(folder / name) for name in (LATEST, PREVIOUS))

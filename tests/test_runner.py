@@ -151,12 +151,15 @@ def test_accumulated_gradients_equal_a_larger_batch(run):
         runner.config.config.run.accum_grad_iters = accumulate
         seen = []
 
-        def note(loss, seen=seen):
-            seen.append(weight.grad.clone())
-            weight.grad.zero_()
-            return True
+        class Noted:
+            def take(self, progress, loss, losses, reports, seen=seen):
+                seen.append(weight.grad.clone())
+                weight.grad.zero_()
 
-        runner._update = note
+            def settle(self, progress):
+                pass
+
+        runner._new_updates = Noted
         batches = [{"x": part} for part in items.split(size)]
         runner._dataloaders["train"] = FixedLoader(batches)
         runner.train_epoch(EpochProgress(0))
@@ -404,6 +407,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.batch_size_train=500", "run.batch_size_train 500"),
         ("run.device=tpu", "run.device is 'tpu'"),
         ("run.amp=fp8", "run.amp is 'fp8'"),
+        ("run.matmul_precision=medium", "run.matmul_precision is 'medium'"),
         ("run.compile=maybe", "run.compile is 'maybe'"),
         ("run.k_test=-1", "run.k_test is -1"),
         ("run.init_lr=fast", "run.init_lr is 'fast'"),

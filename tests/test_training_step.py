@@ -36,7 +36,9 @@ def test_batch_of_one_video_has_no_negatives_and_still_trains(
     video_batch["image_id"] = torch.zeros(4, dtype=torch.long)
     output = model(video_batch)
     assert torch.isfinite(output.loss)
-    assert len(output.intermediate_output.itm_labels) == 4
+    matches = output.intermediate_output.itm_logits[:4]
+    expected = torch.nn.functional.cross_entropy(matches, torch.ones(4, dtype=torch.long))
+    torch.testing.assert_close(output.loss_itm, expected)
     output.loss.backward()
     assert all(p.grad is not None for p in model.trainable_parameters().values())
 
@@ -129,11 +131,34 @@ def test_negatives_from_other_ranks_equal_those_of_one_batch(
         )
 
 
+def test_key_value_adapter_keeps_bf16_and_its_scale(build_model, video_batch):
+    model = build_model()
+    perturb(model.adapters)
+    adapter = model.adapters.active_set.key_value["text_encoder"]
+    states = model.encode_visual(video_batch).embeds
+    outputs = []
+    for scale in (1.0, 1.003):  # which bfloat16 rounds to 1
+        with torch.no_grad():
+            adapter.key.scale.fill_(scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs += adapter(states.bfloat16())
+            memory = model.text_encoder.project(states)
+            layer = memory.for_layer(model.text_encoder.encoder.layer[0].crossattention.self)
+        assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+    assert not torch.equal(outputs[0], outputs[2])
+
+
 def test_losses_are_in_full_precision_under_autocast(build_model, video_batch):
     model = build_model().train()
+    computed_in = set()
+    model.text_encoder.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, args, out: computed_in.add(out.dtype)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(video_batch)
-    assert output.intermediate_output.itm_logits.dtype == torch.bfloat16  # autocast is on
+    assert computed_in == {torch.bfloat16}
+    assert output.intermediate_output.itm_logits.dtype == torch.float32
     for name in ("loss", "loss_itc", "loss_itm"):
         assert output[name].dtype == torch.float32, name
     sims = output.sims

@@ -131,6 +131,23 @@ def test_contrastive_only(model):
     assert torch.equal(v2t, t2v.t()) and v2t.abs().max() <= 1.0001
 
 
+@pytest.mark.parametrize("k_test", [0, 3, 100])
+def test_bf16_makes_no_ties(model, k_test):
+    """Similarities, matching scores and scores outside the shortlist, of distinct pairs."""
+    gallery = Gallery(8, texts_each=2, frames=2, seed=1)
+    assert len(set(gallery.text)) == 16
+    loader = DataLoader(gallery, batch_size=3)
+    scores = {}
+    for bf16 in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            scores[bf16] = two_stage_scores(
+                model, loader, k_test=k_test, itc_weight=0.5, rerank_batch=5
+            )
+    for exact, coarse in zip(scores[False], scores[True], strict=True):
+        assert coarse.dtype == torch.float32 and not torch.equal(coarse, exact)
+        assert len(exact.unique()) == len(coarse.unique()) == exact.numel()
+
+
 def test_k_above_the_gallery_is_clamped_with_a_notice(model, caplog):
     with caplog.at_level(logging.INFO):
         two_stage_scores(

@@ -145,7 +145,9 @@ class LinearBottleneck(nn.Module):
         (normal if init == "released" else zero)(self.up)
 
     def forward(self, m: Tensor) -> Tensor:
-        return self.scale * self.up(self.down(m))
+        up = self.up(self.down(m))
+        # Under autocast the float32 scale would make float32 of it.
+        return (self.scale * up).to(up.dtype)
 
 
 class KeyValueAdapter(nn.Module):

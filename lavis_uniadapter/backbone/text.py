@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lavis.models.med import (
     BertEncoder,
     BertLayer,
+    BertOnlyMLMHead,
     BertSelfAttention,
     XBertEncoder,
     XBertLMHeadDecoder,
@@ -204,6 +205,19 @@ class AdaptedXBertEncoder(XBertEncoder):
         return VisualMemory(visual_embeds, self.encoder.key_value_slot())
 
 
+class WordScores(BertOnlyMLMHead):
+    """``lavis.models.med.BertOnlyMLMHead``, in evaluation in its own precision under autocast.
+
+    Words and answers are ranked by what it gives, and bfloat16 would make many scores equal.
+    """
+
+    def forward(self, sequence_output: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(sequence_output)
+        with torch.autocast(sequence_output.device.type, enabled=False):
+            return super().forward(sequence_output.to(self.predictions.decoder.weight.dtype))
+
+
 class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
 
@@ -211,6 +225,10 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     again. LAVIS's decoder does both anew at every step: it looks for its cache under a name that
     transformers no longer uses.
     """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls.__class__ = WordScores
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

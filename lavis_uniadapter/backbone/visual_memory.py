@@ -8,6 +8,7 @@ in one product, which leaves no copy of keys or values per pair.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_uniadapter.adapters import KeyValueAdapter
+from lavis_uniadapter.host_copy import HostCopy
 
 
 class PairLayout:
@@ -27,16 +29,17 @@ class PairLayout:
     """
 
     def __init__(self, visual_index: Tensor, num_visuals: int):
-        visual_index = visual_index.long()
-        counts = torch.bincount(visual_index, minlength=num_visuals)
-        order = torch.argsort(visual_index, stable=True)
-        first = torch.cumsum(counts, 0) - counts
-        place = torch.empty_like(visual_index)
-        place[order] = torch.arange(len(order), device=order.device) - first[visual_index[order]]
-        self.visual_index = visual_index
-        self.place = place
+        self.visual_index = visual_index.long()
         self.num_visuals = num_visuals
-        self.most = int(counts.max())
+        visuals = torch.arange(num_visuals, device=visual_index.device)
+        pairs_so_far = (self.visual_index[:, None] == visuals).cumsum(dim=0)
+        self.place = pairs_so_far.gather(1, self.visual_index[:, None]).squeeze(1) - 1
+        self._most = HostCopy(pairs_so_far[-1:].amax(dim=1))
+
+    @functools.cached_property
+    def most(self) -> int:
+        """The most pairs that one visual input has."""
+        return self._most.tolist()[0]
 
     def fold(self, x: Tensor) -> Tensor:
         """(pairs, heads, length, d) to (visuals, heads, most * length, d), zeros where no pair."""
@@ -215,6 +218,6 @@ def frame_aware_weights(text_feat: Tensor, frame_feat: Tensor) -> Tensor:
     Returns:
         (pairs, frames) weights, whose sum over frames is their number.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(text_feat.device.type, enabled=False):
         logits = torch.einsum("pd,ptd->pt", text_feat.float(), frame_feat.float()) / 4
         return logits.softmax(dim=-1) * frame_feat.shape[1]

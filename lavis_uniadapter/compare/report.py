@@ -46,6 +46,7 @@ def rows_of(
         ):
             known = [value for value in values if value is not None]
             row[name] = statistics.fmean(known) if known else None
+        row["precision"] = ", ".join(sorted({run.precision for run in line.runs if run.precision}))
         row["failures"] = "; ".join(line.failures)
         rows.append(row)
     return rows
@@ -76,6 +77,10 @@ def markdown_table(
         lines.append("| " + " | ".join(cells) + " |")
     if any(row["at edge of grid"] for row in rows):
         lines += ["", "\\* the best learning rate is the smallest or largest that was tried"]
+    known = [(row["method"], row["precision"]) for row in rows if row["precision"]]
+    if len({one for _, precision in known for one in precision.split(", ")}) > 1:
+        each = "; ".join(f"{method} in {precision}" for method, precision in known)
+        lines += ["", f"Not all runs computed in the same precision: {each}."]
     failures = [f"- {row['method']}: {row['failures']}" for row in rows if row["failures"]]
     return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
 

@@ -9,8 +9,10 @@ alone, so that it does not matter how many workers there are, nor where a run be
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
+import re
 import signal
 import struct
 import threading
@@ -33,6 +35,7 @@ from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.errors import name_some
 from lavis_uniadapter.extracted_frames import EXTRACTED_SUFFIX, write_extracted_frames
 
 # What reading a damaged, vanished or foreign file raises (SyntaxError: Pillow, of a PNG).
@@ -323,28 +326,38 @@ class ItemLoader(DataLoader):
 
         Raises:
             DatasetError: if no item can be read, naming an evaluation item that cannot be read and
-                has no stand-in, or naming what a worker was reading when it hung or died.
+                has no stand-in, naming what a worker was reading when it hung or died, or naming
+                the items of a batch that PyTorch could not pin in memory.
         """
         self.unreadable = {}
         batches = super().__iter__()
         deaths = _WorkerDeaths()
-        while True:
+        for number in itertools.count():
             try:
                 with deaths.raised():
                     self.report, samples = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if not self.num_workers or not _is_of_a_worker(error):
+                pinning = " in pin memory thread " in str(error)
+                if not self.num_workers or not (pinning or _is_of_a_worker(error)):
                     raise
                 # or else a later loader is told of the same death
                 batches._shutdown_workers()
-                raise DatasetError(self._describe(error)) from error
+                what = self._describe_batch(number, error) if pinning else self._describe(error)
+                raise DatasetError(what) from error
             if self.report.failure is not None:
                 raise DatasetError(self.report.failure)
             if isinstance(self.dataset, EvaluationItems):
                 self.unreadable.update({fault.index: fault for fault in self.report.unreadable})
             yield samples
+
+    def _describe_batch(self, number: int, error: Exception) -> str:
+        """A batch that could not be pinned; its report is lost with it."""
+        indices = next(itertools.islice(self.batch_sampler, number, None))
+        files = name_some(f"'{file_of(self.dataset.dataset, index)}'" for index in indices)
+        said = re.findall(r"^[\w.]+: .*", str(error), re.MULTILINE) or [str(error)]
+        return f"A batch could not be pinned in memory ({said[-1]}). Its items: {files}."
 
     def _describe(self, error: Exception) -> str:
         reading = self.dataset.monitor.in_progress()
@@ -405,7 +418,8 @@ def _is_of_a_worker(error: Exception) -> bool:
     # PyTorch raises plain RuntimeErrors of a worker's end, and the socket to it errors of its own;
     # "Caught ..." is an error that a worker raised itself
     if isinstance(error, RuntimeError):
-        return str(error).startswith(("DataLoader worker", "DataLoader timed out"))
+        ends = ("DataLoader worker", "DataLoader timed out", "Pin memory thread")
+        return str(error).startswith(ends)
     return not str(error).startswith("Caught")
 
 

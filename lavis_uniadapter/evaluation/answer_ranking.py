@@ -85,10 +85,10 @@ def rank_answers(
         use_cache=True,
         return_dict=True,
     )
-    first_logits = decoder.cls(start.last_hidden_state[:, 0]).float()
+    first_logits = decoder.cls(start.last_hidden_state[:, 0])
     first_token = torch.stack([ids[0] for ids in candidates.token_ids]).to(device)
     k = min(num_ans_candidates, len(first_token))
-    chosen = first_logits.softmax(dim=1)[:, first_token].topk(k, dim=1).indices
+    chosen = first_logits[:, first_token].topk(k, dim=1).indices
 
     question_of = questions.repeat_interleave(k)
     scores = _log_likelihood(first_logits, first_token[chosen]).flatten()
@@ -109,7 +109,7 @@ def rank_answers(
             is_decoder=True,
             return_dict=True,
         ).last_hidden_state
-        likelihood = _log_likelihood(decoder.cls(hidden).float(), ids[:, 1:, None])
+        likelihood = _log_likelihood(decoder.cls(hidden), ids[:, 1:, None])
         scores[pairs] += likelihood.flatten(1).sum(dim=1)
     return scores.view(len(questions), k), chosen
 

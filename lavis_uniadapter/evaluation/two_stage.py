@@ -164,7 +164,8 @@ def two_stage_scores(
     try:
         texts = _encode_texts(model, list(data_loader.dataset.text))
         visuals = _encode_visuals(model, data_loader, feature_memory)
-        sims = visuals.feat @ texts.feat.t()
+        with torch.autocast(model.device.type, enabled=False):
+            sims = visuals.feat @ texts.feat.t()
         if not torch.isfinite(sims).all():
             raise FloatingPointError(
                 "The model's features are not finite: its weights are spoiled, or overflow in "
@@ -335,4 +336,4 @@ def _score_pairs(
         feat=texts.feat[text_index.to(texts.feat.device)],
     )
     hidden = model.match_hidden(batch, memory, place.to(model.device), frame_feat)
-    return model.head("itm_head")(hidden[:, 0])[:, 1].float()
+    return model.apply_head("itm_head", hidden[:, 0])[:, 1]

@@ -13,7 +13,7 @@ import torch
 from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import nn
-from transformers import BertTokenizer
+from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter import adapter_files, checkpoint, lavis_versions, paths
 from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
@@ -284,10 +284,21 @@ class TunedBlip(BaseModel):
         """The parameters that training changes, by name; each once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def head(self, name: str) -> nn.Module:
-        """A head as it is to be used now: the active adapter's own, or BLIP's."""
+    def apply_head(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """What a head makes of (..., width) states: the active adapter's own head, or BLIP's.
+
+        In the head's own precision also under autocast. What it gives is compared and ranked, and
+        bfloat16 would make many of the numbers equal.
+        """
         active = self.adapters.active_set
-        return getattr(self, name) if active is None else active.heads[name]
+        head = getattr(self, name) if active is None else active.heads[name]
+        with torch.autocast(states.device.type, enabled=False):
+            return head(states.to(head.weight.dtype))
+
+    def on_device(self, tokens: BatchEncoding) -> BatchEncoding:
+        """Tokens on the model's device. ``BatchEncoding.to`` would wait until it is idle."""
+        tokens.data = {k: v.to(self.device, non_blocking=True) for k, v in tokens.items()}
+        return tokens
 
     def _trains(self, name: str) -> bool:
         """Whether a named adapter set is the one that training changes."""

@@ -36,8 +36,7 @@ class ContrastiveQueueMixin(nn.Module):
             concat_all_gather(x.contiguous())[-self.queue_size :]
             for x in (image_feat, text_feat, idx)
         )
-        start = int(self.queue_ptr)
-        places = (start + torch.arange(len(idx), device=idx.device)) % self.queue_size
+        places = (self.queue_ptr + torch.arange(len(idx), device=idx.device)) % self.queue_size
         finite = (torch.isfinite(image_feat) & torch.isfinite(text_feat)).all(dim=1)
         for queue, new in (
             (self.image_queue, image_feat.T),
@@ -45,4 +44,4 @@ class ContrastiveQueueMixin(nn.Module):
             (self.idx_queue, idx.T),
         ):
             queue[:, places] = torch.where(finite, new.to(queue.dtype), queue[:, places])
-        self.queue_ptr[0] = (start + len(idx)) % self.queue_size
+        self.queue_ptr.add_(len(idx)).remainder_(self.queue_size)

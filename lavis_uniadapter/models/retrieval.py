@@ -37,6 +37,8 @@ from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
+# Label of pairs that the matching loss leaves out.
+LEFT_OUT = -100
 # (least, most) of each number in the ``model:`` section.
 MODEL_NUMBERS = {
     "queue_size": (0, float("inf")),
@@ -203,22 +205,22 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         """
         embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
-        project = self.head("vision_proj")
         return VisualFeatures(
             embeds=embeds.flatten(1, 2),
-            feat=F.normalize(project(frame_cls.mean(dim=1)), dim=-1),
-            frame_feat=F.normalize(project(frame_cls), dim=-1),
+            feat=F.normalize(self.apply_head("vision_proj", frame_cls.mean(dim=1)), dim=-1),
+            frame_feat=F.normalize(self.apply_head("vision_proj", frame_cls), dim=-1),
         )
 
     def tokenize(self, texts: list[str], padding: str = "longest"):
         """Token ids and mask, cut at ``max_txt_len``, on the model's device."""
-        return self.tokenizer(
+        tokens = self.tokenizer(
             list(texts),
             padding=padding,
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
-        ).to(self.device)
+        )
+        return self.on_device(tokens)
 
     def encode_text(self, texts: str | list[str] | Any) -> TextFeatures:
         """Encode texts (one, a list, or what ``tokenize`` gave) in text mode."""
@@ -230,7 +232,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
             embeds=embeds,
-            feat=F.normalize(self.head("text_proj")(embeds[:, 0]), dim=-1),
+            feat=F.normalize(self.apply_head("text_proj", embeds[:, 0]), dim=-1),
         )
 
     def match_hidden(
@@ -277,7 +279,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
         memory = self.text_encoder.project(visuals.embeds)
         hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
-        return self.head("itm_head")(hidden[:, 0])
+        return self.apply_head("itm_head", hidden[:, 0])
 
     # --- training -------------------------------------------------------------------------------
 
@@ -370,11 +372,12 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         """Positives, a hard negative visual for each text and a hard negative text for each visual.
 
         The three groups are one batch of pairs over the batch's own visual memory; only negatives
-        from other ranks add visual inputs to it.
+        from all ranks add visual inputs to it. An item without any negative has pairs as well, to
+        keep shapes known to the host, and their label leaves them out of the loss.
         """
         batch = len(ids)
         pool = self._negative_pool(visuals, texts, ids)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             same = torch.eq(ids, pool.ids.t())
             negative_visual, has_negative = _sample_negatives(
                 texts.feat @ pool.visuals.feat.t() / self.temp, same
@@ -383,26 +386,26 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
                 visuals.feat @ pool.texts.feat.t() / self.temp, same
             )
         own = torch.arange(batch, device=ids.device)
-        text_index = torch.cat([own, own[has_negative]])
-        visual_index = torch.cat([own + pool.offset, negative_visual[has_negative]])
-        text_index = torch.cat([text_index + pool.offset, negative_text[has_negative]])
-        visual_index = torch.cat([visual_index, own[has_negative] + pool.offset])
+        text_index = torch.cat([own + pool.offset, own + pool.offset, negative_text])
+        embeds, frame_feat = visuals.embeds, visuals.frame_feat
+        if pool.visuals is not visuals:
+            embeds = torch.cat([embeds, pool.visuals.embeds[negative_visual]])
+            frame_feat = torch.cat([frame_feat, pool.visuals.frame_feat[negative_visual]])
+            negative_visual = batch + own
+        visual_index = torch.cat([own, negative_visual, own])
 
-        used, visual_index = torch.unique(visual_index, return_inverse=True)
-        memory = self.text_encoder.project(pool.visuals.embeds[used])
+        memory = self.text_encoder.project(embeds)
         pair_texts = TextFeatures(
             input_ids=pool.texts.input_ids[text_index],
             attention_mask=pool.texts.attention_mask[text_index],
             embeds=None,
             feat=pool.texts.feat[text_index],
         )
-        hidden = self.match_hidden(
-            pair_texts, memory, visual_index, pool.visuals.frame_feat[used].detach()
-        )
-        logits = self.head("itm_head")(hidden[:, 0])
-        labels = torch.zeros(len(text_index), dtype=torch.long, device=ids.device)
-        labels[:batch] = 1
-        return F.cross_entropy(logits, labels), (logits, labels)
+        hidden = self.match_hidden(pair_texts, memory, visual_index, frame_feat.detach())
+        logits = self.apply_head("itm_head", hidden[:, 0])
+        no_match = torch.where(has_negative, 0, LEFT_OUT)
+        labels = torch.cat([torch.ones_like(own), no_match, no_match])
+        return F.cross_entropy(logits, labels, ignore_index=LEFT_OUT), (logits, labels)
 
     def _negative_pool(self, visuals, texts, ids) -> _NegativePool:
         if not self.negative_all_rank or get_world_size() == 1:
@@ -479,4 +482,5 @@ def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     # Without negatives, or where a similarity is not a number, draw any.
     weights = weights.nan_to_num(0.0)
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
-    return torch.multinomial(weights, 1).squeeze(1), has_negative
+    # As torch.multinomial draws, which in some releases asks the device whether it may.
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1), has_negative

@@ -9,7 +9,7 @@ import torch
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from lavis_uniadapter import lavis_versions, paths
@@ -116,7 +116,8 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
-        ).to(self.device)
+        )
+        questions = self.on_device(questions)
         questions["input_ids"][:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
         visual_embeds = encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
@@ -135,19 +136,22 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         released code; the scale is one that AdamW does not see.
         """
         answers = self.tokenizer(samples["answer"], padding="longest", return_tensors="pt")
-        answers = answers.to(self.device)
+        answers = self.on_device(answers)
         answers["input_ids"][:, 0] = self.tokenizer.bos_token_id
         targets = answers.input_ids.masked_fill(
             answers.input_ids == self.tokenizer.pad_token_id, -100
         )
         counts = lavis_versions.numbers(samples["n_answers"], self.device)
+
+        def for_each_answer(of_questions: Tensor) -> Tensor:
+            # The size is told, or the host would wait for the device to add it up.
+            return of_questions.repeat_interleave(counts, dim=0, output_size=len(targets))
+
         output = self.text_decoder(
             answers.input_ids,
             attention_mask=answers.attention_mask,
-            encoder_hidden_states=encoder_out.last_hidden_state.repeat_interleave(counts, dim=0),
-            encoder_attention_mask=samples["tokenized_text"].attention_mask.repeat_interleave(
-                counts, dim=0
-            ),
+            encoder_hidden_states=for_each_answer(encoder_out.last_hidden_state),
+            encoder_attention_mask=for_each_answer(samples["tokenized_text"].attention_mask),
             labels=targets,
             return_dict=True,
             reduction="none",
