@@ -10,6 +10,7 @@ from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
+from lavis_uniadapter.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics
 
 
@@ -59,7 +60,10 @@ class UniAdapterRetrievalTask(RetrievalTask):
 
     def evaluation(self, model, data_loader, **kwargs):
         """Metrics of a split, on the main process; None on the others."""
-        scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
+        if is_lavis_model(type(model)):
+            scores_v2t, scores_t2v = lavis_similarities(model, data_loader, self.cfg)
+        else:
+            scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
         unreadable = gather_unreadable(data_loader)
         if not is_main_process():
             return None
