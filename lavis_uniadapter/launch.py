@@ -136,10 +136,10 @@ def _build_and_run(
     seed_everything(seed)
     task = setup_task(config)
     _check_allow_missing(config, task)
-    check_lavis_model(config)
     make_buildable(config.datasets_cfg, _splits_of(config))
     datasets = task.build_datasets(config)
     check_splits(config.run_cfg, task, datasets)
+    check_lavis_model(config, datasets)
     model = task.build_model(config)
     # last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))

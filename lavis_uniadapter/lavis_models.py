@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from lavis.models.blip_models.blip import BlipBase
 from lavis.models.clip_models.model import CLIP
 from omegaconf import DictConfig, OmegaConf
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter import lavis_versions
 from lavis_uniadapter.config import our_run_keys
@@ -28,8 +29,11 @@ from lavis_uniadapter.evaluation.two_stage import K_TEST
 logger = logging.getLogger("lavis_uniadapter")
 
 
-def check_lavis_model(config: Config) -> None:
+def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
     """Refuse what would stop one of LAVIS's own models in the middle of a run.
+
+    Args:
+        datasets: by name and split, as a LAVIS task builds them.
 
     Raises:
         ConfigError: naming the key, or the dependencies to install.
@@ -40,20 +44,8 @@ def check_lavis_model(config: Config) -> None:
         return
     lavis_versions.check_dependencies(model_cls, run)
     if issubclass(model_cls, BlipBase | AlbefBase | AlproBase):
-        key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
-        path = model.get(key)
-        if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
-            raise ConfigError(
-                f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its "
-                "weights there."
-            )
-        visual = "videos" if issubclass(model_cls, AlproBase) else "images"
-        for name, dataset in config.datasets_cfg.items():
-            if dataset.data_type != visual:
-                raise ConfigError(
-                    f"datasets.{name} has {dataset.data_type}; LAVIS's '{model.arch}' reads "
-                    f"{visual}. Choose another model.arch."
-                )
+        _check_weights(model)
+        _check_visual_kind(model_cls, config)
     if issubclass(model_cls, SharedQueueMixin) and not run.evaluate:
         batch = run.batch_size_train * get_world_size()
         if model.queue_size < batch or model.queue_size % batch:
@@ -61,22 +53,54 @@ def check_lavis_model(config: Config) -> None:
                 f"model.queue_size is {model.queue_size}; LAVIS's '{model.arch}' needs a multiple "
                 f"of run.batch_size_train times the number of processes ({batch})."
             )
-    if _reranks(model_cls) and run.get("k_test", K_TEST) < 1:
-        raise ConfigError(
-            f"run.k_test is {run.k_test}; LAVIS's '{model.arch}' always reranks. Set it to at "
-            "least 1."
-        )
+    if hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP):
+        _check_reranking(config, datasets)
     if ignored := sorted(our_run_keys().intersection(run)):
         logger.info("LAVIS's '%s' does not read run.%s.", model.arch, ", run.".join(ignored))
+
+
+def _check_weights(model: DictConfig) -> None:
+    key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
+    path = model.get(key)
+    if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
+        raise ConfigError(
+            f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its weights "
+            "there."
+        )
+
+
+def _check_visual_kind(model_cls: type, config: Config) -> None:
+    visual = "videos" if issubclass(model_cls, AlproBase) else "images"
+    for name, dataset in config.datasets_cfg.items():
+        if dataset.data_type != visual:
+            raise ConfigError(
+                f"datasets.{name} has {dataset.data_type}; LAVIS's '{config.model_cfg.arch}' reads "
+                f"{visual}. Choose another model.arch."
+            )
+
+
+def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """LAVIS reranks at least one candidate, and gives each process a share of the queries."""
+    arch, k_test, processes = config.model_cfg.arch, config.run_cfg.get("k_test"), get_world_size()
+    if k_test is not None and k_test < 1:
+        raise ConfigError(
+            f"run.k_test is {k_test}; LAVIS's '{arch}' always reranks. Set it to at least 1."
+        )
+    for name, splits in datasets.items():
+        for split, dataset in splits.items():
+            for what in ("text", "image"):
+                number = len(getattr(dataset, what, ()))
+                share = number // processes + 1
+                if number and (processes - 1) * share >= number:
+                    raise ConfigError(
+                        f"datasets.{name}, {split} is too small for {processes} processes: LAVIS's "
+                        f"'{arch}' would leave one without a query. Use fewer."
+                    )
 
 
 def is_lavis_model(model_cls: type) -> bool:
     """Whether a registered model is LAVIS's own: this package's check their configuration."""
     return not hasattr(model_cls, "check_config")
-
-
-def _reranks(model_cls: type) -> bool:
-    return hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP)
 
 
 def lavis_similarities(

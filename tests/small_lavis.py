@@ -27,7 +27,7 @@ from lavis_uniadapter import launch
 from lavis_uniadapter.paths import PACKAGE_ROOT
 
 WIDTH = 32
-SIZE = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4}
+SIZE = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
 IMAGE_SIZE = 32
 FRAMES = 2
 CLIP_PATCH = 14  # of the model that LAVIS's project files name
@@ -90,6 +90,7 @@ def small_options(path: Path, folder: Path) -> list[str]:
         med = json.loads(Path(get_abs_path(defaults.med_config_path)).read_text())
         med.update(hidden_size=WIDTH, intermediate_size=64, num_attention_heads=4)
         med.update(num_hidden_layers=2, encoder_width=WIDTH, vocab_size=168)
+        med.update(max_position_embeddings=64)
         if "fusion_layer" in med:
             med["fusion_layer"] = 1
         med_path = folder / f"med_{path.stem}.json"
@@ -98,7 +99,7 @@ def small_options(path: Path, folder: Path) -> list[str]:
     if "image_size" in defaults:
         options.append(f"model.image_size={side}")
     if "queue_size" in defaults:
-        options.append("model.queue_size=12")
+        options += ["model.queue_size=12", "model.embed_dim=16"]
     if "timesformer" in defaults:
         options += [f"model.timesformer.image_size={side}", f"model.timesformer.n_frms={FRAMES}"]
     if arch == "alpro_qa":
@@ -119,6 +120,7 @@ def write_weights(path: Path, options: list[str], weights: Path) -> None:
     cls = registry.get_model_class(given.arch)
     defaults = OmegaConf.load(cls.default_config_path(given.model_type)).model
     cfg = OmegaConf.merge(defaults, given, OmegaConf.from_dotlist(model_options))
+    torch.manual_seed(0)
     load = BaseModel.load_checkpoint_from_config
     BaseModel.load_checkpoint_from_config = lambda self, cfg, **kwargs: None
     try:

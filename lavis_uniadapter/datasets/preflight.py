@@ -191,7 +191,7 @@ def decode_failures(
     """
 
     def failure(path: str) -> str | None:
-        number = 0
+        number = least_frames
 
         def last_sampled(num_frames: int) -> list[int]:
             nonlocal number
@@ -206,8 +206,8 @@ def decode_failures(
             return str(error)
         if number < least_frames:
             return (
-                f"'{path}' has {number} frames; LAVIS's processors need {least_frames} (n_frms). "
-                "blip_video_train and blip_video_eval repeat frames."
+                f"'{path}' has {number} of the {least_frames} frames (n_frms) that LAVIS's "
+                "processors need; blip_video_train and blip_video_eval repeat frames."
             )
         return None
 
