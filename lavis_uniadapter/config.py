@@ -191,7 +191,7 @@ def _checked(given: DictConfig, source: str) -> Config:
     check = getattr(registry.get_model_class(given.model.arch), "check_config", None)
     if check is not None:
         check(config.model_cfg)
-        _check_image_sizes(config)
+    _check_image_sizes(config)
     # whatever refers to something else, so that nothing fails later for leading nowhere
     OmegaConf.to_container(config.config, resolve=True, throw_on_missing=True)
     return config
@@ -221,15 +221,17 @@ def _check_containers(given: DictConfig, defaults: DictConfig, where: str) -> No
 
 
 def _check_image_sizes(config: Config) -> None:
-    size = config.model_cfg.get("image_size")
+    # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
+    where = "model.timesformer" if "timesformer" in config.model_cfg else "model"
+    encoder = OmegaConf.select(config.config, where)
     for name, section in config.datasets_cfg.items():
         for mode, processor in (section.get("vis_processor") or {}).items():
-            given = (processor or {}).get("image_size", size)
-            if given != size:
-                raise ConfigError(
-                    f"datasets.{name}.vis_processor.{mode}.image_size is {given} and "
-                    f"model.image_size is {size}. Give both the same."
-                )
+            for key in {"image_size", "n_frms"}.intersection(encoder, processor or {}):
+                if processor[key] != encoder[key]:
+                    raise ConfigError(
+                        f"datasets.{name}.vis_processor.{mode}.{key} is {processor[key]} and "
+                        f"{where}.{key} is {encoder[key]}. Give both the same."
+                    )
 
 
 def _check_model(model: Mapping) -> None:
@@ -315,6 +317,9 @@ def _check_run(run: Mapping, model_cls: type) -> None:
                     f"Known: {', '.join(names)}."
                 )
     model_keys = getattr(model_cls, "RUN_KEYS", ())
+    if not hasattr(model_cls, "check_config"):
+        # LAVIS's own, which a comparison gives the same options as this package's
+        model_keys = our_run_keys()
     iter_keys = RUNNER_ITER_KEYS if run.get("runner") == "runner_iter" else ()
     known = (*LAVIS_RUN_KEYS, *RUNNER_KEYS, *iter_keys, *model_keys)
     reject_unknown_keys(run.keys(), known, "run")
@@ -354,6 +359,13 @@ def _check_run(run: Mapping, model_cls: type) -> None:
             raise ConfigError(f"run.{key} is {splits!r}; it must be a list of names, as in [val].")
     if run.get("evaluate") and not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
+
+
+def our_run_keys() -> set[str]:
+    """Keys of ``run:`` that models of this package read, and LAVIS does not."""
+    models = registry.mapping["model_name_mapping"].values()
+    keys = {key for model_cls in models for key in getattr(model_cls, "RUN_KEYS", ())}
+    return keys.difference(LAVIS_RUN_KEYS)
 
 
 def _check_flag(name: str, value: object) -> None:

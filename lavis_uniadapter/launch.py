@@ -43,9 +43,15 @@ from lavis_uniadapter.distributed import (
 )
 from lavis_uniadapter.errors import CheckpointError, ConfigError
 from lavis_uniadapter.interruption import EXIT_INTERRUPTED, Interrupted
+from lavis_uniadapter.lavis_models import check_lavis_model
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors import VideoDecodeError
-from lavis_uniadapter.runner import SPLIT_KINDS, AnotherRankFailed, check_splits
+from lavis_uniadapter.runner import (
+    SPLIT_KINDS,
+    AnotherRankFailed,
+    check_splits,
+    momentum_parameters,
+)
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")
@@ -134,6 +140,7 @@ def _build_and_run(
     make_buildable(config.datasets_cfg, _splits_of(config))
     datasets = task.build_datasets(config)
     check_splits(config.run_cfg, task, datasets)
+    check_lavis_model(config, datasets)
     model = task.build_model(config)
     # last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
@@ -154,7 +161,9 @@ def _build_and_run(
 @main_process
 def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
     """``summary.json``, by which a run is known to have finished; see ``run_folders``."""
-    parameters = list(runner._model.parameters())
+    # copies of what is trained are no part of a model's size
+    momentum = momentum_parameters(runner._model)
+    parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
     trained = [] if config.run_cfg.evaluate else [p for p in parameters if p.requires_grad]
     run_folders.write_json(
         Path(runner.output_dir) / run_folders.SUMMARY,

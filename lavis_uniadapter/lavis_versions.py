@@ -8,17 +8,26 @@ the runner's parameter groups         its own             ``get_optimizer_params
 ``BlipBase`` needs transformers       any                 before 4.27
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================
+
+`check_dependencies` is about other packages' versions, with which some of LAVIS's code fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
+from lavis.models.alpro_models.alpro_retrieval import AlproRetrieval
 from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_caption import BlipCaption
+from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
+
+from lavis_uniadapter.errors import ConfigError
 
 
 def init_blip(model: BaseModel) -> None:
@@ -28,6 +37,31 @@ def init_blip(model: BaseModel) -> None:
     there, and the models of this package have their own.
     """
     BaseModel.__init__(model)
+
+
+def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -> None:
+    """Refuse a run of one of LAVIS's own models that fails with the versions installed here.
+
+    Raises:
+        ConfigError: naming the package, and the set of dependencies to use.
+    """
+    problem = None
+    if issubclass(model_cls, AlproRetrieval) and not run_cfg.evaluate and not hasattr(np, "Inf"):
+        problem = f"trains with np.Inf, which NumPy {np.__version__} does not have"
+    generates = issubclass(model_cls, BlipCaption) or (
+        issubclass(model_cls, BlipVQA) and run_cfg.get("inference_method") == "generate"
+    )
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    if generates and (major, minor) >= (4, 27):
+        problem = (
+            "generates text with transformers before 4.27, and this is transformers "
+            f"{transformers.__version__}"
+        )
+    if problem:
+        raise ConfigError(
+            f"LAVIS's {model_cls.__name__} {problem}. Use LAVIS's own dependencies: "
+            "DEPENDENCIES=lavis, constraints/lavis.txt."
+        )
 
 
 def losses(task: BaseTask, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:

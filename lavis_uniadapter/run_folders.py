@@ -33,6 +33,8 @@ LAVIS_METRICS = {
     "meteor": ("METEOR", 100),
     "rouge_l": ("ROUGE_L", 100),
 }
+# This task's accuracy, "acc", is a fraction; that of LAVIS's tasks of question answering is not.
+CLASSIFICATION = "multimodal_classification"
 # LAVIS calls retrieval by what is found: images for a text, texts for an image.
 LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
 
@@ -140,6 +142,8 @@ def read(folder: Path, split: str = "test") -> RunSummary:
             measured = _lavis_results(folder, split)
         else:
             measured = (metrics or {}).get(split, {})
+            if summary.get("task") == CLASSIFICATION:
+                measured = _in_percent(measured)
         return RunSummary(
             seed=summary.get("seed"),
             metrics=measured,
@@ -175,8 +179,16 @@ def _outcomes(folder: Path, split: str) -> dict[str, list[list[float]]]:
 def _lavis_results(folder: Path, split: str) -> dict[str, float]:
     """The last result that a LAVIS task wrote."""
     last = list(_json_values((folder / LAVIS_RESULTS).read_text()))[-1]
-    last = last.get(split, last)  # captioning notes the split
+    if split in last:  # captioning and classification note the split
+        last = _in_percent(last[split])
     return {k: v for k, v in last.items() if isinstance(v, int | float)}
+
+
+def _in_percent(classification: dict[str, float]) -> dict[str, float]:
+    """What a classification task measured, with its accuracy in percent and under our name."""
+    if "acc" not in classification:
+        return classification
+    return {**classification, "accuracy": 100 * classification["acc"]}
 
 
 def _logged_seconds(folder: Path) -> float | None:

@@ -679,7 +679,7 @@ class RunnerUniAdapter(RunnerBase):
         if problems := describe_mismatch(own, state):
             raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
         model.load_state_dict(state, strict=False)
-        if momentum := _momentum_parameters(model).difference(state):
+        if momentum := momentum_parameters(model).difference(state):
             model.copy_params()
             logger.warning(
                 "'%s' holds no momentum encoders (%d tensors): they start from the model.",
@@ -753,7 +753,7 @@ def _to_cpu(value: Any) -> Any:
     return value.cpu() if torch.is_tensor(value) else value
 
 
-def _momentum_parameters(model: torch.nn.Module) -> set[str]:
+def momentum_parameters(model: torch.nn.Module) -> set[str]:
     """Parameters of momentum encoders, which LAVIS's models keep beside what they follow."""
     momentum = {id(p) for pair in getattr(model, "model_pairs", ()) for p in pair[1].parameters()}
     return {name for name, p in model.named_parameters() if id(p) in momentum}
@@ -762,7 +762,7 @@ def _momentum_parameters(model: torch.nn.Module) -> set[str]:
 def _unchanged_by_training(model: torch.nn.Module) -> set[str]:
     """Parameters that are what they were when the model was built."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return frozen - _momentum_parameters(model)
+    return frozen - momentum_parameters(model)
 
 
 def compile_visual_encoder(model: torch.nn.Module) -> None:

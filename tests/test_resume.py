@@ -15,7 +15,6 @@ import pytest
 import torch
 from kill_and_resume import first_difference
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
-from omegaconf import OmegaConf
 from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of, torchrun
 
 from lavis_uniadapter import launch, run_checkpoints, run_folders
@@ -358,12 +357,10 @@ def run_lavis_blip(run, tmp_path, monkeypatch, build_model, small_med_config):
 
     monkeypatch.setattr(BlipRetrieval, "init_tokenizer", classmethod(lambda cls: tokenizer))
     monkeypatch.setattr(BlipRetrieval, "from_config", classmethod(build))
-    config = OmegaConf.load(TRAIN / "shapes_pretrain.yaml")
-    del config.run.itc_weight  # that of our models
-    OmegaConf.save(config, tmp_path / "shapes_pretrain.yaml")
-    fixed = ("model.arch=blip_retrieval", "model.model_type=coco")
+    fixed = ("model.arch=blip_retrieval", "model.model_type=coco", "model.image_size=64")
+    fixed += ("model.queue_size=8",)
     fixed += ("run.valid_splits=[]", "run.test_splits=[]")
-    return lambda *options: run(tmp_path / "shapes_pretrain", *fixed, *options)
+    return lambda *options: run("shapes_pretrain", *fixed, *options)
 
 
 @pytest.mark.parametrize("model", ["ours", "LAVIS's own"])

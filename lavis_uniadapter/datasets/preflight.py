@@ -18,6 +18,7 @@ from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
+from lavis.processors.alpro_processors import AlproVideoBaseProcessor
 from PIL import Image
 from tqdm import tqdm
 
@@ -175,27 +176,39 @@ def leave_out(dataset: BaseDataset, unusable: UnusableFiles) -> int:
     return before - len(kept)
 
 
-def decode_failures(paths: Sequence[str], split: str, n_frms: int | None) -> dict[str, str]:
+def decode_failures(
+    paths: Sequence[str], split: str, n_frms: int | None, least_frames: int = 1
+) -> dict[str, str]:
     """Decode the last frame that a split samples of each video, with a progress bar.
 
     Args:
         paths: of videos.
         split: "train", or another, which samples `n_frms` frames evenly (None: the very last).
+        least_frames: that a video must have.
 
     Returns:
         Why a video cannot be decoded, by its path.
     """
 
-    def last_sampled(num_frames: int) -> list[int]:
-        if split == "train" or n_frms is None:
-            return [num_frames - 1]
-        return sample_frame_indices(num_frames, n_frms)[-1:]
-
     def failure(path: str) -> str | None:
+        number = least_frames
+
+        def last_sampled(num_frames: int) -> list[int]:
+            nonlocal number
+            number = num_frames
+            if split == "train" or n_frms is None:
+                return [num_frames - 1]
+            return sample_frame_indices(num_frames, n_frms)[-1:]
+
         try:
             decode_frames(path, last_sampled, image_size=_PROBE_SIZE)
         except VideoDecodeError as error:
             return str(error)
+        if number < least_frames:
+            return (
+                f"'{path}' has {number} of the {least_frames} frames (n_frms) that LAVIS's "
+                "processors need; blip_video_train and blip_video_eval repeat frames."
+            )
         return None
 
     return _failures(failure, paths, f"{split} videos")
@@ -238,13 +251,16 @@ def _visual_paths(dataset: BaseDataset, layout: Layout) -> list[str]:
 
 def _unusable_files(dataset: BaseDataset, layout: Layout, split: str) -> UnusableFiles:
     paths = _visual_paths(dataset, layout)
-    found = clip_file if layout.visual_key == "video" else str
+    # LAVIS's own processors read no extracted frames, and make a shorter clip of a short video
+    is_alpro = isinstance(dataset.vis_processor, AlproVideoBaseProcessor)
+    found = clip_file if layout.visual_key == "video" and not is_alpro else str
     missing = [path for path in paths if not os.path.isfile(found(path))]
     present = sorted(set(paths).difference(missing))
     if layout.visual_key == "image":
         return UnusableFiles(missing, _failures(_image_failure, present, f"{split} images"))
     n_frms = getattr(dataset.vis_processor, "n_frms", None)
-    return UnusableFiles(missing, decode_failures(present, split, n_frms))
+    least_frames = n_frms if is_alpro else 1
+    return UnusableFiles(missing, decode_failures(present, split, n_frms, least_frames))
 
 
 def _file_problems(unusable: UnusableFiles, total: int) -> Iterator[str]:

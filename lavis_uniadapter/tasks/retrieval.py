@@ -14,6 +14,7 @@ from lavis_uniadapter.evaluation.ranking_metrics import (
     retrieval_ranks,
 )
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
+from lavis_uniadapter.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics, write_outcomes
 
 
@@ -63,7 +64,10 @@ class UniAdapterRetrievalTask(RetrievalTask):
 
     def evaluation(self, model, data_loader, **kwargs):
         """Metrics and outcomes of a split, on the main process; None on the others."""
-        scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
+        if is_lavis_model(type(model)):
+            scores_v2t, scores_t2v = lavis_similarities(model, data_loader, self.cfg)
+        else:
+            scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
         unreadable = gather_unreadable(data_loader)
         if not is_main_process():
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.multimodal_classification_datasets import (
     MultimodalClassificationDataset,
 )
+from lavis.models.alpro_models.alpro_qa import AlproQA
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 
@@ -24,6 +26,8 @@ from lavis_uniadapter.evaluation.answer_metrics import (
 )
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
+logger = logging.getLogger("lavis_uniadapter")
+
 
 @registry.register_task("video_qa")
 class VideoQATask(PredictionTask, VQATask):
@@ -32,7 +36,8 @@ class VideoQATask(PredictionTask, VQATask):
     LAVIS's ``msrvtt_qa`` and ``msvd_qa`` give an answer as a class index, and one index for all
     answers that are no class. Here the datasets' class labels are extended by those answers, so
     that an index stands for one answer: the model learns every training answer, ranks those that
-    are classes, and is scored on all.
+    are classes, and is scored on all. LAVIS's ``alpro_qa``, a classifier, is trained and tested on
+    the same classes; training questions whose answer is none of them are left out.
 
     Settings (``run:``), as in LAVIS's ``vqa``: ``inference_method`` (rank | generate),
     ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``; and ``selection_metric``
@@ -40,6 +45,7 @@ class VideoQATask(PredictionTask, VQATask):
     """
 
     selection_metric = "accuracy"
+    num_classes: int | None = None  # of a classifier
     NOTHING = {"prediction": ""}
 
     @classmethod
@@ -50,7 +56,8 @@ class VideoQATask(PredictionTask, VQATask):
             ConfigError: for a model that answers no questions, or an unknown method or metric.
         """
         model_cls = registry.get_model_class(cfg.model_cfg.arch)
-        if not hasattr(model_cls, "predict_answers"):
+        classifies = issubclass(model_cls, AlproQA)
+        if not classifies and not hasattr(model_cls, "predict_answers"):
             raise ConfigError(
                 f"run.task is video_qa, and model.arch '{cfg.model_cfg.arch}' answers no "
                 "questions. Take blip_uniadapter_vqa."
@@ -59,6 +66,7 @@ class VideoQATask(PredictionTask, VQATask):
         if method not in ("rank", "generate"):
             raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
         task = super().setup_task(cfg)
+        task.num_classes = cfg.model_cfg.num_classes if classifies else None
         task.selection_metric = cfg.run_cfg.get("selection_metric", cls.selection_metric)
         known = ["accuracy", *(f"accuracy_{kind}" for kind in (*QUESTION_TYPES, OTHER))]
         if task.selection_metric not in known:
@@ -88,6 +96,8 @@ class VideoQATask(PredictionTask, VQATask):
             for answer in sorted(dataset.class_labels, key=dataset.class_labels.get):
                 labels.setdefault(answer, len(labels))
         self.answer_list = list(labels)
+        if self.num_classes is not None:
+            self._prepare_for_classifier(datasets)
         for _, dataset in every:
             for record in dataset.annotation:
                 labels.setdefault(record["answer"], len(labels))
@@ -96,6 +106,30 @@ class VideoQATask(PredictionTask, VQATask):
         self._answers = list(labels)
         self._check_selection_metric(datasets, cfg.run_cfg.get("valid_splits") or ())
         return datasets
+
+    def _prepare_for_classifier(self, datasets) -> None:
+        """Leave out training questions whose answer is no class: a classifier fails on them."""
+        if self.num_classes != len(self.answer_list):
+            raise ConfigError(
+                f"model.num_classes is {self.num_classes}, and the datasets "
+                f"{', '.join(datasets)} have {len(self.answer_list)} answer classes (ans2label). "
+                "Give both the same number."
+            )
+        classes = set(self.answer_list)
+        for name, splits in datasets.items():
+            if "train" in splits:
+                records = splits["train"].annotation
+                known = [record for record in records if record["answer"] in classes]
+                if not known:
+                    raise ConfigError(
+                        f"No answer of datasets.{name}, train is one of its answer classes."
+                    )
+                splits["train"].annotation = known
+                splits["train"]._add_instance_ids()
+                logger.info(
+                    "%s, train: %d of %d questions left out, as their answers are no classes.",
+                    *(name, len(records) - len(known), len(records)),
+                )
 
     def _check_selection_metric(self, datasets, valid_splits: Sequence[str]) -> None:
         kind = self.selection_metric.removeprefix("accuracy").removeprefix("_")
@@ -110,12 +144,19 @@ class VideoQATask(PredictionTask, VQATask):
 
     def train_step(self, model, samples: Mapping[str, Any]):
         """Loss of a batch of LAVIS's ``VideoQADataset``: one answer a question, of weight 1."""
+        if self.num_classes is not None:
+            indices = lavis_versions.numbers(samples["answers"], samples["video"].device)
+            output = model({**samples, "answers": indices})
+            return lavis_versions.train_step_result(output["loss"])
         answers = [self._answers[int(index)] for index in samples["answers"]]
         ones = torch.ones(len(answers))
         output = model({**samples, "answer": answers, "n_answers": ones.long(), "weight": ones})
         return lavis_versions.train_step_result(output["loss"])
 
     def predict(self, model, samples):
+        if self.num_classes is not None:
+            best = model.predict(samples)["predictions"].argmax(dim=1)
+            return [{"prediction": self.answer_list[i]} for i in best.tolist()]
         answers = model.predict_answers(
             samples=samples,
             answer_list=self.answer_list,
