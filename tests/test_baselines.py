@@ -42,6 +42,7 @@ FILES = {
     "alpro_qa_msrvtt": ("msrvtt_qa", "accuracy", "alpro/train/msrvtt_qa_ft"),
     "alpro_qa_msvd": ("msvd_qa", "accuracy_where", "alpro/train/msvd_qa_ft"),
     "blip_vqa_vqav2": ("vqav2", "accuracy", "blip/train/vqav2_ft"),
+    "blip_vqa_vqav2_val": ("vqav2", "accuracy", "blip/train/vqav2_ft"),
     "blip_caption_coco": ("coco_caption", "cider", "blip/train/caption_coco_ft"),
     "clip_flickr": ("flickr_retrieval", "t2i_r1", "clip/exp_flickr_ret_eval"),
     "clip_coco": ("coco_retrieval", "i2t_r5", "clip/exp_coco_ret_eval"),
@@ -121,7 +122,8 @@ def test_baseline_runs_and_a_comparison_reads_it(start, name, tmp_path):
         assert 0 <= run_folders.read(val, "val").metric("accuracy") <= 100
     else:
         metric = FILES[name][1]
-        assert summary.metric(metric) == result.metrics["test"][metric]
+        theirs = "agg_metrics" if name.startswith("blip_vqa") else metric  # LAVIS's task
+        assert summary.metric(metric) == result.metrics["test"][theirs]
     sizes = {n: p.numel() for n, p in model.named_parameters() if not re.match(r"\w+_m\.", n)}
     assert summary.total_parameters == sum(sizes.values())
     if name.startswith("clip"):
@@ -144,7 +146,7 @@ def plain(value):
         return value
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "blip_vqa_vqav2_val"])
 def test_values_are_those_of_the_project_file_of_lavis(name):
     project = FILES[name][2]
     ours, theirs = (
@@ -433,8 +435,9 @@ def test_one_table_of_our_methods_and_lavis_models(
     every = [*SMALL_RUN, "run.batch_size_train=3", "run.max_epoch=1", "run.k_test=2"]
     every += ["run.itc_weight=0", "run.rerank_batch=8", "run.feature_memory=1"]
     every += ["run.selection_metric=mean_recall", f"run.cache_root={tmp_path / 'cache'}"]
+    common = [option for option in ours if not option.startswith("model.adapter.")]
     runs = {
-        name: {"options": [*ours, f"model.tuning={tuning}"]}
+        name: {"options": [*(ours if name == "UniAdapter" else common), f"model.tuning={tuning}"]}
         for name, tuning in (("UniAdapter", "uniadapter"), ("LoRA", "lora"), ("full", "full"))
     }
     for name, file in (("BLIP", "blip_retrieval_flickr"), ("ALBEF", "albef_retrieval_flickr")):
