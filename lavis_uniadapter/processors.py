@@ -251,6 +251,8 @@ def random_resized_crop_clip(
     top, left, height, width = RandomResizedCrop.get_params(
         frames, scale=[min_scale, max_scale], ratio=list(CROP_ASPECT_RATIOS)
     )
+    if (height, width) == frames.shape[-2:] == (image_size, image_size):
+        return frames  # resizing would return the same values
     crop = functional_video.resized_crop(
         frames.float(), top, left, height, width, (image_size, image_size), "bicubic"
     )
