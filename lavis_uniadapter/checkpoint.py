@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from lavis.common.dist_utils import download_cached_file
 from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
+from timm.models.hub import download_cached_file
 from torch import Tensor, nn
 
+from lavis_uniadapter.distributed import on_main_process
 from lavis_uniadapter.errors import CheckpointError, name_some
 
 logger = logging.getLogger(__name__)
@@ -33,11 +34,7 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
-    path = Path(
-        download_cached_file(str(source), check_hash=False, progress=True)
-        if is_url(str(source))
-        else source
-    )
+    path = Path(_download(str(source)) if is_url(str(source)) else source)
     if not path.is_file():
         raise CheckpointError(
             f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
@@ -54,6 +51,17 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(torch.is_tensor(v) for v in content.values()):
         raise CheckpointError(f"'{path}' holds no state dict.")
     return {key: value for key, value in content.items() if torch.is_tensor(value)}
+
+
+def _download(url: str) -> str:
+    """The cached file of a URL. The main process downloads it, and the others wait.
+
+    LAVIS's own ``download_cached_file`` lets them wait no longer than for a step of training.
+    """
+    try:
+        return on_main_process(download_cached_file, url, False, True, errors=(OSError,))
+    except OSError as error:
+        raise CheckpointError(f"'{url}' cannot be downloaded: {error}") from error
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -18,8 +18,13 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 
 from lavis_uniadapter.errors import ConfigError
 
+# How long ranks wait for each other: in what all of them do at once, and while the main process
+# works for all (it may download weights or open every file).
 TIMEOUT = datetime.timedelta(minutes=30)
+PATIENCE = datetime.timedelta(hours=24)
 T = TypeVar("T")
+
+_patient_group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def launched_by_torchrun() -> bool:
@@ -42,6 +47,7 @@ def choose_device(requested: str) -> str:
 
 def init_process_group(device: str) -> None:
     """Join torchrun's group, or make one of size 1. Does nothing where there is one."""
+    global _patient_group
     if dist.is_initialized():
         return
     backend = "nccl" if device == "cuda" else "gloo"
@@ -49,6 +55,7 @@ def init_process_group(device: str) -> None:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend, timeout=TIMEOUT)
+        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -59,17 +66,22 @@ def destroy_process_group() -> None:
     A distributed model holds the group in a reference cycle. Were it left to the interpreter's
     shutdown, gloo's threads could outlive the object that joins them, which aborts the process.
     """
+    global _patient_group
     if dist.is_initialized():
         dist.destroy_process_group()
+        _patient_group = None
         gc.collect()
 
 
 def from_main_process(value: T) -> T:
-    """The main process's value, on every rank; without a group, this process's own."""
+    """The main process's value, on every rank; without a group, this process's own.
+
+    Ranks wait up to ``PATIENCE`` for the main process. If that ends, they notice at once.
+    """
     if not dist.is_initialized():
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0)
+    dist.broadcast_object_list(holder, src=0, group=_patient_group)
     return holder[0]
 
 

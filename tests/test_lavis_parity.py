@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_uniadapter import checkpoint
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoint import load_base_state_dict
 from lavis_uniadapter.errors import CheckpointError
@@ -136,6 +139,26 @@ def test_base_checkpoint_that_does_not_fit_is_refused_by_name(pair, harm, tmp_pa
         ours.load_base(str(tmp_path / "blip.pth"))
     for key, value in ours.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_a_base_checkpoint_is_downloaded_or_the_url_is_named(pair, tmp_path, monkeypatch):
+    ours, theirs = pair
+    url = "https://weights.invalid/blip.pth"
+    torch.save({"model": theirs.state_dict()}, tmp_path / "cached.pth")
+    monkeypatch.setattr(
+        checkpoint,
+        "download_cached_file",
+        lambda source, *options: str(tmp_path / "cached.pth") if source == url else None,
+    )
+    ours.load_base(url)
+    assert ours.base_name == "blip.pth"
+
+    def fail(*_):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(checkpoint, "download_cached_file", fail)
+    with pytest.raises(CheckpointError, match=f"{url}' cannot be downloaded: .*no route to host"):
+        ours.load_base(url)
 
 
 def test_heads_missing_from_the_checkpoint_are_reported(pair, tmp_path):

@@ -334,6 +334,20 @@ def test_a_run_ends_its_process_group(tmp_path, tiny_cache):
 
 
 @pytest.mark.processes
+def test_ranks_wait_long_for_what_the_main_process_does_alone(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(str(ROOT / "tests/main_process_takes_long.py"), str(tmp_path)),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("the work is done, 2 ranks") == 2, done.stderr
+
+
+@pytest.mark.processes
 def test_script_says_what_it_does(tmp_path, tiny_cache):
     """A plain ``python train.py`` without torchrun."""
     options = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}", "run.max_epoch=1"]
