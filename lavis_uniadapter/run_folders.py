@@ -127,17 +127,12 @@ def read(folder: Path, split: str = "test") -> RunSummary:
     """
     if is_finished(folder):
         summary = json.loads((folder / SUMMARY).read_text())
-        metrics = summary["metrics"]
-        if metrics is None and (folder / LAVIS_RESULTS).is_file():  # LAVIS's runner returns none
-            measured = _lavis_results(folder, split)
-        else:
-            measured = (metrics or {}).get(split, {})
         return RunSummary(
-            metrics=measured,
+            metrics=(summary["metrics"] or {}).get(split, {}),
             best=summary["best"]["score"],
             trained_parameters=summary["parameters"]["trained"],
             total_parameters=summary["parameters"]["total"],
-            seconds=_logged_seconds(folder),
+            seconds=_logged_seconds(folder) or summary["seconds"],
             peak_bytes=summary["peak_bytes"],
         )
     if not (folder / LAVIS_RESULTS).is_file():
