@@ -20,8 +20,9 @@ from lavis_uniadapter.errors import CheckpointError, name_some
 logger = logging.getLogger(__name__)
 
 QUEUE_BUFFERS = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
+AVERAGES = "momentum_average."
 # Parts of a model that are not BLIP's own and never come from a base checkpoint.
-NOT_BASE = ("adapters.", "momentum_average.")
+NOT_BASE = ("adapters.", AVERAGES)
 # Parts of BLIP that a model for another task lacks.
 OTHER_TASKS = ("text_decoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
@@ -163,6 +164,27 @@ def without_foreign_queues(
             logger.warning("'%s': %s has another length and is left aside.", source, name)
             del kept[name]
     return kept
+
+
+def load_trained(model: nn.Module, source: str) -> None:
+    """Load what a runner saved of a tuned model (path or URL), strictly.
+
+    Frozen parameters, averages and queues may be absent, and queues of another length are skipped.
+
+    Raises:
+        CheckpointError: naming what is missing, unexpected or misshapen.
+    """
+    own = model.state_dict()
+    state = without_foreign_queues(read_state_dict(source), own, source)
+    has_averages = any(key.startswith(AVERAGES) for key in state)
+    may_be_missing = QUEUE_BUFFERS + (() if has_averages else (AVERAGES,))
+    kept = {key: value for key, value in own.items() if key.startswith(may_be_missing)}
+    try:
+        model.load_state_dict({**kept, **state})
+    except CheckpointError as error:
+        raise CheckpointError(f"'{source}', tuning '{model.tuning}': {error}") from None
+    if not has_averages:
+        model.reset_momentum()
 
 
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:

@@ -15,6 +15,7 @@ from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lavis_uniadapter import stock_runners
 from lavis_uniadapter.distributed import choose_device
 from lavis_uniadapter.errors import ConfigError, nearest, reject_unknown_keys
 from lavis_uniadapter.precision import AMP_DTYPES, MATMUL_PRECISIONS, choose_amp
@@ -181,6 +182,7 @@ def _checked(given: DictConfig, source: str) -> Config:
     given.datasets = {name: _with_defaults(name, s) for name, s in given.datasets.items()}
     given.run.seed = given.run.get("seed", 42)
     given.run.evaluate = given.run.get("evaluate", False)
+    given.run.runner = given.run.get("runner", stock_runners.OURS)
     _check_run(given.run, registry.get_model_class(given.model.arch))
     given.run.device = choose_device(given.run.get("device", "auto"))
     given.run.amp = choose_amp(given.run.get("amp"), given.run.device)
@@ -359,6 +361,7 @@ def _check_run(run: Mapping, model_cls: type) -> None:
             raise ConfigError(f"run.{key} is {splits!r}; it must be a list of names, as in [val].")
     if run.get("evaluate") and not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate on.")
+    stock_runners.check(run)
 
 
 def our_run_keys() -> set[str]:

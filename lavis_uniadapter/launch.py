@@ -32,7 +32,7 @@ from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
 from tqdm import tqdm
 
-from lavis_uniadapter import precision, run_checkpoints, run_folders
+from lavis_uniadapter import precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.config import load_config
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
@@ -52,6 +52,7 @@ from lavis_uniadapter.runner import (
     check_splits,
     momentum_parameters,
 )
+from lavis_uniadapter.stock_runners import is_stock
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")
@@ -111,6 +112,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     # before the checks below fill it in for LAVIS's builders
     config.as_asked = config.to_dict()
     set_cache_root(config)
+    if is_stock(config.run_cfg):
+        stock_runners.prepare(config.run_cfg)
     job_id, checkpoint = on_main_process(
         _choose_folder, config, errors=(ConfigError, CheckpointError, run_folders.FolderInUse)
     )
@@ -145,7 +148,9 @@ def _build_and_run(
     # last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
     seed_everything(seed + get_rank())
-    runner_cls = registry.get_runner_class(config.run_cfg.get("runner", "runner_uniadapter"))
+    runner_cls = registry.get_runner_class(config.run_cfg.runner)
+    if is_stock(config.run_cfg):
+        runner_cls = stock_runners.recording(runner_cls)
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if is_main_process():  # of an earlier run under the same name
         (Path(runner.output_dir) / run_folders.SUMMARY).unlink(missing_ok=True)
@@ -208,8 +213,7 @@ def _check_allow_missing(config: Config, task: BaseTask) -> None:
     scores_them = isinstance(task, PredictionTask) or (
         isinstance(task, RetrievalTask) and issubclass(model_cls, BlipUniAdapterRetrieval)
     )
-    ours = config.run_cfg.get("runner", "runner_uniadapter") == "runner_uniadapter"
-    if names and not (ours and scores_them):
+    if names and (is_stock(config.run_cfg) or not scores_them):
         raise ConfigError(
             f"datasets.{names[0]}.allow_missing is True, and run.task '{config.run_cfg.task}' with "
             f"model.arch '{config.model_cfg.arch}' and this run.runner cannot score what is "
@@ -245,18 +249,19 @@ def _choose_folder(config: Config) -> tuple[str, Path | None]:
         ConfigError: if training is to start anew where a run has left its checkpoints.
     """
     run_cfg = config.run_cfg
+    of_lavis = is_stock(run_cfg)
     job_id = str(run_cfg.get("job_id") or "")
     if run_cfg.evaluate:
         return job_id or _new_folder(config), None
     resumes = run_cfg.get("resume") == "auto"
     if resumes and not job_id:
         output_dir = Path.cwd() / run_cfg.output_dir
-        job_id = run_checkpoints.find_unfinished_run(output_dir, config.as_asked) or ""
+        job_id = run_checkpoints.find_unfinished_run(output_dir, config.as_asked, of_lavis) or ""
     if not job_id:
         return _new_folder(config), None
     folder = _folder_of(config, job_id)
     with run_folders.sole_user(folder):
-        checkpoint = run_checkpoints.newest_whole(folder)
+        checkpoint = run_checkpoints.newest_whole(folder, of_lavis)
     if checkpoint is not None and not resumes:
         raise ConfigError(
             f"'{folder}' holds a run already. Set run.resume=auto to go on with it; name another "
@@ -342,8 +347,6 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     """The metrics of each split; of retrieval a line a direction."""
     lines = []
     for split, values in metrics.items():
-        if values is None:  # what LAVIS's runner returns on other ranks than the main one
-            continue
         rows: dict[str, list[str]] = {}
         for name, value in values.items():
             if name == "agg_metrics" and len(values) > 1:

@@ -97,7 +97,19 @@ def read(path: str | os.PathLike, checked: bool = True) -> dict[str, Any]:
     return content
 
 
-def newest_whole(folder: Path) -> Path | None:
+def states(folder: Path, of_lavis: bool = False) -> list[Path]:
+    """The files of a run's folder that the run can go on from, the newest first.
+
+    Args:
+        of_lavis: the run is one of LAVIS's runners, which save the best epoch or, where nothing is
+            validated, every epoch.
+    """
+    if of_lavis:
+        return sorted(folder.glob("checkpoint_*.pth"), key=lambda p: -p.stat().st_mtime)
+    return [folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()]
+
+
+def newest_whole(folder: Path, of_lavis: bool = False) -> Path | None:
     """The newest state of a run that is whole; None if the run saved none.
 
     A torn file is put aside as ``<name>.torn``, so that the next save does not take the place of
@@ -107,10 +119,7 @@ def newest_whole(folder: Path) -> Path | None:
         CheckpointError: if there are checkpoints, and none of them is whole.
     """
     torn = []
-    for name in (LATEST, PREVIOUS):
-        path = folder / name
-        if not path.is_file():
-            continue
+    for path in states(folder, of_lavis):
         try:
             read(path)
         except CheckpointError as error:
@@ -136,7 +145,9 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> str | None:
+def find_unfinished_run(
+    output_dir: Path, config: Mapping[str, Any], of_lavis: bool = False
+) -> str | None:
     """Name of the newest run below a folder that stopped before its end and is the same run.
 
     Args:
@@ -145,9 +156,7 @@ def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> str | No
     """
     folders = [path.parent for path in output_dir.glob(f"*/{CONFIG}")]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if run_folders.is_finished(folder) or not any(
-            (folder / name).is_file() for name in (LATEST, PREVIOUS)
-        ):
+        if run_folders.is_finished(folder) or not states(folder, of_lavis):
             continue
         if run_folders.is_in_use(folder):
             logger.info("'%s' is at work and is left alone.", folder)

@@ -137,20 +137,16 @@ def read(folder: Path, split: str = "test") -> RunSummary:
     """
     if is_finished(folder):
         summary = json.loads((folder / SUMMARY).read_text())
-        metrics = summary["metrics"]
-        if metrics is None and (folder / LAVIS_RESULTS).is_file():  # LAVIS's runner returns none
-            measured = _lavis_results(folder, split)
-        else:
-            measured = (metrics or {}).get(split, {})
-            if summary.get("task") == CLASSIFICATION:
-                measured = _in_percent(measured)
+        measured = (summary["metrics"] or {}).get(split, {})
+        if summary.get("task") == CLASSIFICATION:
+            measured = _in_percent(measured)
         return RunSummary(
             seed=summary.get("seed"),
             metrics=measured,
             best=summary["best"]["score"],
             trained_parameters=summary["parameters"]["trained"],
             total_parameters=summary["parameters"]["total"],
-            seconds=_logged_seconds(folder),
+            seconds=_logged_seconds(folder) or summary["seconds"],
             peak_bytes=summary["peak_bytes"],
             outcomes=_outcomes(folder, split),
             precision=summary.get("precision"),

@@ -670,15 +670,13 @@ class RunnerUniAdapter(RunnerBase):
 
     def _load_model_state(self, state: dict[str, Tensor], source) -> None:
         model = self.unwrap_dist_model(self.model)
-        if hasattr(model, "load_trained_state"):
-            model.load_trained_state(state, str(source))
-            return
-        # One of LAVIS's own models: what it froze is not in its checkpoints.
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        own = {k: v for k, v in model.state_dict().items() if k in trained or k in state}
+        # What is frozen is not in a runner's checkpoints.
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        own = {k: v for k, v in model.state_dict().items() if k not in frozen or k in state}
         if problems := describe_mismatch(own, state):
             raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
         model.load_state_dict(state, strict=False)
+        # LAVIS's own models keep momentum encoders, which its runner does not save.
         if momentum := momentum_parameters(model).difference(state):
             model.copy_params()
             logger.warning(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lavis_uniadapter import run_folders
 from lavis_uniadapter.compare.plan import Entry, Plan, slug
-from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
+from lavis_uniadapter.run_checkpoints import BEST
 
 logger = logging.getLogger("lavis_uniadapter")
 
@@ -255,7 +255,7 @@ def environment(processes: int) -> dict[str, str]:
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (LATEST, PREVIOUS))
+    return any(folder.glob("checkpoint_*.pth"))
 
 
 def _seed_of(options: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ from lavis_uniadapter.backbone import (
     build_visual_encoder,
     geometry_of,
 )
-from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.errors import CheckpointError, ConfigError, reject_unknown_keys
 from lavis_uniadapter.tuning import (
     SECTIONS,
     TUNING_METHODS,
@@ -57,6 +57,7 @@ class TunedBlip(BaseModel):
     TEXT_MODE = False
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     OUTPUT_LAYERS: tuple[str, ...] = ()
+    _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
     MODEL_KEYS: tuple[str, ...] = (
         "arch",
         "model_type",
@@ -261,6 +262,8 @@ class TunedBlip(BaseModel):
             self.adapters.add(DEFAULT_SET, adapter_set)
             attach_deltas(self.adapters, self, adapter_set)
             freeze_all_but(self, adapter_set)
+        parameters = self.named_parameters(remove_duplicate=False)
+        self._frozen = frozenset(name for name, p in parameters if not p.requires_grad)
 
     def _text_encoders(self) -> dict[str, nn.Module]:
         """The BERT encoders that have adapters, by the names of their key/value adapters."""
@@ -436,6 +439,7 @@ class TunedBlip(BaseModel):
         for name, head in active.heads.items():
             getattr(self, name).load_state_dict(head.state_dict())
         self.adapters.clear()
+        self._frozen = frozenset()
         self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
 
     @contextlib.contextmanager
@@ -463,25 +467,29 @@ class TunedBlip(BaseModel):
         Raises:
             CheckpointError: naming what is missing, unexpected or misshapen.
         """
-        state = checkpoint.read_state_dict(url_or_filename)
-        source = str(url_or_filename)
-        state = checkpoint.without_foreign_queues(state, self.state_dict(), source)
-        self.load_trained_state(state, source)
+        checkpoint.load_trained(self, str(url_or_filename))
 
-    def load_trained_state(self, state: Mapping[str, torch.Tensor], source: str) -> None:
-        """Load trained parameters, and whatever else of this model the state holds."""
-        needed = self.trainable_parameters()
-        own = {k: v for k, v in self.state_dict().items() if k in needed or k in state}
-        problems = checkpoint.describe_mismatch(own, state)
-        if problems:
-            raise checkpoint.CheckpointError(
-                f"'{source}' does not fit this {type(self).__name__} with tuning "
-                f"'{self.tuning}': {problems}."
-            )
-        self.load_state_dict(dict(state), strict=False)
-        if not any(key.startswith("momentum_average.") for key in state):
-            self.reset_momentum()
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """Load tensors by name (``torch.nn.Module``).
+
+        With ``strict``, parameters that ``attach_tuning`` froze may be absent, and nothing else:
+        LAVIS's runners do not save them, and load what they saved with this method.
+
+        Raises:
+            CheckpointError: with ``strict``, naming what is missing, unexpected or misshapen.
+        """
+        if strict:
+            own = {
+                name: value
+                for name, value in self.state_dict().items()
+                if name in state_dict or name not in self._frozen
+            }
+            if problems := checkpoint.describe_mismatch(own, state_dict):
+                raise CheckpointError(
+                    f"These are not weights of this {type(self).__name__}: {problems}."
+                )
         self._fingerprint = None
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
 def plain(section: Any) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEval
 from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDataset
 from torch.utils.data import Dataset
 
+from lavis_uniadapter import stock_runners
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
@@ -60,6 +61,7 @@ class UniAdapterCaptionTask(PredictionTask):
                 f"run.task is uniadapter_captioning, and model.arch '{cfg.model_cfg.arch}' writes "
                 "no captions. Take blip_uniadapter_caption."
             )
+        stock_runners.check(run)
         metric = run.get("selection_metric", "cider")
         if metric not in METRICS:
             raise ConfigError(

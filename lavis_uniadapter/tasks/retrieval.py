@@ -6,6 +6,7 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
+from lavis_uniadapter import stock_runners
 from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import (
@@ -32,6 +33,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
     @classmethod
     def setup_task(cls, cfg):
         run = cfg.run_cfg
+        stock_runners.check(run)
         check_settings(
             run.get("k_test", K_TEST),
             run.get("rerank_batch", RERANK_BATCH),

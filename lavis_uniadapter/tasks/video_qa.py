@@ -15,7 +15,7 @@ from lavis.models.alpro_models.alpro_qa import AlproQA
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 
-from lavis_uniadapter import lavis_versions
+from lavis_uniadapter import lavis_versions, stock_runners
 from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.answer_metrics import (
     OTHER,
@@ -62,6 +62,7 @@ class VideoQATask(PredictionTask, VQATask):
                 f"run.task is video_qa, and model.arch '{cfg.model_cfg.arch}' answers no "
                 "questions. Take blip_uniadapter_vqa."
             )
+        stock_runners.check(cfg.run_cfg)
         method = cfg.run_cfg.get("inference_method", "rank")
         if method not in ("rank", "generate"):
             raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
