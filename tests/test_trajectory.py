@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from lavis.tasks import setup_task
 from test_golden import Case, GivenTokens, assert_close
@@ -59,6 +61,7 @@ class Batches:
     def __init__(self, case: Trajectory):
         self._case = case
         self.report = BatchReport([], [])
+        self.dataset = SimpleNamespace(dataset=())  # that faults would be noted of
 
     def __len__(self):
         return self._case.about["steps"]
