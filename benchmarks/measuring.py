@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -54,6 +55,11 @@ def interleaved(
         for name, work in peers.items():
             runs[name].append(work())
     return {n: {"runs": taken, "median": statistics.median(taken)} for n, taken in runs.items()}
+
+
+def autocast(bf16: bool, device: str) -> AbstractContextManager:
+    """Inside, compute in bf16 as a run with ``amp: bf16`` does, or in float32."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
 def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:

@@ -2,7 +2,8 @@
 
 ``lavis``: LAVIS's own ``compute_sim_matrix`` on LAVIS's ``BlipRetrieval``; ``ours, adapters off``:
 the same scores by this package, on the same weights; ``pair by pair``: our model with its adapters,
-every pair alone, texts padded to 35 tokens; ``ours``: the same scores by this package.
+every pair alone, texts padded to 35 tokens; ``ours``: the same scores by this package; ``ours,
+bf16``: under autocast (``amp: bf16``), encoding included, beside the machine's bf16 limit.
 
 Visual features are random and given, so that reranking alone is timed: of LAVIS the calls of its
 cross-modal encoder, of ours everything in the second stage. The two slow peers work on a share of
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions, same_blip
-from lavis_uniadapter.backbone import VisualMemory, encode_frames
+from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.features import TextFeatures, VisualFeatures
 
@@ -144,6 +145,31 @@ def pair_by_pair(model, embeds, frames: int, texts: list[str], pairs, device: st
     return time.perf_counter() - started, scores
 
 
+@torch.no_grad()
+def time_encoding(model, frames: int, image_size: int, repeats: int, device: str):
+    """Seconds that one visual input takes in float32 (False) and in bf16 (True), interleaved.
+
+    The other value is the mean cosine of the features of its frames between the two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    visual = torch.randn(1, 3, frames, image_size, image_size, generator=generator).to(device)
+    features = {}
+
+    def encode(bf16: bool) -> None:
+        with measuring.autocast(bf16, device):
+            features[bf16] = model.encode_visual(visual).frame_feat
+
+    for bf16 in (False, True):
+        encode(bf16)
+    works = {
+        bf16: lambda bf16=bf16: measuring.seconds(lambda: encode(bf16), device)
+        for bf16 in (False, True)
+    }
+    taken = measuring.interleaved(works, repeats)
+    cosine = (features[False] * features[True]).sum(dim=-1).mean().item()
+    return {bf16: about["median"] for bf16, about in taken.items()}, cosine
+
+
 def run_case(name: str, args) -> dict:
     case = CASES[name]
     frames, image_size = case["frames"], case["image_size"]
@@ -158,12 +184,7 @@ def run_case(name: str, args) -> dict:
     texts = loader.dataset.text
     lengths = [len(ids) for ids in ours.tokenizer(texts).input_ids]
 
-    one_frame = torch.randn(1, 3, image_size, image_size, device=device)
-    with torch.no_grad():
-        encode_frames(ours.visual_encoder, one_frame)
-        encoding = measuring.seconds(
-            lambda: encode_frames(ours.visual_encoder, one_frame.repeat(frames, 1, 1, 1)), device
-        )
+    encoding, cosine = time_encoding(ours, frames, image_size, args.repeats, device)
     give_features(ours, theirs, embeds, frames)
     picker = random.Random(args.seed)
     sample = [
@@ -187,7 +208,12 @@ def run_case(name: str, args) -> dict:
         return taken * asked / len(sample)
 
     def run_ours() -> float:
-        taken, seen.pairs_on, _ = timed_rerank(ours, loader, args.k, 0.0, device)
+        taken, seen.pairs_on, seen.on = timed_rerank(ours, loader, args.k, 0.0, device)
+        return taken
+
+    def run_ours_bf16() -> float:
+        with measuring.autocast(True, device):
+            taken, seen.pairs_bf16, seen.bf16 = timed_rerank(ours, loader, args.k, 0.0, device)
         return taken
 
     peers = {
@@ -195,19 +221,24 @@ def run_case(name: str, args) -> dict:
         "ours, adapters off": run_ours_off,
         "pair by pair": run_pairs,
         "ours": run_ours,
+        "ours, bf16": run_ours_bf16,
     }
     rate = measuring.matmul_rate(device)
+    bf16_rate = measuring.matmul_rate(device, torch.bfloat16)
     times = measuring.interleaved(peers, args.repeats)
     rate = (rate + measuring.matmul_rate(device)) / 2
+    bf16_rate = (bf16_rate + measuring.matmul_rate(device, torch.bfloat16)) / 2
 
     text = Text()
     mean_length = sum(lengths) / len(lengths)
     needed = args.gallery * text.keys_and_values(tokens) + seen.pairs * text.attend(
         mean_length, tokens
     )
-    needed_on = args.gallery * (
-        text.keys_and_values(tokens) + text.key_value_adapter(tokens)
-    ) + seen.pairs_on * (text.attend(mean_length, tokens) + text.adapters(mean_length))
+    needed_on, needed_bf16 = (
+        args.gallery * (text.keys_and_values(tokens) + text.key_value_adapter(tokens))
+        + pairs * (text.attend(mean_length, tokens) + text.adapters(mean_length))
+        for pairs in (seen.pairs_on, seen.pairs_bf16)
+    )
     per_pair = text.keys_and_values(tokens) + text.attend(PADDED_LENGTH, tokens)
     processed = [scores > -50 for scores in seen.lavis]
     differences = [
@@ -219,6 +250,7 @@ def run_case(name: str, args) -> dict:
         abs(float(visual_to_text[v, t]) - score)
         for (t, v), score in zip(sample, seen.alone, strict=True)
     )
+    both = (seen.on[0] > -50) & (seen.bf16[0] > -50)
     result = {
         "case": name,
         "gallery": args.gallery,
@@ -234,24 +266,37 @@ def run_case(name: str, args) -> dict:
             "ours, adapters off": needed,
             "pair by pair": asked * (per_pair + text.adapters(PADDED_LENGTH)),
             "ours": needed_on,
+            "ours, bf16": needed_bf16,
         },
         "matmul_gflop_per_s": rate,
+        "bf16_matmul_gflop_per_s": bf16_rate,
         "rerank_seconds": times,
-        "encode_seconds_per_visual": encoding,
+        "encode_seconds_per_visual": encoding[False],
+        "bf16_encode_seconds_per_visual": encoding[True],
+        "bf16_feature_cosine": cosine,
         "largest_score_difference": {
             "lavis against ours, adapters off": max(differences),
             "pair by pair against ours": differences_on,
+            "ours, bf16, against ours": float(np.abs(seen.bf16[0] - seen.on[0])[both].max()),
         },
+        "score_standard_deviation": float(seen.on[0][both].std()),
     }
     result["share_of_limit"] = {
-        peer: result["gflop"][peer] / rate / times[peer]["median"] for peer in peers
+        peer: result["gflop"][peer]
+        / (bf16_rate if peer.endswith("bf16") else rate)
+        / times[peer]["median"]
+        for peer in peers
     }
     result["faster"] = {
         "ours, adapters off, than lavis": times["lavis"]["median"]
         / times["ours, adapters off"]["median"],
         "ours than pair by pair": times["pair by pair"]["median"] / times["ours"]["median"],
+        "ours, bf16, than ours": times["ours"]["median"] / times["ours, bf16"]["median"],
     }
-    whole = {peer: t["median"] + args.gallery * encoding for peer, t in times.items()}
+    whole = {
+        peer: t["median"] + args.gallery * encoding[peer.endswith("bf16")]
+        for peer, t in times.items()
+    }
     result["whole_evaluation_seconds"] = whole
     print(f"\n{name}: gallery {args.gallery}, k {args.k}, {tokens} visual tokens")
     measuring.print_table(
@@ -264,6 +309,8 @@ def run_case(name: str, args) -> dict:
             for peer in peers
         ],
     )
+    print(f"encoding one: {encoding[False]:.3g} s, in bf16 {encoding[True]:.3g} s", end="")
+    print(f" (cosine of the features {cosine:.6f})")
     for what, factor in result["faster"].items():
         print(f"{what}: {factor:.1f} times as fast")
     print("largest difference of a score:", result["largest_score_difference"])

@@ -4,6 +4,7 @@
 code computes it: a copied momentum backbone that is averaged every step, keys and values projected
 for each pair, softmax attention written out. ``lavis full``: LAVIS's ``blip_retrieval``, all
 weights trained, the frames' tokens in a row. Forward, backward and AdamW; BLIP base in float32.
+``ours, bf16``: ours under autocast (``amp: bf16``), beside the machine's bf16 limit.
 
 Each runs in a process of its own, so that its peak memory is its own. Ours and the released way
 are checked to have the same gradients (at ``--check-batch``).
@@ -33,7 +34,7 @@ from lavis_uniadapter.backbone import encode_frames
 from lavis_uniadapter.backbone.text import SdpaCrossAttention, SdpaSelfAttention
 from lavis_uniadapter.backbone.vision import SdpaAttention
 
-PEERS = ("ours", "as released", "lavis full")
+PEERS = ("ours", "ours, bf16", "as released", "lavis full")
 IMAGE_SIZE = 224
 TEXT_LENGTH = 12.0
 
@@ -141,7 +142,9 @@ def run_peer(peer: str, number: int, frames: int, steps: int, device: str) -> di
     optimizer = torch.optim.AdamW(trained, lr=0.0)
 
     def step() -> None:
-        model(batch)["loss"].backward()
+        with measuring.autocast(peer.endswith("bf16"), device):
+            loss = model(batch)["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -184,7 +187,7 @@ def gflop(peer: str, number: int, frames: int, length: float) -> float:
     tokens = frames * vision.tokens(IMAGE_SIZE)
     encode = number * frames * vision.encode(IMAGE_SIZE) + number * text.attend(length, 0) * 0.8
     pairs = 3 * number
-    memories = number if peer == "ours" else pairs
+    memories = number if peer.startswith("ours") else pairs
     match = memories * text.keys_and_values(tokens) + pairs * text.attend(length, tokens)
     backward = 2 if peer == "lavis full" else 1
     return encode + (encode + match) * (1 + backward)
@@ -231,8 +234,12 @@ def main() -> None:
 
     for number in args.batches:
         rate = measuring.matmul_rate(args.device)
+        bf16_rate = measuring.matmul_rate(args.device, torch.bfloat16)
         runs, failures = run_interleaved(number, args.frames, args.repeats, args.device)
-        case = {"batch": number, "frames": args.frames, "matmul_gflop_per_s": rate, "peers": {}}
+        case = {
+            **{"batch": number, "frames": args.frames},
+            **{"matmul_gflop_per_s": rate, "bf16_matmul_gflop_per_s": bf16_rate, "peers": {}},
+        }
         for peer, results in runs.items():
             if peer in failures:
                 case["peers"][peer] = {"failed": failures[peer]}
@@ -245,7 +252,7 @@ def main() -> None:
                 "runs": [result["seconds"] for result in results],
                 "peak_gigabytes": statistics.median(r["peak_bytes"] for r in results) / 1e9,
                 "gflop": needed,
-                "share_of_limit": needed / rate / seconds,
+                "share_of_limit": needed / (bf16_rate if peer.endswith("bf16") else rate) / seconds,
             }
         if number == args.check_batch:
             worst = check_equal_gradients(number, args.frames, args.device)
