@@ -14,8 +14,6 @@ train_benchmark() {
     if [ "$NPROC" = 1 ]; then
         exec python train.py --cfg-path "projects/uniadapter/train/$name.yaml" "$@"
     fi
-    # OpenMP threads that wait by spinning would hold up the processes beside them.
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     exec python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" \
         train.py --cfg-path "projects/uniadapter/train/$name.yaml" "$@"
 }

@@ -17,9 +17,12 @@ from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter import launch
+from lavis_uniadapter.compare.running import environment
 
-# one each, where pytest-xdist runs tests side by side
+# one each, where pytest-xdist runs tests side by side, and for the processes that they start
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.update(environment(int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 # What fails once fails again, and a busy machine makes nothing fail. To search further:
 # pytest --hypothesis-profile=search, with ten times the examples, others each time.
