@@ -30,6 +30,7 @@ OUR_KEYS = (
     "data_timeout",
     "unreadable_threshold",
     "max_skipped_steps",
+    "weight_decay_on",
 )
 
 

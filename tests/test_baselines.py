@@ -231,13 +231,13 @@ def test_accuracy_that_lavis_gives_in_percent_stays(tmp_path):
 
 def test_evaluation_under_autocast_scores_in_float32(start, monkeypatch):
     scores = []
-    measure = retrieval.retrieval_metrics
+    measure = retrieval.retrieval_ranks
 
     def keep(scores_v2t, scores_t2v, *args):
         scores.append(scores_t2v)
         return measure(scores_v2t, scores_t2v, *args)
 
-    monkeypatch.setattr(retrieval, "retrieval_metrics", keep)
+    monkeypatch.setattr(retrieval, "retrieval_ranks", keep)
     start("blip_retrieval_flickr", evaluate=True)
     start("blip_retrieval_flickr", "run.amp=bf16", evaluate=True)
     np.testing.assert_array_equal(*scores)

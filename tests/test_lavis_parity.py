@@ -20,7 +20,7 @@ from lavis_uniadapter.errors import CheckpointError
 @pytest.fixture
 def pair(build_model, small_med_config, monkeypatch):
     """LAVIS's model and ours, with the same weights."""
-    ours = build_model(queue_size=8, max_txt_len=35, adapter={"frame_aware": False})
+    ours = build_model(queue_size=8, max_txt_len=35, alpha_rampup_epochs=2, adapter={"frame_aware": False})
     monkeypatch.setattr(
         BlipRetrieval, "init_tokenizer", classmethod(lambda cls: ours.tokenizer), raising=True
     )
@@ -64,7 +64,7 @@ def test_losses_and_queue_equal_lavis(pair, image_batch):
 
 def test_gradients_of_full_tuning_equal_lavis(pair, image_batch, build_model):
     _, theirs = pair
-    ours = build_model(queue_size=8, max_txt_len=35, tuning="full")
+    ours = build_model(queue_size=8, max_txt_len=35, alpha_rampup_epochs=2, tuning="full")
     load_base_state_dict(ours, theirs.state_dict(), "LAVIS's model", ())
     for name in ("image_queue", "text_queue", "idx_queue"):
         getattr(ours, name).copy_(getattr(theirs, name))

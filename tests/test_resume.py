@@ -89,6 +89,8 @@ def ended(result):
 def test_mid_epoch_resume_equals_not_stopping(run, tuning, step, longer):
     """Steps 0 to 4 are the first epoch's; a checkpoint stands at every second one."""
     options = (*longer, f"model.tuning={tuning}")
+    if tuning == "full":
+        options = tuple(option for option in options if "model.adapter" not in option)
     whole = run("shapes_retrieval", *options, "run.job_id=whole")
     with at_step(step, raise_killed), pytest.raises(Killed):
         run("shapes_retrieval", *options, "run.job_id=killed")

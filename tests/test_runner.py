@@ -69,7 +69,7 @@ def test_resume_equals_not_stopping(run, tuning):
     """Bit for bit on CPU, with dropout and a random draw of frames in play."""
     options = (
         f"model.tuning={tuning}",
-        "model.adapter.dropout=0.1",
+        *(["model.adapter.dropout=0.1"] if tuning == "uniadapter" else []),
         "run.max_epoch=3",
         "run.test_splits=[]",
         "run.num_workers=1",
@@ -106,8 +106,8 @@ def test_best_epoch_survives_resuming_twice(run, monkeypatch):
     original = UniAdapterRetrievalTask.evaluation
 
     def worse_and_worse(task, model, data_loader, **kwargs):
-        metrics = original(task, model, data_loader, **kwargs)
-        return {**metrics, "agg_metrics": next(values, 0.0)}
+        metrics, outcomes = original(task, model, data_loader, **kwargs)
+        return {**metrics, "agg_metrics": next(values, 0.0)}, outcomes
 
     monkeypatch.setattr(UniAdapterRetrievalTask, "evaluation", worse_and_worse)
     folder = None

@@ -187,11 +187,12 @@ def test_the_last_epoch_does_not_go_on(stock):
 
 def test_no_epoch_that_lavis_would_save_is_named(stock, monkeypatch):
     evaluation = UniAdapterRetrievalTask.evaluation
-    monkeypatch.setattr(
-        UniAdapterRetrievalTask,
-        "evaluation",
-        lambda *args, **kwargs: {**evaluation(*args, **kwargs), "agg_metrics": 0.0},
-    )
+
+    def nothing_found(*args, **kwargs):
+        metrics, outcomes = evaluation(*args, **kwargs)
+        return {**metrics, "agg_metrics": 0.0}, outcomes
+
+    monkeypatch.setattr(UniAdapterRetrievalTask, "evaluation", nothing_found)
     with pytest.raises(CheckpointError, match="run.valid_splits="):
         stock("shapes_retrieval", "run.max_epoch=1")
 

@@ -78,7 +78,7 @@ def test_images_and_one_frame_videos_are_the_same(build_model, video_batch):
 
 
 def test_alpha_ramps_up_over_two_epochs(build_model):
-    model = build_model()
+    model = build_model(alpha_rampup_epochs=2)
     steps = ((0, 0), (0, 5), (1, 0), (2, 0), (7, 1))
     assert [model._rampup_factor(e, i, 10) for e, i in steps] == [0, 0.25, 0.5, 1, 1]
 

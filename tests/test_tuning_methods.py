@@ -285,7 +285,8 @@ def test_ablations_train_all_that_they_declare(build, arch, ablation, vit):
         assert not torch.equal(model.get_parameter(name), before[name]), name
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+# Alone, not sharing the down-projection computes the same with the same weights.
+@pytest.mark.parametrize("ablation", [a for a in ABLATIONS if ABLATIONS[a] != {"share": "none"}])
 def test_ablations_leave_something_out(build, ablation):
     """Of equal parameters, without the part the model computes something else."""
     whole, part = (

@@ -39,7 +39,7 @@ def vqa_config(tmp_path):
         "vit": VIT,
         "image_size": 32,
         "med_config_path": str(tmp_path / "med.json"),
-        "adapter": {"bottleneck": 8, "kv_bottleneck": 4},
+        "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "init": "identity"},
     }
     return OmegaConf.merge(config, small)
 
