@@ -20,7 +20,9 @@ from lavis_uniadapter.errors import CheckpointError
 @pytest.fixture
 def pair(build_model, small_med_config, monkeypatch):
     """LAVIS's model and ours, with the same weights."""
-    ours = build_model(queue_size=8, max_txt_len=35, alpha_rampup_epochs=2, adapter={"frame_aware": False})
+    ours = build_model(
+        queue_size=8, max_txt_len=35, alpha_rampup_epochs=2, adapter={"frame_aware": False}
+    )
     monkeypatch.setattr(
         BlipRetrieval, "init_tokenizer", classmethod(lambda cls: ours.tokenizer), raising=True
     )
