@@ -108,7 +108,9 @@ def lavis_similarities(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of a retrieval split by a LAVIS model's own ``compute_sim_matrix``.
 
-    In float32: under autocast LAVIS cannot write scores into its matrices.
+    In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
+    reranked all have the same score, -100: recalls up to ``k_test`` are exact, and a right
+    candidate that is not reranked counts as the last in median and mean rank.
 
     Args:
         loader: of a whole split; every process encodes all of it.

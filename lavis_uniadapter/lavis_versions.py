@@ -9,7 +9,7 @@ the runner's parameter groups         its own             ``get_optimizer_params
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================
 
-`check_dependencies` is about other packages' versions, with which some of LAVIS's code fails.
+`check_dependencies` is about NumPy and transformers, with whose newer versions LAVIS's code fails.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
         ConfigError: naming the package, and the set of dependencies to use.
     """
     problem = None
+    # NumPy 2 has no Inf, but torchmetrics may have put it back.
     if issubclass(model_cls, AlproRetrieval) and not run_cfg.evaluate and not hasattr(np, "Inf"):
         problem = f"trains with np.Inf, which NumPy {np.__version__} does not have"
     generates = issubclass(model_cls, BlipCaption) or (
@@ -54,7 +55,7 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
     major, minor = map(int, transformers.__version__.split(".")[:2])
     if generates and (major, minor) >= (4, 27):
         problem = (
-            "generates text with transformers before 4.27, and this is transformers "
+            "generates text only with transformers before 4.27, and this is transformers "
             f"{transformers.__version__}"
         )
     if problem:

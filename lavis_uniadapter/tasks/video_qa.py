@@ -116,20 +116,16 @@ class VideoQATask(PredictionTask, VQATask):
                 f"{', '.join(datasets)} have {len(self.answer_list)} answer classes (ans2label). "
                 "Give both the same number."
             )
-        classes = set(self.answer_list)
         for name, splits in datasets.items():
-            if "train" in splits:
-                records = splits["train"].annotation
-                known = [record for record in records if record["answer"] in classes]
-                if not known:
-                    raise ConfigError(
-                        f"No answer of datasets.{name}, train is one of its answer classes."
-                    )
-                splits["train"].annotation = known
-                splits["train"]._add_instance_ids()
-                logger.info(
+            if (train := splits.get("train")) is None:
+                continue
+            number = len(train)
+            train.annotation = [r for r in train.annotation if r["answer"] in train.class_labels]
+            train._add_instance_ids()
+            if len(train) < number:
+                logger.warning(
                     "%s, train: %d of %d questions left out, as their answers are no classes.",
-                    *(name, len(records) - len(known), len(records)),
+                    *(name, number - len(train), number),
                 )
 
     def _check_selection_metric(self, datasets, valid_splits: Sequence[str]) -> None:
