@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # What the entries of the configuration that decide anything must be.
 _KINDS = {"method": str, "configuration": dict, "settings": dict, "base": dict, "blake2b": str}

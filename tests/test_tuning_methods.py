@@ -602,8 +602,8 @@ def test_folder_of_another_format_is_named(build, tmp_path):
     model = build(MODELS[0])
     model.save_adapter(tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
-    path.write_text(json.dumps({"format_version": 1, "adapter": {}}))
-    with pytest.raises(CheckpointError, match="has format 1, and this version reads format 2"):
+    path.write_text(json.dumps({"format_version": 2, "adapter": {}}))
+    with pytest.raises(CheckpointError, match="has format 2, and this version reads format 3"):
         model.load_adapter(tmp_path / "adapter")
 
 

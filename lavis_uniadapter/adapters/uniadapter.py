@@ -109,9 +109,10 @@ class UniAdapter(nn.Module):
             else:
                 uniform(down)
         for branch, up in self.up.items():
-            if init == "released":
-                # A shared one is W_c as well, and the norm after that must not see zeros.
-                zero(up) if branch == "textual" and zero_textual_up else normal(up)
+            if init == "released" and not (branch == "textual" and zero_textual_up):
+                normal(up)  # a shared one too: it is W_c, and the norm after that must not see zeros
+            elif init == "released":
+                zero(up)
             elif branch == "cross_modal" and self.norm_cross_modal is not None:
                 # This branch is zero through the gain of its norm. If W_c were zero, the norm's
                 # input would be zero, where its gradient is 1/sqrt(eps).

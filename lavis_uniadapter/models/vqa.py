@@ -144,7 +144,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         counts = lavis_versions.numbers(samples["n_answers"], self.device)
 
         def for_each_answer(of_questions: Tensor) -> Tensor:
-            # The size is told, or the host would wait for the device to add it up.
+            # Without output_size the host waits until the device has added up the counts.
             return of_questions.repeat_interleave(counts, dim=0, output_size=len(targets))
 
         output = self.text_decoder(
