@@ -108,18 +108,16 @@ class UniAdapter(nn.Module):
                 normal(down)
             else:
                 uniform(down)
+        has_norm = self.norm_cross_modal is not None
         for branch, up in self.up.items():
-            if init == "released" and not (branch == "textual" and zero_textual_up):
-                normal(up)  # a shared one too: it is W_c, and the norm after that must not see zeros
-            elif init == "released":
-                zero(up)
-            elif branch == "cross_modal" and self.norm_cross_modal is not None:
-                # This branch is zero through the gain of its norm. If W_c were zero, the norm's
-                # input would be zero, where its gradient is 1/sqrt(eps).
-                uniform(up)
+            # The norm of the cross-modal branch must not see zeros, where its gradient is
+            # 1/sqrt(eps): released weights leave W_c (or a shared one) random, and identity makes
+            # the branch zero through the gain of the norm.
+            if init == "released":
+                zero(up) if branch == "textual" and zero_textual_up else normal(up)
             else:
-                zero(up)
-        if init == "identity" and self.norm_cross_modal is not None:
+                uniform(up) if branch == "cross_modal" and has_norm else zero(up)
+        if init == "identity" and has_norm:
             zero(self.norm_cross_modal)
 
 
