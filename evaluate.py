@@ -2,7 +2,7 @@
 
 import sys
 
-from lavis_uniadapter.launch import main
+from lavis_uniadapter.runners.launch import main
 
 if __name__ == "__main__":
     sys.exit(main(evaluate=True))

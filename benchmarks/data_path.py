@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks import measuring
-from lavis_uniadapter.prepare.__main__ import main as prepare
-from lavis_uniadapter.processors import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+from lavis_uniadapter.tools.prepare.__main__ import main as prepare
 
 SIZE, FPS, SECONDS = (320, 240), 25, 10
 

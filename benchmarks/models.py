@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
-from lavis_uniadapter.checkpoint import base_state_dict
+from lavis_uniadapter.checkpoints.blip_files import base_state_dict
+from lavis_uniadapter.common.paths import find
 from lavis_uniadapter.models import TunedBlip
-from lavis_uniadapter.paths import find
 
 TOKENIZER = "configs/tokenizers/shapes"
 WORDS = "red green blue yellow circle square star cross on the left right top small large".split()

@@ -29,8 +29,8 @@ from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions, same_blip
 from lavis_uniadapter.backbone import VisualMemory
+from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
 from lavis_uniadapter.evaluation import two_stage
-from lavis_uniadapter.features import TextFeatures, VisualFeatures
 
 CASES = {
     "image384": {"frames": 1, "image_size": 384},

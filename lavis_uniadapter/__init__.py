@@ -24,10 +24,10 @@ if not _is_doctor:
     from lavis.datasets.builders import DatasetZoo, dataset_zoo
     from lavis.models import ModelZoo, load_model, load_model_and_preprocess, model_zoo
 
-    from lavis_uniadapter import datasets, models, processors, runner, tasks
+    from lavis_uniadapter import datasets, models, processors, runners, tasks
     from lavis_uniadapter.adapters import AdapterConfig
-    from lavis_uniadapter.checkpoint import load_released_checkpoint
-    from lavis_uniadapter.errors import CheckpointError, ConfigError
+    from lavis_uniadapter.checkpoints.blip_files import load_released_checkpoint
+    from lavis_uniadapter.common.errors import CheckpointError, ConfigError
     from lavis_uniadapter.models import (
         BlipUniAdapterCaption,
         BlipUniAdapterRetrieval,
@@ -53,6 +53,6 @@ __all__ = [
     "model_zoo",
     "models",
     "processors",
-    "runner",
+    "runners",
     "tasks",
 ]

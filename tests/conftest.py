@@ -16,8 +16,8 @@ from tiny_runs import TRAIN, options_of
 from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
-from lavis_uniadapter import launch
-from lavis_uniadapter.compare.running import environment
+from lavis_uniadapter.runners import launch
+from lavis_uniadapter.tools.compare.running import environment
 
 # one each, where pytest-xdist runs tests side by side, and for the processes that they start
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -59,7 +59,7 @@ def small_med_config(tmp_path_factory) -> str:
     """A two-layer text encoder of width 32, as a JSON file."""
     import json
 
-    from lavis_uniadapter.paths import PACKAGE_ROOT
+    from lavis_uniadapter.common.paths import PACKAGE_ROOT
 
     config = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
     config.update(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)

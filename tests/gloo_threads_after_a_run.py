@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lavis_uniadapter.launch import main
+from lavis_uniadapter.runners.launch import main
 
 status = main()
 names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from lavis_uniadapter import launch, run_checkpoints
-from lavis_uniadapter.run_checkpoints import LATEST
+from lavis_uniadapter.runners import launch, run_checkpoints
+from lavis_uniadapter.runners.run_checkpoints import LATEST
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "projects/uniadapter/train/shapes_retrieval.yaml"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lavis_uniadapter import distributed
+from lavis_uniadapter.common import distributed
 
 SHORT = 3
 

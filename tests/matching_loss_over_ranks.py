@@ -11,7 +11,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 import lavis_uniadapter  # noqa: F401
-from lavis_uniadapter.distributed import init_process_group
+from lavis_uniadapter.common.distributed import init_process_group
 
 
 def main(model_file: str, result_file: str) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 
 from lavis_uniadapter.datasets.reading import TrainingItems
-from lavis_uniadapter.launch import main
+from lavis_uniadapter.runners.launch import main
 
 read = TrainingItems._read
 

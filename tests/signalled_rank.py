@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from lavis_uniadapter.launch import main
-from lavis_uniadapter.runner import RunnerUniAdapter
+from lavis_uniadapter.runners.launch import main
+from lavis_uniadapter.runners.runner import RunnerUniAdapter
 
 losses = RunnerUniAdapter._losses
 steps = []

@@ -23,8 +23,8 @@ from lavis.models.vit import VisionTransformerEncoder
 from omegaconf import OmegaConf
 from transformers import BertTokenizer
 
-from lavis_uniadapter import launch
-from lavis_uniadapter.paths import PACKAGE_ROOT
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.runners import launch
 
 WIDTH = 32
 SIZE = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
 import lavis_uniadapter  # noqa: F401
-from lavis_uniadapter.distributed import destroy_process_group, init_process_group
+from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
 
 
 def main(model_file: str, folder: str) -> None:

@@ -25,8 +25,9 @@ from lavis.tasks.base_task import BaseTask
 from lavis_stand_ins import stand_in_for_cuda, stand_in_for_nccl
 from tiny_runs import TRAIN, options_of
 
-from lavis_uniadapter import checkpoint, launch
-from lavis_uniadapter.config import load_config
+from lavis_uniadapter.checkpoints import blip_files
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.runners import launch
 
 CONFIG = TRAIN / "shapes_retrieval.yaml"
 OPTIONS = (
@@ -104,7 +105,7 @@ def save_base(path: Path, options: Sequence[str]) -> None:
     config = load_config(CONFIG, options)
     torch.manual_seed(0)
     model = registry.get_model_class(config.model_cfg.arch).from_config(config.model_cfg)
-    torch.save({"model": checkpoint.base_state_dict(model)}, path)
+    torch.save({"model": blip_files.base_state_dict(model)}, path)
 
 
 def main(folder: Path) -> None:

@@ -11,9 +11,9 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_uniadapter.adapters import AdapterConfig, BackboneGeometry, UniAdapterSet
-from lavis_uniadapter.checkpoint import base_state_dict
-from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.tuning import TUNING_METHODS
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.checkpoints.blip_files import base_state_dict
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 
 METHODS = tuple(TUNING_METHODS)
 BLIP_BASE = BackboneGeometry(768, 12, 768, 12, {"text_encoder": 768})

@@ -21,15 +21,16 @@ from test_benchmarks import SMALL_RUN, change
 from test_benchmarks import small_options as our_small_options
 from tiny_runs import ROOT, TRAIN
 
-from lavis_uniadapter import launch, lavis_models, run_folders
-from lavis_uniadapter.compare import running
-from lavis_uniadapter.compare.__main__ import main as compare
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
-from lavis_uniadapter.prepare.__main__ import main as prepare
-from lavis_uniadapter.run_checkpoints import BEST, LATEST
+from lavis_uniadapter.models import lavis_models
+from lavis_uniadapter.runners import launch, run_folders
+from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.tasks import retrieval
+from lavis_uniadapter.tools.compare import running
+from lavis_uniadapter.tools.compare.__main__ import main as compare
+from lavis_uniadapter.tools.prepare.__main__ import main as prepare
 
 BASELINES = ROOT / "projects/baselines"
 # By a file's name: the miniature that it reads, a metric of it, and LAVIS's project file.
@@ -382,7 +383,9 @@ def children(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def start_small(command, **kwargs):
-        command = " ".join(command).replace("-m lavis_uniadapter.launch", small_lavis.__file__)
+        command = " ".join(command).replace(
+            "-m lavis_uniadapter.runners.launch", small_lavis.__file__
+        )
         return popen(command.split(" "), **kwargs)
 
     monkeypatch.setattr(running.subprocess, "Popen", start_small)

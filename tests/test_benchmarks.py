@@ -14,14 +14,14 @@ from lavis.common.registry import registry
 from miniature import BENCHMARKS, coco_ground_truth, custom
 from omegaconf import OmegaConf
 
-from lavis_uniadapter import launch
-from lavis_uniadapter.checkpoint import base_state_dict
+from lavis_uniadapter.checkpoints.blip_files import base_state_dict
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.caption_metrics import has_java
-from lavis_uniadapter.run_checkpoints import LATEST
-from lavis_uniadapter.runner import BEST_ADAPTER, LATEST_ADAPTER
+from lavis_uniadapter.runners import launch
+from lavis_uniadapter.runners.run_checkpoints import LATEST
+from lavis_uniadapter.runners.runner import BEST_ADAPTER, LATEST_ADAPTER
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "projects/uniadapter"

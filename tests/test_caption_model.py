@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from test_adapter_contracts import perturb
 
 from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
-from lavis_uniadapter.checkpoint import load_base_state_dict
-from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
+from lavis_uniadapter.common.errors import ConfigError
 
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 PROMPT = "there is "

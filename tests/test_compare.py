@@ -15,15 +15,15 @@ import torch
 import yaml
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
-from lavis_uniadapter import launch, run_folders
-from lavis_uniadapter.compare import report, running
-from lavis_uniadapter.compare.__main__ import main
-from lavis_uniadapter.compare.plan import read_plan
-from lavis_uniadapter.compare.running import Comparison, Line
-from lavis_uniadapter.config import load_config
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.run_checkpoints import BEST, LATEST
-from lavis_uniadapter.tuning import TUNING_METHODS
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.runners import launch, run_folders
+from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
+from lavis_uniadapter.tools.compare import report, running
+from lavis_uniadapter.tools.compare.__main__ import main
+from lavis_uniadapter.tools.compare.plan import read_plan
+from lavis_uniadapter.tools.compare.running import Comparison, Line
 
 
 @pytest.fixture

@@ -25,12 +25,12 @@ from PIL import Image
 from test_preflight import write_clip
 from torch.utils.data import default_collate
 
-import lavis_uniadapter.launch  # noqa: F401  (registers LAVIS's schedules, which configurations name)
-from lavis_uniadapter.config import load_config
+import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules, which configurations name)
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.record_files import Problem, read_records, read_strings
-from lavis_uniadapter.errors import ConfigError
 
 TASKS = ("retrieval", "qa", "caption")
 KINDS = ("images", "videos")

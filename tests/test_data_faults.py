@@ -15,14 +15,14 @@ from omegaconf import OmegaConf
 from rotten_videos import KINDS, make_rotten
 from tiny_runs import TRAIN, torchrun
 
-from lavis_uniadapter import launch, run_checkpoints
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, file_of
-from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics, retrieval_ranks
-from lavis_uniadapter.processors import BlipVideoBaseProcessor
-from lavis_uniadapter.run_faults import UNREADABLE
+from lavis_uniadapter.processors.video import BlipVideoBaseProcessor
+from lavis_uniadapter.runners import launch, run_checkpoints
+from lavis_uniadapter.runners.faults import UNREADABLE
 
 DATASET = "datasets.shapes_retrieval"
 

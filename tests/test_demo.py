@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_runs import TINY_CLIPS, TINY_RUN, TINY_STILLS, TRAIN
 
-from lavis_uniadapter import demo, demo_qa_caption, launch
-from lavis_uniadapter.config import load_config
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.evaluation import caption_metrics
-from lavis_uniadapter.paths import PACKAGE_ROOT
+from lavis_uniadapter.runners import launch
+from lavis_uniadapter.tools import demo, demo_qa_caption
 
 
 @pytest.fixture

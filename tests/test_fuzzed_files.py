@@ -16,12 +16,19 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
+from lavis_uniadapter.processors.video.extracted_frames import (
+    ABOUT,
+    EXTRACTED_SUFFIX,
+    read_about,
+    write_extracted_frames,
+)
 from omegaconf import OmegaConf
 from PIL import Image
 from test_adapter_contracts import perturb
 from test_properties import examples
 
-from lavis_uniadapter.adapter_files import CONFIG, TENSORS
+from lavis_uniadapter.checkpoints.adapter_files import CONFIG, TENSORS
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.layouts import (
     LAYOUTS,
     answer_list_problem,
@@ -30,16 +37,9 @@ from lavis_uniadapter.datasets.layouts import (
 )
 from lavis_uniadapter.datasets.preflight import DatasetError, _image_failure, check_annotations
 from lavis_uniadapter.datasets.record_files import Problem, Record, read_records, read_strings
-from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.extracted_frames import (
-    ABOUT,
-    EXTRACTED_SUFFIX,
-    read_about,
-    write_extracted_frames,
-)
-from lavis_uniadapter.prepare import didemo, msrvtt
-from lavis_uniadapter.prepare.sources import id_field, name_field, read_list, read_mapping
-from lavis_uniadapter.processors import VideoDecodeError, decode_frames, sample_frame_indices
+from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
+from lavis_uniadapter.tools.prepare import didemo, msrvtt
+from lavis_uniadapter.tools.prepare.sources import id_field, name_field, read_list, read_mapping
 
 # --- what files may hold ------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from transformers import BatchEncoding
 
 from lavis_uniadapter.adapters import AdapterConfig
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
-from lavis_uniadapter.checkpoint import load_released_checkpoint, released_to_ours
-from lavis_uniadapter.errors import CheckpointError
+from lavis_uniadapter.checkpoints.blip_files import load_released_checkpoint, released_to_ours
+from lavis_uniadapter.common.errors import CheckpointError
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 
 GOLDEN = Path(__file__).parent / "golden"

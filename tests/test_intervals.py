@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lavis_uniadapter.compare.intervals import paired_difference
-from lavis_uniadapter.run_folders import RunSummary
+from lavis_uniadapter.runners.run_folders import RunSummary
+from lavis_uniadapter.tools.compare.intervals import paired_difference
 
 
 def runs(outcomes: np.ndarray, seeds=None, kinds: int = 1) -> list[RunSummary]:

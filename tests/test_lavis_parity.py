@@ -11,10 +11,10 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_uniadapter import checkpoint
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
-from lavis_uniadapter.checkpoint import load_base_state_dict
-from lavis_uniadapter.errors import CheckpointError
+from lavis_uniadapter.checkpoints import blip_files
+from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
+from lavis_uniadapter.common.errors import CheckpointError
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_base_checkpoint_is_downloaded_or_the_url_is_named(pair, tmp_path, mon
     url = "https://weights.invalid/blip.pth"
     torch.save({"model": theirs.state_dict()}, tmp_path / "cached.pth")
     monkeypatch.setattr(
-        checkpoint,
+        blip_files,
         "download_cached_file",
         lambda source, *options: str(tmp_path / "cached.pth") if source == url else None,
     )
@@ -158,7 +158,7 @@ def test_a_base_checkpoint_is_downloaded_or_the_url_is_named(pair, tmp_path, mon
     def fail(*_):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(checkpoint, "download_cached_file", fail)
+    monkeypatch.setattr(blip_files, "download_cached_file", fail)
     with pytest.raises(CheckpointError, match=f"{url}' cannot be downloaded: .*no route to host"):
         ours.load_base(url)
 

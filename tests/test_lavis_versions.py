@@ -11,7 +11,7 @@ from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
 
-from lavis_uniadapter import lavis_versions
+from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.tasks import VideoQATask
 
 

@@ -15,11 +15,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny_runs import ROOT
 
-from lavis_uniadapter import run_checkpoints
 from lavis_uniadapter.models.retrieval import _sample_negatives
-from lavis_uniadapter.run_checkpoints import LATEST
-from lavis_uniadapter.run_faults import SKIPPED_STEPS
-from lavis_uniadapter.runner import EpochProgress, RunnerUniAdapter
+from lavis_uniadapter.runners import run_checkpoints
+from lavis_uniadapter.runners.faults import SKIPPED_STEPS
+from lavis_uniadapter.runners.run_checkpoints import LATEST
+from lavis_uniadapter.runners.runner import EpochProgress, RunnerUniAdapter
 
 SHORT = ("run.test_splits=[]", "run.valid_splits=[]", "run.batch_size_train=2")
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from lavis_uniadapter import run_checkpoints, run_folders
-from lavis_uniadapter.precision import choose_amp, describe
+from lavis_uniadapter.runners import run_checkpoints, run_folders
+from lavis_uniadapter.runners.precision import choose_amp, describe
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lavis_uniadapter.datasets.preflight import (
     check_annotations,
     check_dataset,
 )
-from lavis_uniadapter.processors import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
 
 DATASETS = {
     ("video", "train"): VideoRetrievalDataset,

@@ -22,13 +22,13 @@ from lavis.tasks.captioning import CaptionTask
 from test_preflight import spoil_from_frame, write_clip
 from torch.utils.data import DataLoader
 
-from lavis_uniadapter.config import load_config
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets.building import check_built, make_buildable
-from lavis_uniadapter.distributed import destroy_process_group, init_process_group
-from lavis_uniadapter.paths import PACKAGE_ROOT
-from lavis_uniadapter.prepare import annotations, didemo, msrvtt, videos
-from lavis_uniadapter.prepare.__main__ import main
-from lavis_uniadapter.prepare.annotations import AnnotationFile, write_together
+from lavis_uniadapter.tools.prepare import annotations, didemo, msrvtt, videos
+from lavis_uniadapter.tools.prepare.__main__ import main
+from lavis_uniadapter.tools.prepare.annotations import AnnotationFile, write_together
 
 SPLITS = {
     "train": ["video0", "video1", "video2", "video3"],
@@ -1039,7 +1039,13 @@ def test_the_next_command_of_didemo_finds_the_files(did, monkeypatch, validated)
 
 
 def test_the_command_runs_as_a_module(msr):
-    command = [sys.executable, "-m", "lavis_uniadapter.prepare", "msrvtt", *map(str, msr.options)]
+    command = [
+        sys.executable,
+        "-m",
+        "lavis_uniadapter.prepare",
+        "msrvtt",
+        *map(str, msr.options),
+    ]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: MSR-VTT cannot be prepared:\n- ")

@@ -13,9 +13,8 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
-from lavis_uniadapter import processors
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.processors import (
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.processors.video import (
     CLIP_MEAN,
     CLIP_STD,
     BlipVideoEvalProcessor,
@@ -24,6 +23,7 @@ from lavis_uniadapter.processors import (
     randaugment_clip,
     random_resized_crop_clip,
     sample_frame_indices,
+    video,
 )
 
 SIZE = 32
@@ -231,7 +231,7 @@ def test_no_randaugment_operations_change_nothing():
 
 @pytest.mark.parametrize(("magnitude", "brightness"), [(0, 10), (5, 100), (8, 154)])
 def test_magnitude_sets_the_strength(monkeypatch, magnitude, brightness):
-    monkeypatch.setattr(processors, "_RANDAUG_OPS", (processors._brightness,))
+    monkeypatch.setattr(video, "_RANDAUG_OPS", (video._brightness,))
     frame = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     assert randaugment_clip(frame, 1, magnitude).unique().tolist() == [brightness]
 
@@ -471,7 +471,7 @@ def test_threads_open_videos_one_at_a_time(tmp_path, monkeypatch):
         def get_batch(self, indices):
             return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(processors, "VideoReader", Reader)
+    monkeypatch.setattr(video, "VideoReader", Reader)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: processors.decode_frames(path, lambda n: [0], 8), paths))
+        list(pool.map(lambda path: video.decode_frames(path, lambda n: [0], 8), paths))
     assert len(most) == 8 and max(most) == 1

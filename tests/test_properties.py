@@ -17,10 +17,11 @@ from test_lavis_parity import Gallery
 from test_two_stage import build_selective
 from torch.utils.data import DataLoader
 
-import lavis_uniadapter.launch  # noqa: F401  (registers LAVIS's schedules)
-from lavis_uniadapter.config import load_config
+import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules)
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
-from lavis_uniadapter.errors import ConfigError
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
     RetrievalRanks,
@@ -28,8 +29,7 @@ from lavis_uniadapter.evaluation.ranking_metrics import (
     retrieval_ranks,
 )
 from lavis_uniadapter.evaluation.two_stage import two_stage_scores
-from lavis_uniadapter.paths import PACKAGE_ROOT
-from lavis_uniadapter.processors import sample_frame_indices
+from lavis_uniadapter.processors.video import sample_frame_indices
 
 
 def examples(number: int) -> settings:

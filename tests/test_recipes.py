@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_runs import TRAIN
 
-from lavis_uniadapter.config import load_config
-from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
 
 # RERV/UniAdapter, commit 796c124. Batch sizes are those of one of 8 processes; None: not in use.
 RELEASED = {

@@ -60,7 +60,7 @@ def test_local_files_need_no_network():
             "import socket\n"
             "def refuse(*args): raise AssertionError('network')\n"
             "socket.socket.connect = socket.getaddrinfo = refuse\n"
-            "import lavis_uniadapter, lavis_uniadapter.launch\n"
+            "import lavis_uniadapter, lavis_uniadapter.runners.launch\n"
             "from lavis.models import load_model\n"
             "load_model('blip_uniadapter_retrieval', 'shapes')\n",
         ],

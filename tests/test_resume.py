@@ -17,13 +17,13 @@ from kill_and_resume import first_difference
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of, torchrun
 
-from lavis_uniadapter import launch, run_checkpoints, run_folders
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.reading import ItemLoader
-from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.interruption import EXIT_INTERRUPTED, Interrupted
-from lavis_uniadapter.run_checkpoints import BEST, LATEST, PREVIOUS
-from lavis_uniadapter.runner import RunnerUniAdapter
+from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
+from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST, PREVIOUS
+from lavis_uniadapter.runners.runner import RunnerUniAdapter
+from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 
 
 class Killed(BaseException):

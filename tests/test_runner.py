@@ -14,12 +14,12 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN, torchrun
 
-from lavis_uniadapter import launch, runner
-from lavis_uniadapter.adapter_files import TENSORS
+from lavis_uniadapter.checkpoints.adapter_files import TENSORS
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.reading import BatchReport
-from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.run_checkpoints import BEST, LATEST
-from lavis_uniadapter.runner import BEST_ADAPTER, EpochProgress
+from lavis_uniadapter.runners import launch, runner
+from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
+from lavis_uniadapter.runners.runner import BEST_ADAPTER, EpochProgress
 
 
 def trained_state(path):

@@ -25,9 +25,10 @@ from PIL import Image
 from transformers import BertTokenizer
 
 import lavis_uniadapter
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets import shapes
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.shapes import (
+from lavis_uniadapter.datasets.shapes.shapes import (
     CENTRES,
     COLOURS,
     SHAPES,
@@ -37,7 +38,6 @@ from lavis_uniadapter.datasets.shapes import (
     ensure_clips,
     ensure_stills,
 )
-from lavis_uniadapter.errors import ConfigError
 
 PACKAGE = Path(lavis_uniadapter.__file__).parent
 TOKENIZER = PACKAGE / "configs" / "tokenizers" / "shapes"

@@ -24,9 +24,9 @@ from lavis_uniadapter.backbone import (
     build_text_encoder,
     build_visual_encoder,
 )
-from lavis_uniadapter.errors import CheckpointError
+from lavis_uniadapter.common.errors import CheckpointError
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.models import TunedBlip
-from lavis_uniadapter.paths import PACKAGE_ROOT
 
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 TOKENIZER = "configs/tokenizers/shapes"

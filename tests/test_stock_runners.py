@@ -20,18 +20,18 @@ from omegaconf import OmegaConf
 from stock_runs import OPTIONS as STOCK_OPTIONS
 from tiny_runs import ROOT, TRAIN
 
-from lavis_uniadapter import launch, run_checkpoints, run_folders
-from lavis_uniadapter.compare.running import _has_checkpoint
-from lavis_uniadapter.config import load_config
-from lavis_uniadapter.errors import CheckpointError, ConfigError
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
-from lavis_uniadapter.run_checkpoints import BEST
+from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
+from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.tasks import (
     UniAdapterCaptionTask,
     UniAdapterRetrievalTask,
     VideoQATask,
 )
-from lavis_uniadapter.tuning import TUNING_METHODS
+from lavis_uniadapter.tools.compare.running import _has_checkpoint
 
 STOCK = "run.runner=runner_base"
 

@@ -14,10 +14,10 @@ from test_adapter_contracts import assert_differ, assert_same, outputs, perturb
 from torch import nn
 
 from lavis_uniadapter.adapters import LoraConfig, LoraSet
-from lavis_uniadapter.checkpoint import base_state_dict
-from lavis_uniadapter.errors import CheckpointError, ConfigError
-from lavis_uniadapter.paths import PACKAGE_ROOT
-from lavis_uniadapter.tuning import TUNING_METHODS
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.checkpoints.blip_files import base_state_dict
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 
 MODELS = ("blip_uniadapter_retrieval", "blip_uniadapter_vqa", "blip_uniadapter_caption")
 BESIDE_A_BACKBONE = [name for name, method in TUNING_METHODS.items() if method.set_cls]

@@ -12,7 +12,7 @@ from test_adapter_contracts import perturb
 from test_lavis_parity import Gallery
 from torch.utils.data import DataLoader
 
-from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import OUTSIDE_SHORTLIST, two_stage_scores
 
 

@@ -17,9 +17,9 @@ from lavis_uniadapter.backbone import (
     build_text_encoder,
     build_visual_encoder,
 )
-from lavis_uniadapter.checkpoint import load_base_state_dict
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.paths import PACKAGE_ROOT
+from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
 
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 ANSWERS = ["red", "blue", "a green star", "left", "square", "top"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 
 INITS = ("released", "identity")
 SHARES = ("none", "down", "up", "all")

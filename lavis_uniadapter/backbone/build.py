@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
 
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
-from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 
 VIT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4),

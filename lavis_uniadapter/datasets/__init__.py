@@ -1,17 +1,17 @@
 """Data sets of the plugin; importing this package registers their builders with LAVIS."""
 
-from lavis_uniadapter.datasets.builders import (
+from lavis_uniadapter.datasets.custom import (
+    CustomCaptionBuilder,
+    CustomQABuilder,
+    CustomRetrievalBuilder,
+)
+from lavis_uniadapter.datasets.shapes.shapes.builders import (
     ShapesClipsBuilder,
     ShapesClipsCaptionBuilder,
     ShapesClipsQABuilder,
     ShapesStillsBuilder,
     ShapesStillsCaptionBuilder,
     ShapesStillsQABuilder,
-)
-from lavis_uniadapter.datasets.custom import (
-    CustomCaptionBuilder,
-    CustomQABuilder,
-    CustomRetrievalBuilder,
 )
 
 __all__ = [

@@ -10,7 +10,8 @@ from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from torch.utils.data import Dataset
 
-from lavis_uniadapter.datasets.builders import ShapesBuilder
+from lavis_uniadapter.common.distributed import on_main_process
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.custom import CustomBuilder
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import (
@@ -20,8 +21,7 @@ from lavis_uniadapter.datasets.preflight import (
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.distributed import on_main_process
-from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.datasets.shapes.shapes.builders import ShapesBuilder
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

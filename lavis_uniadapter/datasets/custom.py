@@ -36,6 +36,7 @@ from lavis.datasets.datasets.video_caption_datasets import (
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.layouts import (
     Field,
@@ -52,8 +53,7 @@ from lavis_uniadapter.datasets.record_files import (
     read_records,
     read_strings,
 )
-from lavis_uniadapter.errors import ConfigError, reject_unknown_keys
-from lavis_uniadapter.extracted_frames import clip_file
+from lavis_uniadapter.processors.video.extracted_frames import clip_file
 
 logger = logging.getLogger(__name__)
 

@@ -33,10 +33,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import default_collate
 
+from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.errors import name_some
-from lavis_uniadapter.extracted_frames import EXTRACTED_SUFFIX, write_extracted_frames
+from lavis_uniadapter.processors.video.extracted_frames import (
+    EXTRACTED_SUFFIX,
+    write_extracted_frames,
+)
 
 # What reading a damaged, vanished or foreign file raises (SyntaxError: Pillow, of a PNG).
 READ_ERRORS = (

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_uniadapter.errors import name_some, nearest
+from lavis_uniadapter.common.errors import name_some, nearest
 
 _JSON_WHITESPACE = re.compile(r"[ \t\n\r]*")
 

@@ -20,9 +20,9 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 from torch import Tensor
 from tqdm import tqdm
 
+from lavis_uniadapter.backbone.features import TextFeatures
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.reading import unreadable_mask
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.features import TextFeatures
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,14 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter import adapter_files, checkpoint, lavis_versions, paths
 from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
+from lavis_uniadapter.adapters.methods import (
+    SECTIONS,
+    TUNING_METHODS,
+    check_sections,
+    freeze_all_but,
+    tuning_method,
+)
 from lavis_uniadapter.backbone import (
     attach_adapters,
     attach_deltas,
@@ -24,14 +30,9 @@ from lavis_uniadapter.backbone import (
     build_visual_encoder,
     geometry_of,
 )
-from lavis_uniadapter.errors import CheckpointError, ConfigError, reject_unknown_keys
-from lavis_uniadapter.tuning import (
-    SECTIONS,
-    TUNING_METHODS,
-    check_sections,
-    freeze_all_but,
-    tuning_method,
-)
+from lavis_uniadapter.checkpoints import adapter_files, blip_files
+from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError, reject_unknown_keys
 
 logger = logging.getLogger(__name__)
 DEFAULT_SET = "default"
@@ -212,9 +213,9 @@ class TunedBlip(BaseModel):
         self.base_name = "random weights" if source is None else os.path.basename(str(source))
         self.randomly_initialised = [] if source is not None else ["everything"]
         if source is not None:
-            state = checkpoint.read_state_dict(source)
+            state = blip_files.read_state_dict(source)
             self.comment_on_base(state)
-            self.randomly_initialised = checkpoint.load_base_state_dict(
+            self.randomly_initialised = blip_files.load_base_state_dict(
                 self,
                 state,
                 str(source),
@@ -360,7 +361,7 @@ class TunedBlip(BaseModel):
     def base_fingerprint(self) -> str:
         """Hash of the frozen BLIP under the adapters, computed once."""
         if self._fingerprint is None:
-            self._fingerprint = checkpoint.fingerprint(self, self.randomly_initialised)
+            self._fingerprint = blip_files.fingerprint(self, self.randomly_initialised)
         return self._fingerprint
 
     def base_changed(self, name: str) -> None:
@@ -467,7 +468,7 @@ class TunedBlip(BaseModel):
         Raises:
             CheckpointError: naming what is missing, unexpected or misshapen.
         """
-        checkpoint.load_trained(self, str(url_or_filename))
+        blip_files.load_trained(self, str(url_or_filename))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load tensors by name (``torch.nn.Module``).
@@ -484,7 +485,7 @@ class TunedBlip(BaseModel):
                 for name, value in self.state_dict().items()
                 if name in state_dict or name not in self._frozen
             }
-            if problems := checkpoint.describe_mismatch(own, state_dict):
+            if problems := blip_files.describe_mismatch(own, state_dict):
                 raise CheckpointError(
                     f"These are not weights of this {type(self).__name__}: {problems}."
                 )

@@ -12,10 +12,10 @@ from lavis.models.blip_models.blip_caption import BlipCaption
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import lavis_versions, paths
 from lavis_uniadapter.backbone import build_text_decoder, encode_frames
-from lavis_uniadapter.errors import ConfigError
-from lavis_uniadapter.features import visual_input
+from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.models.base import TunedBlip
 
 logger = logging.getLogger(__name__)

@@ -21,18 +21,18 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter import lavis_versions, paths
 from lavis_uniadapter.adapters import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, encode_frames
+from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
-from lavis_uniadapter.errors import ConfigError
+from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import (
     FEATURE_MEMORY,
     K_TEST,
     RERANK_BATCH,
     two_stage_scores,
 )
-from lavis_uniadapter.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage

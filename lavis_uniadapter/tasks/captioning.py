@@ -10,10 +10,10 @@ from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEval
 from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDataset
 from torch.utils.data import Dataset
 
-from lavis_uniadapter import stock_runners
+from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
+from lavis_uniadapter.runners import stock_runners
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)

@@ -16,9 +16,9 @@ from lavis.datasets.data_utils import apply_to_sample
 from lavis.tasks.base_task import BaseTask
 from tqdm import tqdm
 
-from lavis_uniadapter import run_folders
+from lavis_uniadapter.common.distributed import gather_to_main
 from lavis_uniadapter.datasets.reading import gather_unreadable
-from lavis_uniadapter.distributed import gather_to_main
+from lavis_uniadapter.runners import run_folders
 
 # Key of the reason with an item, and of the number among the metrics.
 UNREADABLE = "unreadable"

@@ -6,16 +6,16 @@ from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_uniadapter import stock_runners
+from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.datasets.reading import gather_unreadable
-from lavis_uniadapter.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.ranking_metrics import (
     retrieval_metrics,
     retrieval_outcomes,
     retrieval_ranks,
 )
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
-from lavis_uniadapter.lavis_models import is_lavis_model, lavis_similarities
+from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
+from lavis_uniadapter.runners import stock_runners
 from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics, write_outcomes
 
 

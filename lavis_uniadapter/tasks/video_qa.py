@@ -15,8 +15,8 @@ from lavis.models.alpro_models.alpro_qa import AlproQA
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 
-from lavis_uniadapter import lavis_versions, stock_runners
-from lavis_uniadapter.errors import ConfigError, nearest
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.evaluation.answer_metrics import (
     OTHER,
     QUESTION_TYPES,
@@ -24,6 +24,7 @@ from lavis_uniadapter.evaluation.answer_metrics import (
     is_correct,
     question_type,
 )
+from lavis_uniadapter.runners import stock_runners
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")

@@ -1,0 +1,1 @@
+"""Files of weights: BLIP checkpoints, the released layout, adapter folders."""

@@ -1,0 +1,109 @@
+"""Where LAVIS 1.0.2, the release, and the main branch of its repository differ for a plugin.
+
+====================================  ==================  ==========================
+\                                     1.0.2               main
+====================================  ==================  ==========================
+``task.train_step`` returns           the loss            the loss, and all losses
+the runner's parameter groups         its own             ``get_optimizer_params``
+``BlipBase`` needs transformers       any                 before 4.27
+numbers in a batch are                a tensor            a list
+====================================  ==================  ==========================
+
+`check_dependencies` is about NumPy and transformers, with whose newer versions LAVIS's code fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from lavis.models.alpro_models.alpro_retrieval import AlproRetrieval
+from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_caption import BlipCaption
+from lavis.models.blip_models.blip_vqa import BlipVQA
+from lavis.tasks.base_task import BaseTask
+from torch import Tensor, nn
+
+from lavis_uniadapter.common.errors import ConfigError
+
+
+def init_blip(model: BaseModel) -> None:
+    """Start a BLIP model, empty.
+
+    Not by ``BlipBase``, which on main refuses transformers from 4.27 on: generation is what breaks
+    there, and the models of this package have their own.
+    """
+    BaseModel.__init__(model)
+
+
+def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -> None:
+    """Refuse a run of one of LAVIS's own models that fails with the versions installed here.
+
+    Raises:
+        ConfigError: naming the package, and the set of dependencies to use.
+    """
+    problem = None
+    # NumPy 2 has no Inf, but torchmetrics may have put it back.
+    if issubclass(model_cls, AlproRetrieval) and not run_cfg.evaluate and not hasattr(np, "Inf"):
+        problem = f"trains with np.Inf, which NumPy {np.__version__} does not have"
+    generates = issubclass(model_cls, BlipCaption) or (
+        issubclass(model_cls, BlipVQA) and run_cfg.get("inference_method") == "generate"
+    )
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    if generates and (major, minor) >= (4, 27):
+        problem = (
+            "generates text only with transformers before 4.27, and this is transformers "
+            f"{transformers.__version__}"
+        )
+    if problem:
+        raise ConfigError(
+            f"LAVIS's {model_cls.__name__} {problem}. Use LAVIS's own dependencies: "
+            "DEPENDENCIES=lavis, constraints/lavis.txt."
+        )
+
+
+def losses(task: BaseTask, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
+    """The losses of a batch by name, the one to go down on as ``loss``."""
+    if type(task).train_step is BaseTask.train_step:
+        output = model(samples)
+        return {name: output[name] for name in output.keys() if name.startswith("loss")}
+    result = task.train_step(model=model, samples=samples)
+    loss, parts = result if isinstance(result, tuple) else (result, {})
+    return {
+        "loss": loss,
+        **{k: torch.as_tensor(v, device=loss.device) for k, v in parts.items() if k != "loss"},
+    }
+
+
+def numbers(values: Tensor | Sequence[float], device: torch.device) -> Tensor:
+    """Ids, counts or weights of a batch as a tensor."""
+    return torch.as_tensor(values, device=device)
+
+
+def train_step_result(loss: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """What a task's ``train_step`` is to return to the training loop of the LAVIS at hand."""
+    # Asked of LAVIS itself: neither version says by its number which of the two it is.
+    result = BaseTask().train_step(model=lambda samples: {"loss": loss}, samples={})
+    return (loss, {"loss": loss}) if isinstance(result, tuple) else loss
+
+
+def optimizer_params(
+    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: float = 1
+) -> list[dict[str, Any]]:
+    """Parameter groups for the runner of main: weight decay on matrices alone."""
+    parameters = list(parameters)
+    return [
+        {
+            "params": [p for p in parameters if p.ndim >= 2],
+            "weight_decay": float(weight_decay),
+            "lr_scale": lr_scale,
+        },
+        {
+            "params": [p for p in parameters if p.ndim < 2],
+            "weight_decay": 0.0,
+            "lr_scale": lr_scale,
+        },
+    ]

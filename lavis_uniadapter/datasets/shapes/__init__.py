@@ -1,0 +1,1 @@
+"""The embedded example: captioned stills and clips of coloured shapes, drawn from a seed."""

@@ -1,0 +1,137 @@
+"""LAVIS's own models on this package's runner and tasks: what they need to run there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_world_size
+from lavis.common.registry import registry
+from lavis.common.utils import is_url
+from lavis.models.albef_models import AlbefBase
+from lavis.models.alpro_models import AlproBase
+from lavis.models.base_model import BaseModel, SharedQueueMixin
+from lavis.models.blip_models.blip import BlipBase
+from lavis.models.clip_models.model import CLIP
+from omegaconf import DictConfig, OmegaConf
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
+
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.config import our_run_keys
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.evaluation.two_stage import K_TEST
+
+logger = logging.getLogger("lavis_uniadapter")
+
+
+def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """Refuse what would stop one of LAVIS's own models in the middle of a run.
+
+    Args:
+        datasets: by name and split, as a LAVIS task builds them.
+
+    Raises:
+        ConfigError: naming the key, or the dependencies to install.
+    """
+    run, model = config.run_cfg, config.model_cfg
+    model_cls = registry.get_model_class(model.arch)
+    if not is_lavis_model(model_cls):
+        return
+    lavis_versions.check_dependencies(model_cls, run)
+    if issubclass(model_cls, BlipBase | AlbefBase | AlproBase):
+        _check_weights(model)
+        _check_visual_kind(model_cls, config)
+    if issubclass(model_cls, SharedQueueMixin) and not run.evaluate:
+        batch = run.batch_size_train * get_world_size()
+        if model.queue_size < batch or model.queue_size % batch:
+            raise ConfigError(
+                f"model.queue_size is {model.queue_size}; LAVIS's '{model.arch}' needs a multiple "
+                f"of run.batch_size_train times the number of processes ({batch})."
+            )
+    if hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP):
+        _check_reranking(config, datasets)
+    if ignored := sorted(our_run_keys().intersection(run)):
+        logger.info("LAVIS's '%s' does not read run.%s.", model.arch, ", run.".join(ignored))
+
+
+def _check_weights(model: DictConfig) -> None:
+    key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
+    path = model.get(key)
+    if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
+        raise ConfigError(
+            f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its weights "
+            "there."
+        )
+
+
+def _check_visual_kind(model_cls: type, config: Config) -> None:
+    visual = "videos" if issubclass(model_cls, AlproBase) else "images"
+    for name, dataset in config.datasets_cfg.items():
+        if dataset.data_type != visual:
+            raise ConfigError(
+                f"datasets.{name} has {dataset.data_type}; LAVIS's '{config.model_cfg.arch}' reads "
+                f"{visual}. Choose another model.arch."
+            )
+
+
+def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """LAVIS reranks at least one candidate, and gives each process a share of the queries."""
+    arch, k_test, processes = config.model_cfg.arch, config.run_cfg.get("k_test"), get_world_size()
+    if k_test is not None and k_test < 1:
+        raise ConfigError(
+            f"run.k_test is {k_test}; LAVIS's '{arch}' always reranks. Set it to at least 1."
+        )
+    for name, splits in datasets.items():
+        for split, dataset in splits.items():
+            for what in ("text", "image"):
+                number = len(getattr(dataset, what, ()))
+                share = number // processes + 1
+                if number and (processes - 1) * share >= number:
+                    raise ConfigError(
+                        f"datasets.{name}, {split} is too small for {processes} processes: LAVIS's "
+                        f"'{arch}' would leave one without a query. Use fewer."
+                    )
+
+
+def is_lavis_model(model_cls: type) -> bool:
+    """Whether a registered model is LAVIS's own: this package's check their configuration."""
+    return not hasattr(model_cls, "check_config")
+
+
+def lavis_similarities(
+    model: BaseModel, loader: DataLoader, run_cfg: DictConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a retrieval split by a LAVIS model's own ``compute_sim_matrix``.
+
+    In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
+    reranked all have the same score, -100: recalls up to ``k_test`` are exact, and a right
+    candidate that is not reranked counts as the last in median and mean rank.
+
+    Args:
+        loader: of a whole split; every process encodes all of it.
+        run_cfg: with ``k_test``, which is lowered to the number of candidates.
+
+    Returns:
+        (visuals, texts) and (texts, visuals).
+    """
+    k_test = min(run_cfg.get("k_test", K_TEST), len(loader.dataset.text), len(loader.dataset.image))
+    task_cfg = OmegaConf.merge(run_cfg, {"k_test": k_test})
+    with torch.autocast(model.device.type, enabled=False), _IndicesFollow():
+        return model.compute_sim_matrix(loader, task_cfg=task_cfg)
+
+
+class _IndicesFollow(TorchFunctionMode):
+    """Inside, an index tensor is moved to the device of what it indexes.
+
+    LAVIS's ALPRO keeps features on the CPU and indexes them on CUDA, which PyTorch refuses.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor):
+            args = (args[0], args[1].to(args[0].device))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,154 @@
+"""LAVIS's own runners, ``runner_base`` and ``runner_iter``, in runs of this package.
+
+They run unchanged. They need settings that LAVIS's ``train.py`` makes, skip settings that they do
+not know, and do not return what they measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.dist_utils import get_rank, is_main_process, main_process
+from lavis.common.registry import registry
+from lavis.runners import runner_base
+from lavis.runners.runner_base import RunnerBase
+from omegaconf import DictConfig
+
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.runners import run_checkpoints, run_folders
+
+OURS = "runner_uniadapter"
+# What runner_uniadapter alone reads of the ``run:`` section.
+OUR_KEYS = (
+    "max_grad_norm",
+    "compile",
+    "checkpoint_freq",
+    "data_timeout",
+    "unreadable_threshold",
+    "max_skipped_steps",
+    "weight_decay_on",
+)
+
+
+def is_stock(run: Mapping[str, Any]) -> bool:
+    """Whether a ``run:`` section asks for one of LAVIS's runners, which is LAVIS's default."""
+    return run.get("runner", "runner_base") != OURS
+
+
+def check(run: Mapping[str, Any]) -> None:
+    """Check the ``run:`` section for what one of LAVIS's runners would skip or misread.
+
+    Does nothing for a run of this package's runner.
+
+    Raises:
+        ConfigError: naming the key and what to do.
+    """
+    if not is_stock(run):
+        return
+    runner = run.get("runner", "runner_base")
+    instead = f"or set run.runner: {OURS}"
+    # The position that runner_iter saves is not an epoch.
+    for key in (*OUR_KEYS, *(("resume",) if runner == "runner_iter" else ())):
+        if run.get(key) is not None and run[key] is not False:
+            raise ConfigError(f"{runner} does not read run.{key}. Remove it, {instead}.")
+    amp = run.get("amp")
+    if amp and amp not in (True, "fp16"):
+        raise ConfigError(
+            f"run.amp is {amp!r}, and {runner} would compute in fp16. Set it to fp16 or null, "
+            f"{instead}."
+        )
+    valid_splits = run.get("valid_splits") or ()
+    if valid_splits and "val" not in valid_splits:
+        raise ConfigError(
+            f"run.valid_splits is {list(valid_splits)}, and {runner} saves the best epoch of the "
+            f"split 'val' alone. Add it, set run.valid_splits=[], {instead}."
+        )
+
+
+def prepare(run: DictConfig) -> None:
+    """Set what LAVIS's ``train.py`` sets, once the process group is there; changes ``run``.
+
+    Raises:
+        ConfigError: if LAVIS's loader does not put batches on the run's device.
+    """
+    _check_loader(run)
+    run.rank = get_rank()
+    run.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    # A relative folder would be below the installed LAVIS.
+    run.output_dir = str(Path.cwd() / run.output_dir)
+    for kind in ("train_splits", "valid_splits", "test_splits"):
+        run[kind] = run.get(kind) or []
+    for name in ("output_dir", "result_dir"):  # which LAVIS registers once in a process
+        registry.mapping["paths"].pop(name, None)
+
+
+def _check_loader(run: DictConfig) -> None:
+    """LAVIS's loader moves its batches to CUDA, whatever ``run.device`` says."""
+    try:
+        place = next(iter(runner_base.PrefetchLoader([torch.zeros(1)]))).device.type
+    except (RuntimeError, AssertionError):  # no CUDA, or a PyTorch without it
+        place = "nothing"
+    if place != run.device:
+        raise ConfigError(
+            f"run.runner is {run.runner}, whose loader needs CUDA, and run.device is {run.device}. "
+            f"Set run.runner: {OURS}."
+        )
+
+
+def recording(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
+    """One of LAVIS's runners that returns what it measured.
+
+    Its ``train`` and ``evaluate`` return the metrics by test split on the main process and None on
+    the others; ``best_metric`` and ``best_epoch`` are those of the best checkpoint that it saved.
+    It notes its configuration in the run's folder.
+    """
+
+    class Recording(runner_cls):
+        best_metric: float | None = None
+        best_epoch: int | None = None
+
+        def train(self):
+            super().train()
+            return self._results
+
+        def evaluate(self, *args, **kwargs):
+            logs = super().evaluate(*args, **kwargs) or {}
+            measured = {split: log for split, log in logs.items() if log is not None}
+            self._results = measured if is_main_process() else None
+            return self._results
+
+        def eval_epoch(self, *args, **kwargs):
+            self._log = super().eval_epoch(*args, **kwargs)
+            return self._log
+
+        def _save_checkpoint(self, epoch, is_best=False):
+            super()._save_checkpoint(epoch, is_best)
+            if is_best:
+                self.best_metric, self.best_epoch = self._log["agg_metrics"], epoch
+
+        def _load_checkpoint(self, path):
+            super()._load_checkpoint(path)
+            if self.start_epoch >= self.max_epoch and not self.valid_splits:
+                raise CheckpointError(  # LAVIS's train has no epoch to test then
+                    f"'{path}' is of the last epoch (run.max_epoch {self.max_epoch}). Test it by "
+                    "evaluate.py, or raise run.max_epoch."
+                )
+
+        def _reload_best_model(self, model):
+            if not (self.output_dir / run_checkpoints.BEST).is_file():
+                raise CheckpointError(
+                    f"'{self.output_dir}' has no {run_checkpoints.BEST}: LAVIS saves an epoch only "
+                    "if agg_metrics of 'val' is above 0. Set run.valid_splits=[] to save every one."
+                )
+            return super()._reload_best_model(model)
+
+        @main_process
+        def log_config(self):
+            super().log_config()
+            run_folders.write_json(self.output_dir / run_checkpoints.CONFIG, self.config.as_asked)
+
+    return Recording
