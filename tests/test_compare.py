@@ -102,6 +102,21 @@ def test_learning_rate_is_chosen_on_validation_and_shared_on_demand(plan_file, s
     assert not any(name.startswith("no-pfa-lr") for name in stub_runs)
 
 
+def test_tuning_options_reach_tuning_runs_alone(plan_file, monkeypatch):
+    given = {}
+
+    def run(self, entry, folder, seed, options=()):
+        given[folder.name] = options
+        write_summary(folder, 1.0, 50.0)
+
+    monkeypatch.setattr(Comparison, "_run", run)
+    short = {"learning_rates": [1e-3, 2e-3], "tuning_options": ["run.max_epoch=1"]}
+    Comparison(read_plan(plan_file(**short))).run()
+    tuned = {name for name, options in given.items() if "run.max_epoch=1" in options}
+    assert tuned == {"linear-lr0.001-seed0", "linear-lr0.002-seed0"}
+    assert set(given) - tuned == {"linear-seed1"}
+
+
 def test_best_at_the_edge_of_the_grid_is_marked(plan_file, stub_runs):
     plan = read_plan(plan_file(learning_rates=[2e-3, 4e-3]))
     (line,) = Comparison(plan).run()
@@ -265,6 +280,28 @@ def test_report_has_means_deviations_and_failures(tmp_path):
     assert json.loads((tmp_path / "report/comparison.json").read_text())[0]["seeds"] == 2
 
 
+def test_differences_from_the_reference_have_a_column(tmp_path):
+    lines = [Line("a"), Line("b")]
+    for line, recalls in zip(lines, ([0.0, 0.0, 100.0], [100.0, 100.0, 100.0]), strict=True):
+        folder = tmp_path / line.name
+        write_summary(folder, 0.0, sum(recalls) / 3)
+        (folder / "result").mkdir()
+        outcomes = {"t2v_r1": [recalls]}
+        run_folders.write_json(folder / "result/outcomes_test.json", outcomes)
+        line.runs.append(run_folders.read(folder))
+
+    def table(reference):
+        rows = report.rows_of(lines, ("t2v_r1",), reference)
+        header, _, a, b, *_ = report.markdown_table(rows, ("t2v_r1",), reference).splitlines()
+        assert f"| t2v_r1 - {reference}'s [95%] |" in header
+        return a.split(" | ")[5], b.split(" | ")[5]
+
+    first, second = table("a")
+    assert first == "" and second.startswith("+66.7 [")
+    first, second = table("b")
+    assert first.startswith("-66.7 [") and second == ""
+
+
 def lavis_run(folder: Path, results: dict) -> Path:
     """What LAVIS's ``runner_base`` leaves."""
     (folder / "result").mkdir(parents=True)
@@ -321,6 +358,7 @@ def test_folder_without_results_is_named(tmp_path, capsys):
         ({"metrics": "t2v_r1"}, "metrics is 't2v_r1'"),
         ({"base": "x.yaml"}, "base is 'x.yaml'"),
         ({"runs": {"a": {"options": "x=1"}}}, "options is 'x=1'"),
+        ({"reference": "liner"}, "'liner' is no run. Did you mean 'linear'"),
     ],
 )
 def test_impossible_plan_is_named(plan_file, changes, expected):
@@ -362,6 +400,12 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
     assert linear["seed"] == 1 and linear["tuning"] == "linear"
     assert linear["parameters"]["trained"] < linear["parameters"]["total"]
     assert linear["peak_bytes"] > 10**8
+    assert "| t2v_r1 - linear's [95%] |" in table  # from the outcomes that both runs left
+    zero_shot = run_folders.read(tmp_path / "out/zero-shot-seed42")
+    for name in ("t2v_r1", "mean_recall"):
+        kinds = zero_shot.outcomes[name]
+        mean = sum(sum(kind) / len(kind) for kind in kinds) / len(kinds)
+        assert mean == pytest.approx(zero_shot.metric(name))
 
     (tmp_path / "out/linear-seed1/summary.json").unlink()
     assert (tmp_path / "out/linear-seed1" / LATEST).is_file()
