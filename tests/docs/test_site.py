@@ -28,7 +28,7 @@ def test_site_builds_without_a_warning(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
-    text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
 
