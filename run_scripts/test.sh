@@ -3,4 +3,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ruff check .
 ruff format --check .
+[ "$DEPENDENCIES" != lavis ] || mypy # the types of one set of dependencies
 exec python -m pytest -n 2 "$@"
