@@ -45,9 +45,9 @@ class WrittenOutCrossAttention(SdpaCrossAttention):
     def forward(self, hidden_states, *args, encoder_hidden_states=None, **kwargs):
         memory = encoder_hidden_states if encoder_hidden_states is not None else args[2]
         query = self.transpose_for_scores(self.query(hidden_states))
-        probs, values = memory.attention_map(query)
+        probs, values = memory.attention_map(self, query)
         context = (self.dropout(probs) @ values).transpose(1, 2).flatten(2)
-        return context, (memory.keys, memory.values)
+        return context, None
 
 
 class FramesInARow(nn.Module):

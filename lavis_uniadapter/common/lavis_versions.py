@@ -4,7 +4,7 @@
 \                                     1.0.2               main
 ====================================  ==================  ==========================
 ``task.train_step`` returns           the loss            the loss, and all losses
-the runner's parameter groups         its own             ``get_optimizer_params``
+the model's parameter groups          none                ``get_optimizer_params``
 ``BlipBase`` needs transformers       any                 before 4.27
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================
@@ -14,7 +14,7 @@ numbers in a batch are                a tensor            a list
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
 
 
 def losses(task: BaseTask, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
-    """The losses of a batch by name, the one to go down on as ``loss``."""
+    """The losses of a batch by name, the one to minimise as ``loss``."""
     if type(task).train_step is BaseTask.train_step:
         output = model(samples)
         return {name: output[name] for name in output.keys() if name.startswith("loss")}
@@ -88,22 +88,3 @@ def train_step_result(loss: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]
     # Asked of LAVIS itself: neither version says by its number which of the two it is.
     result = BaseTask().train_step(model=lambda samples: {"loss": loss}, samples={})
     return (loss, {"loss": loss}) if isinstance(result, tuple) else loss
-
-
-def optimizer_params(
-    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: float = 1
-) -> list[dict[str, Any]]:
-    """Parameter groups for the runner of main: weight decay on matrices alone."""
-    parameters = list(parameters)
-    return [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": float(weight_decay),
-            "lr_scale": lr_scale,
-        },
-        {
-            "params": [p for p in parameters if p.ndim < 2],
-            "weight_decay": 0.0,
-            "lr_scale": lr_scale,
-        },
-    ]
