@@ -27,7 +27,6 @@ from lavis_uniadapter.backbone.text import (
     AdaptedBertLayer,
     AdaptedXBertEncoder,
     SdpaCrossAttention,
-    SdpaSelfAttention,
 )
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
@@ -130,7 +129,6 @@ def attach_adapters(
         encoder.key_value_adapter = partial(bank.key_value, name)
         attach("text", encoder.layer, BertLayer, AdaptedBertLayer, textual_checkpointing_layers)
         for layer in encoder.layer:
-            _swap_class(layer.attention.self, BertSelfAttention, SdpaSelfAttention)
             _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
 
 

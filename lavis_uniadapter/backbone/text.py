@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from lavis.models.med import (
     BertEncoder,
     BertLayer,
@@ -20,46 +19,6 @@ from transformers import GenerationMixin
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 
-def _merge_heads(context: Tensor) -> Tensor:
-    return context.transpose(1, 2).flatten(2)
-
-
-class SdpaSelfAttention(BertSelfAttention):
-    """``lavis.models.med.BertSelfAttention`` over a text's own tokens.
-
-    Attention maps, head masks and relative positions take LAVIS's own path.
-    """
-
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        past_key_value=None,
-        output_attentions=False,
-    ):
-        if output_attentions or head_mask is not None or self.position_embedding_type != "absolute":
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                head_mask,
-                past_key_value=past_key_value,
-                output_attentions=output_attentions,
-            )
-        query, keys, values = (
-            self.transpose_for_scores(linear(hidden_states))
-            for linear in (self.query, self.key, self.value)
-        )
-        if past_key_value is not None:
-            keys = torch.cat([past_key_value[0], keys], dim=2)
-            values = torch.cat([past_key_value[1], values], dim=2)
-        dropout = self.dropout.p if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, keys, values, attention_mask, dropout)
-        return _merge_heads(context), (keys, values)
-
-
 class SdpaCrossAttention(BertSelfAttention):
     """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
 
@@ -71,13 +30,14 @@ class SdpaCrossAttention(BertSelfAttention):
     ):
         memory = encoder_hidden_states
         query = self.transpose_for_scores(self.query(hidden_states))
-        if not self.save_attention:
+        if self.save_attention:
+            probs, values = memory.attention_map(self, query)
+            self.save_attention_map(probs)
+            probs.register_hook(self.save_attn_gradients)
+            context = self.dropout(probs) @ values
+        else:
             context = memory.attend(self, query, self.dropout.p if self.training else 0.0)
-            return _merge_heads(context), None
-        probs, values = memory.attention_map(self, query)
-        self.save_attention_map(probs)
-        probs.register_hook(self.save_attn_gradients)
-        return _merge_heads(self.dropout(probs) @ values), None
+        return context.transpose(1, 2).flatten(2), None
 
 
 class AdaptedBertLayer(BertLayer):
