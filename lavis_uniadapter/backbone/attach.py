@@ -6,7 +6,7 @@ added or renamed, so state-dict keys stay LAVIS's and any BLIP checkpoint loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 
 from lavis.models.med import (
@@ -16,11 +16,11 @@ from lavis.models.med import (
     XBertEncoder,
     XBertLMHeadDecoder,
 )
-from lavis.models.vit import Attention, Block, VisionTransformer
+from lavis.models.vit import Attention, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
+from lavis_uniadapter.adapters.bank import AdapterSet, delta_path
 from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
 from lavis_uniadapter.backbone.text import (
     AdaptedBertEncoder,
@@ -45,31 +45,20 @@ LINEAR_ROLES = {
 }
 
 
-def geometry_of(
-    model: nn.Module,
-    visual_encoder: VisionTransformer,
-    text_encoders: Mapping[str, XBertEncoder],
-    text_mode: bool,
-) -> BackboneGeometry:
-    """What a tuning method knows of a model's encoders.
-
-    Args:
-        model: that the encoders are part of; paths are relative to it.
-        text_encoders: by their names in the model; those that share adapters are equally deep.
-        text_mode: whether the model ever encodes text alone.
-    """
-    configs = {name: encoder.config for name, encoder in text_encoders.items()}
+def geometry_of(model: nn.Module) -> BackboneGeometry:
+    """What a tuning method knows of a TunedBlip's encoders; its text encoders are equally deep."""
+    configs = {name: encoder.config for name, encoder in model.text_encoders().items()}
     first = next(iter(configs.values()))
     paths = {module: path for path, module in model.named_modules()}
-    encoders = (visual_encoder, *text_encoders.values())
+    encoders = (model.visual_encoder, *model.text_encoders().values())
     modules = {paths[module]: module for encoder in encoders for module in encoder.modules()}
     return BackboneGeometry(
-        visual_width=visual_encoder.embed_dim,
-        visual_depth=len(visual_encoder.blocks),
+        visual_width=model.visual_encoder.embed_dim,
+        visual_depth=len(model.visual_encoder.blocks),
         text_width=first.hidden_size,
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
-        text_mode=text_mode,
+        text_mode=model.TEXT_MODE,
         linears=tuple(site for path, m in modules.items() for site in _linear_sites(path, m)),
         biases={
             # A bias of keys adds the same to all logits of a query and cannot matter.
@@ -93,17 +82,11 @@ def _linear_sites(path: str, module: nn.Module) -> Iterator[LinearSite]:
 
 
 def attach_adapters(
-    bank: AdapterBank,
-    visual_encoder: VisionTransformer,
-    text_encoders: Mapping[str, XBertEncoder],
-    *,
-    visual_checkpointing_layers: int = 0,
-    textual_checkpointing_layers: int = 0,
+    model: nn.Module, visual_checkpointing_layers: int, textual_checkpointing_layers: int
 ) -> None:
-    """Let every layer look up the active adapter of the bank.
+    """Let every layer of a TunedBlip look up the active adapter of its bank.
 
     Args:
-        text_encoders: by the names under which the key/value adapters are kept.
         visual_checkpointing_layers: recompute activations in the last so many ViT blocks.
         textual_checkpointing_layers: likewise for BERT layers.
 
@@ -114,28 +97,30 @@ def attach_adapters(
     def attach(encoder: str, layers: nn.ModuleList, expected: type, adapted: type, last: int):
         for index, layer in enumerate(layers):
             _swap_class(layer, expected, adapted)
-            layer.adapter = partial(bank.layer, encoder, index)
+            layer.adapter = partial(model.adapters.layer, encoder, index)
             if index >= len(layers) - last:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
-    attach("visual", visual_encoder.blocks, Block, AdaptedBlock, visual_checkpointing_layers)
-    for block in visual_encoder.blocks:
+    blocks = model.visual_encoder.blocks
+    attach("visual", blocks, Block, AdaptedBlock, visual_checkpointing_layers)
+    for block in blocks:
         _swap_class(block.attn, Attention, SdpaAttention)
-    for name, text_encoder in text_encoders.items():
+    for name, text_encoder in model.text_encoders().items():
         if type(text_encoder) is XBertEncoder:
             text_encoder.__class__ = AdaptedXBertEncoder
         encoder = text_encoder.encoder
         _swap_class(encoder, BertEncoder, AdaptedBertEncoder)
-        encoder.key_value_adapter = partial(bank.key_value, name)
+        encoder.key_value_adapter = partial(model.adapters.key_value, name)
         attach("text", encoder.layer, BertLayer, AdaptedBertLayer, textual_checkpointing_layers)
         for layer in encoder.layer:
             _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
 
 
-def attach_deltas(bank: AdapterBank, model: nn.Module, adapter_set: AdapterSet) -> None:
+def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Let the active set change the modules that a set of this kind changes."""
     for key in adapter_set.deltas:
-        model.get_submodule(delta_path(key)).register_forward_hook(partial(bank.delta, key))
+        hook = partial(model.adapters.delta, key)
+        model.get_submodule(delta_path(key)).register_forward_hook(hook)
 
 
 def _swap_class(module: nn.Module, expected: type, adapted: type) -> None:

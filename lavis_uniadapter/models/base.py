@@ -238,19 +238,13 @@ class TunedBlip(AdapterVerbs):
         self.tuning = tuning
         self.method_config = method_config
         self.adapters = AdapterBank()
-        attach_adapters(
-            self.adapters,
-            self.visual_encoder,
-            self.text_encoders(),
-            visual_checkpointing_layers=visual_checkpointing_layers,
-            textual_checkpointing_layers=textual_checkpointing_layers,
-        )
+        attach_adapters(self, visual_checkpointing_layers, textual_checkpointing_layers)
         if set_cls is None:
             self.requires_grad_(True)
         else:
             adapter_set = self.new_adapter_set()
             self.adapters.add(DEFAULT_SET, adapter_set)
-            attach_deltas(self.adapters, self, adapter_set)
+            attach_deltas(self, adapter_set)
             self.requires_grad_(False)
             adapter_set.requires_grad_(True)
         parameters = self.named_parameters(remove_duplicate=False)
@@ -268,10 +262,8 @@ class TunedBlip(AdapterVerbs):
     def new_adapter_set(self) -> AdapterSet:
         """A fresh set of the model's tuning method, with copies of BLIP's heads."""
         heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}
-        encoders = self.visual_encoder, self.text_encoders()
-        geometry = geometry_of(self, *encoders, text_mode=self.TEXT_MODE)
         set_cls = tuning_method(self.tuning).set_cls
-        return set_cls(heads, self.method_config, geometry).to(self.device)
+        return set_cls(heads, self.method_config, geometry_of(self)).to(self.device)
 
     # --- computing ------------------------------------------------------------------------------
 
