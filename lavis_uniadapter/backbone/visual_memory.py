@@ -78,8 +78,8 @@ class VisualMemory:
         self,
         states: Tensor,
         attentions: Iterable[nn.Module],
-        key_value_adapter: KeyValueAdapter | None = None,
-        mask: Tensor | None = None,
+        key_value_adapter: KeyValueAdapter | None,
+        mask: Tensor | None,
     ):
         self.states = states
         self.mask = mask
@@ -110,17 +110,12 @@ class VisualMemory:
     def _spread_over_tokens(self, frame_weights: Tensor) -> Tensor:
         """(pairs, frames) to (pairs, tokens): each frame's weight on all its tokens but [CLS]."""
         pairs, frames = frame_weights.shape
-        if self.states.shape[1] % frames:
-            raise ValueError(
-                f"{self.states.shape[1]} visual tokens cannot be {frames} frames of equal length."
-            )
-        per_frame = self.states.shape[1] // frames
-        weights = frame_weights[:, :, None].repeat(1, 1, per_frame)
+        weights = frame_weights[:, :, None].repeat(1, 1, self.states.shape[1] // frames)
         weights[:, :, 0] = 1
         return weights.view(pairs, -1).to(self.states.dtype)
 
     def size(self) -> tuple[int, int, int]:
-        """(pairs, tokens, width), as LAVIS's BertModel asks of encoder states."""
+        """(pairs, tokens, width), which LAVIS's BertModel reads of encoder states."""
         pairs = len(self.states) if self._layout is None else len(self._layout.visual_index)
         return pairs, self.states.shape[1], self.states.shape[2]
 

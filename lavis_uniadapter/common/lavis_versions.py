@@ -1,4 +1,4 @@
-"""Where LAVIS 1.0.2, the release, and the main branch of its repository differ for a plugin.
+"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
 
 ====================================  ==================  ==========================
 \                                     1.0.2               main
@@ -9,7 +9,7 @@ the model's parameter groups          none                ``get_optimizer_params
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================
 
-`check_dependencies` is about NumPy and transformers, with whose newer versions LAVIS's code fails.
+``check_dependencies`` refuses versions of NumPy and transformers with which LAVIS's code fails.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lavis_uniadapter.common.errors import ConfigError
 
 
 def init_blip(model: BaseModel) -> None:
-    """Start a BLIP model, empty.
+    """Initialise a BLIP model without ``BlipBase.__init__``.
 
-    Not by ``BlipBase``, which on main refuses transformers from 4.27 on: generation is what breaks
-    there, and the models of this package have their own.
+    On main that refuses transformers from 4.27 on, because generation breaks there. The models of
+    this package have their own generation.
     """
     BaseModel.__init__(model)
 
@@ -84,7 +84,7 @@ def numbers(values: Tensor | Sequence[float], device: torch.device) -> Tensor:
 
 
 def train_step_result(loss: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """What a task's ``train_step`` is to return to the training loop of the LAVIS at hand."""
-    # Asked of LAVIS itself: neither version says by its number which of the two it is.
+    """What a task's ``train_step`` must return to the training loop of the installed LAVIS."""
+    # Both versions have the same version number, so LAVIS's own task is called to find out.
     result = BaseTask().train_step(model=lambda samples: {"loss": loss}, samples={})
     return (loss, {"loss": loss}) if isinstance(result, tuple) else loss
