@@ -23,7 +23,6 @@ import sys
 from unittest import mock
 
 import torch
-from lavis.models.med import BertSelfAttention
 from lavis.models.vit import Attention
 from torch import nn
 
@@ -31,7 +30,7 @@ from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions
 from lavis_uniadapter.backbone import encode_frames
-from lavis_uniadapter.backbone.text import SdpaCrossAttention, SdpaSelfAttention
+from lavis_uniadapter.backbone.text import SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import SdpaAttention
 
 PEERS = ("ours", "ours, bf16", "as released", "lavis full")
@@ -45,9 +44,9 @@ class WrittenOutCrossAttention(SdpaCrossAttention):
     def forward(self, hidden_states, *args, encoder_hidden_states=None, **kwargs):
         memory = encoder_hidden_states if encoder_hidden_states is not None else args[2]
         query = self.transpose_for_scores(self.query(hidden_states))
-        probs, values = memory.attention_map(query)
+        probs, values = memory.attention_map(self, query)
         context = (self.dropout(probs) @ values).transpose(1, 2).flatten(2)
-        return context, (memory.keys, memory.values)
+        return context, None
 
 
 class FramesInARow(nn.Module):
@@ -70,8 +69,6 @@ def as_released(model):
     for module in [*model.modules()]:
         if type(module) is SdpaAttention:
             module.__class__ = Attention
-        elif type(module) is SdpaSelfAttention:
-            module.__class__ = BertSelfAttention
         elif type(module) is SdpaCrossAttention:
             module.__class__ = WrittenOutCrossAttention
 

@@ -25,8 +25,8 @@ if not _is_doctor:
     from lavis.models import ModelZoo, load_model, load_model_and_preprocess, model_zoo
 
     from lavis_uniadapter import datasets, models, processors, runners, tasks
-    from lavis_uniadapter.adapters import AdapterConfig
-    from lavis_uniadapter.checkpoints.blip_files import load_released_checkpoint
+    from lavis_uniadapter.adapters.config import AdapterConfig
+    from lavis_uniadapter.checkpoints.released import load_released_checkpoint
     from lavis_uniadapter.common.errors import CheckpointError, ConfigError
     from lavis_uniadapter.models import (
         BlipUniAdapterCaption,

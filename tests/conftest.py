@@ -123,3 +123,24 @@ def run(tmp_path, tiny_cache, monkeypatch):
 
     yield start
     launch.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def build_small(small_med_config):
+    """Build a small model of any kind and tuning from its real configuration file."""
+    from small_models import VIT
+
+    def build(arch: str, tuning: str = "uniadapter", seed: int = 0, **overrides):
+        cls = registry.get_model_class(arch)
+        cfg = OmegaConf.load(cls.default_config_path("shapes")).model
+        small = {
+            **{"image_size": 32, "vit": VIT, "med_config_path": small_med_config},
+            "tuning": tuning,
+            "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "frame_aware": False},
+            "lora": {"rank": 2},
+        }
+        cfg = OmegaConf.merge(cfg, {"vit": None}, small, overrides)
+        torch.manual_seed(seed)
+        return cls.from_config(cfg)
+
+    return build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_adapter_contracts import perturb
+from small_models import perturb
 from test_vqa_model import build, questions, vqa_config  # noqa: F401
 
 from lavis_uniadapter.evaluation import answer_ranking

@@ -8,7 +8,7 @@ from conftest import LavisDecoder
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_caption import BlipCaption
 from omegaconf import OmegaConf
-from test_adapter_contracts import perturb
+from small_models import perturb
 
 from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict

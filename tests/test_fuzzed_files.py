@@ -16,15 +16,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
-from lavis_uniadapter.processors.video.extracted_frames import (
-    ABOUT,
-    EXTRACTED_SUFFIX,
-    read_about,
-    write_extracted_frames,
-)
 from omegaconf import OmegaConf
 from PIL import Image
-from test_adapter_contracts import perturb
+from small_models import perturb
 from test_properties import examples
 
 from lavis_uniadapter.checkpoints.adapter_files import CONFIG, TENSORS
@@ -37,6 +31,12 @@ from lavis_uniadapter.datasets.layouts import (
 )
 from lavis_uniadapter.datasets.preflight import DatasetError, _image_failure, check_annotations
 from lavis_uniadapter.datasets.record_files import Problem, Record, read_records, read_strings
+from lavis_uniadapter.processors.extracted_frames import (
+    ABOUT,
+    EXTRACTED_SUFFIX,
+    read_about,
+    write_extracted_frames,
+)
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
 from lavis_uniadapter.tools.prepare import didemo, msrvtt
 from lavis_uniadapter.tools.prepare.sources import id_field, name_field, read_list, read_mapping
@@ -537,11 +537,11 @@ def load_or_refuse(saved, **changed: bytes) -> CheckpointError | None:
         model.load_adapter(damaged, "loaded")
     except CheckpointError as error:
         assert str(damaged) in str(error)
-        assert model.adapters.names() == ["default"]
+        assert list(model.adapters) == ["default"]
         raised = error
     else:
         raised = None
-        loaded, expected = (model.adapters.get(n).state_dict() for n in ("loaded", "default"))
+        loaded, expected = (model.adapters[n].state_dict() for n in ("loaded", "default"))
         assert list(loaded) == list(expected)
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
         model.set_adapter("default")
@@ -575,7 +575,7 @@ def test_tensors_harmed_under_a_right_hash_raise_nothing_else(saved, data):
     try:
         model.load_adapter(damaged, "loaded")
     except CheckpointError:
-        assert model.adapters.names() == ["default"]
+        assert list(model.adapters) == ["default"]
     else:
         model.set_adapter("default")
         model.delete_adapter("loaded")

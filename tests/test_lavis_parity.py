@@ -38,7 +38,7 @@ def pair(build_model, small_med_config, monkeypatch):
     for name in ("image_queue", "text_queue", "idx_queue", "queue_ptr"):
         getattr(ours, name).copy_(getattr(theirs, name))
     for head in ours.HEADS:
-        ours.adapters.get("default").heads[head].load_state_dict(getattr(theirs, head).state_dict())
+        ours.adapters["default"].heads[head].load_state_dict(getattr(theirs, head).state_dict())
     ours.reset_momentum()
     return ours, theirs
 

@@ -98,21 +98,6 @@ def test_video_qa_returns_what_the_loop_of_lavis_takes(lavis):
         assert float(result) == 1.5
 
 
-def test_parameter_groups_for_the_runner_of_main(build_model):
-    """``RunnerBase.optimizer`` of main, on a model whose backbone is frozen."""
-    model = build_model()
-    groups = model.get_optimizer_params(0.05, 1)
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999))
-    trained = {id(p) for p in model.trainable_parameters().values()}
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert {id(p) for p in grouped} == trained and len(grouped) == len(trained)
-    matrices, others = optimizer.param_groups
-    assert matrices["weight_decay"] == 0.05 and others["weight_decay"] == 0
-    assert all(p.ndim >= 2 for p in matrices["params"])
-    assert all(p.ndim < 2 for p in others["params"])
-    assert matrices["lr_scale"] == others["lr_scale"] == 1
-
-
 def test_ids_in_a_list_train_as_ids_in_a_tensor(build_model, video_batch):
     losses = []
     for ids in (video_batch["image_id"], video_batch["image_id"].tolist()):

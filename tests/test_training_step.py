@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SMALL
 from omegaconf import OmegaConf
-from test_adapter_contracts import perturb
+from small_models import perturb
 
 from lavis_uniadapter.models.retrieval import _sample_negatives
 
@@ -143,8 +143,8 @@ def test_key_value_adapter_keeps_bf16_and_its_scale(build_model, video_batch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs += adapter(states.bfloat16())
             memory = model.text_encoder.project(states)
-            layer = memory.for_layer(model.text_encoder.encoder.layer[0].crossattention.self)
-        assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+        for keys, values in memory.projected.values():
+            assert keys.dtype == values.dtype == torch.bfloat16
     assert {output.dtype for output in outputs} == {torch.bfloat16}
     assert not torch.equal(outputs[0], outputs[2])
 

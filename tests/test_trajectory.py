@@ -9,7 +9,7 @@ from lavis.tasks import setup_task
 from test_golden import Case, GivenTokens, assert_close
 from tiny_runs import TRAIN
 
-from lavis_uniadapter.checkpoints.blip_files import load_released_checkpoint, released_to_ours
+from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
 from lavis_uniadapter.datasets.reading import BatchReport

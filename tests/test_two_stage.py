@@ -8,7 +8,7 @@ import pytest
 import torch
 from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
-from test_adapter_contracts import perturb
+from small_models import perturb
 from test_lavis_parity import Gallery
 from torch.utils.data import DataLoader
 

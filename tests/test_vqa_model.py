@@ -10,7 +10,7 @@ from conftest import LavisDecoder
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from omegaconf import OmegaConf
-from test_adapter_contracts import perturb
+from small_models import perturb
 
 from lavis_uniadapter.backbone import (
     build_text_decoder,

@@ -7,61 +7,85 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from lavis_uniadapter.adapters.config import MethodConfig
+from lavis_uniadapter.adapters.geometry import BackboneGeometry
+
 
 class AdapterSet(nn.Module):
     """Everything that one tuned task owns: adapters by layer, key/value adapters, heads.
 
-    A method is a subclass, built from (heads, config, geometry). One that stands beside the FFNs
-    answers ``layer``; one that changes the backbone's own modules fills ``deltas``.
+    A tuning method is a subclass with a ``build``. A method that adds modules beside the FFNs
+    overrides ``layer``; one that changes modules of the backbone fills ``deltas``.
 
     Args:
         heads: the modules that are trained whole, by their names in the model.
+        config: of the tuning method.
+        geometry: of the backbone.
 
     Attributes:
-        KIND: what ``adapter_summary`` calls the parameters that are neither heads nor key/value
-            adapters.
+        KIND: name of the parameters that are neither heads nor key/value adapters.
         frame_aware: whether matching weighs the frames of a video (PFA) while this set is active.
-        deltas: modules by ``delta_key`` of the backbone module they change. Each is called with
-            that module's input and output and returns what takes the output's place; ``fold_into``
-            changes the backbone module itself to the same effect.
+        key_value: adapters of cross-attention's keys and values, by name of the text encoder.
+        deltas: changes by ``delta_key`` of the module they change. A delta maps the module's input
+            and output to a new output; its ``fold_into`` changes the module itself to that effect.
     """
 
     KIND = "adapters"
     frame_aware = False
 
-    def __init__(self, heads: Mapping[str, nn.Module]):
+    def __init__(
+        self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
+    ):
         super().__init__()
         self.heads = nn.ModuleDict(heads)
         self.key_value = nn.ModuleDict()
         self.deltas = nn.ModuleDict()
+        self.build(config, geometry)
+
+    def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
+        """Create the modules of the method."""
+        raise NotImplementedError
 
     def layer(self, encoder: str, index: int) -> nn.Module | None:
         """The adapter of a layer of the ``visual`` or ``text`` encoder, or None."""
         return None
 
     def layer_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters but for heads and key/value adapters, which is what the paper counts."""
-        return self.deltas.parameters()
+        """All but heads and key/value adapters, which is what the paper counts."""
+        for name, module in self.named_children():
+            if name not in ("heads", "key_value"):
+                yield from module.parameters()
 
 
 def delta_key(path: str) -> str:
-    """A module's path as a key of an nn.ModuleDict, which may hold no dot."""
+    """A module's path as a key of an nn.ModuleDict, which must not contain a dot."""
     return path.replace(".", "/")
 
 
-class AdapterBank(nn.Module):
-    """Named adapter sets side by side; layers read the active one through a slot.
+def delta_path(key: str) -> str:
+    """Inverse of ``delta_key``."""
+    return key.replace("/", ".")
 
-    Which set is active is a property of the whole model: threads may compute with it at once, and
-    none may change it, or disable it, while another computes.
+
+class AdapterBank(nn.ModuleDict):
+    """Adapter sets by name, one of them active.
+
+    Layers of the backbone look up what they compute with here, each time they run, through bound
+    methods of the bank. Which set is active is a property of the whole model: threads may share
+    it, but must not change or disable it while another computes.
     """
 
     def __init__(self):
         super().__init__()
         self.active: str | None = None
 
-    def names(self) -> list[str]:
-        return [name for name, _ in self.named_children()]
+    def __getitem__(self, name: str) -> AdapterSet:
+        self._require(name)
+        return super().__getitem__(name)
+
+    def _require(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
         """Add a set; the first becomes active.
@@ -71,39 +95,15 @@ class AdapterBank(nn.Module):
         """
         if not name.isidentifier() or hasattr(self, name):
             raise ValueError(
-                f"'{name}' cannot name an adapter: it is taken ({', '.join(self.names())}), "
-                "reserved, or not a plain identifier. Choose another name."
+                f"'{name}' cannot name an adapter: it is taken ({', '.join(self)}), reserved, or "
+                "not a plain identifier. Choose another name."
             )
-        self.add_module(name, adapter_set)
-        if self.active is None:
-            self.active = name
-
-    def remove(self, name: str) -> None:
-        """Forget a set.
-
-        Raises:
-            KeyError: if no set has that name.
-            ValueError: for the active one.
-        """
-        self.get(name)
-        if name == self.active:
-            raise ValueError(f"'{name}' is the active adapter. Set another one before deleting it.")
-        del self._modules[name]
-
-    def clear(self) -> None:
-        """Forget all sets; none is active then."""
-        self._modules.clear()
-        self.active = None
-
-    def get(self, name: str) -> AdapterSet:
-        if name not in self.names():
-            raise KeyError(
-                f"No adapter is named '{name}'. Loaded: {', '.join(self.names()) or 'none'}."
-            )
-        return getattr(self, name)
+        self[name] = adapter_set
+        self.active = self.active or name
 
     def activate(self, name: str) -> None:
-        self.get(name)
+        """Make a set the active one; KeyError if there is no such set."""
+        self._require(name)
         self.active = name
 
     @property
@@ -112,48 +112,28 @@ class AdapterBank(nn.Module):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """No adapter inside; afterwards, also after an exception, the one that was active."""
+        """Deactivate all sets inside; restore the active one afterwards."""
         before, self.active = self.active, None
         try:
             yield
         finally:
             self.active = before
 
+    # --- what layers of the backbone look up ------------------------------------------------------
 
-class AdapterSlot:
-    """A layer's unregistered way to the active adapter, so the bank stays its only owner."""
+    def layer(self, encoder: str, index: int) -> nn.Module | None:
+        """The active adapter of a layer; see ``AdapterSet.layer``."""
+        active = self.active_set
+        return None if active is None else active.layer(encoder, index)
 
-    def __init__(self, bank: AdapterBank, encoder: str, index: int):
-        self._bank = bank
-        self._encoder = encoder
-        self._index = index
-
-    def __call__(self) -> nn.Module | None:
-        active = self._bank.active_set
-        return None if active is None else active.layer(self._encoder, self._index)
-
-
-class KeyValueSlot:
-    """A cross-modal encoder's way to the active key/value adapter."""
-
-    def __init__(self, bank: AdapterBank, encoder_name: str):
-        self._bank = bank
-        self._encoder_name = encoder_name
-
-    def __call__(self) -> nn.Module | None:
-        active = self._bank.active_set
-        if active is None or self._encoder_name not in active.key_value:
+    def key_value(self, encoder: str) -> nn.Module | None:
+        """The active key/value adapter of a text encoder, by its name."""
+        active = self.active_set
+        if active is None or encoder not in active.key_value:
             return None
-        return active.key_value[self._encoder_name]
+        return active.key_value[encoder]
 
-
-class DeltaSlot:
-    """A forward hook by which a backbone module reaches what the active set changes of it."""
-
-    def __init__(self, bank: AdapterBank, path: str):
-        self._bank = bank
-        self._key = delta_key(path)
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        active = self._bank.active_set
-        return output if active is None else active.deltas[self._key](inputs[0], output)
+    def delta(self, key: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Apply the active set's delta of a module, as the module's forward hook."""
+        active = self.active_set
+        return output if active is None else active.deltas[key](inputs[0], output)

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
 from lavis_uniadapter.adapters.config import MethodConfig
-from lavis_uniadapter.adapters.geometry import BackboneGeometry, BiasSite
+from lavis_uniadapter.adapters.geometry import BackboneGeometry
 
 
 class BiasDelta(nn.Module):
-    """What is added to a bias; zero at the start, so the bias itself may stay frozen.
+    """Added to a frozen bias; zero at the start.
 
-    AdamW moves it as it would move the bias: biases have no weight decay.
+    AdamW moves it as it would move the bias, since biases have no weight decay.
+
+    Args:
+        shape: of the bias as it is added to its module's output.
     """
 
-    def __init__(self, site: BiasSite):
+    def __init__(self, shape: tuple[int, ...]):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(site.shape[0]))
-        self.shape = site.shape
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.shape = shape
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return output + self.bias.to(output.dtype).view(self.shape)
 
-    @torch.no_grad()
     def fold_into(self, module: nn.Module) -> None:
         module.bias += self.bias
 
@@ -36,9 +36,6 @@ class BitFitSet(AdapterSet):
 
     KIND = "biases"
 
-    def __init__(
-        self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
-    ):
-        super().__init__(heads)
-        for site in geometry.biases:
-            self.deltas[delta_key(site.module)] = BiasDelta(site)
+    def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
+        for path, shape in geometry.biases.items():
+            self.deltas[delta_key(path)] = BiasDelta(shape)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
@@ -15,34 +13,26 @@ from lavis_uniadapter.adapters.geometry import BackboneGeometry
 
 
 class Replacement(nn.Module):
-    """A trained copy of a module of the backbone that answers in its place."""
+    """A trained copy of a module of the backbone, computed in its place."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        # without the hook by which the module itself is replaced
+        # without the forward hook that calls this replacement
         self.module = copy.deepcopy(module, {id(module._forward_hooks): OrderedDict()})
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return self.module(x)
 
-    @torch.no_grad()
     def fold_into(self, module: nn.Module) -> None:
         module.load_state_dict(self.module.state_dict())
 
 
 class LinearSet(AdapterSet):
-    """The heads (``tuning: linear``).
-
-    A model without heads of its own, which answers in words, has the layer before its vocabulary
-    trained.
-    """
+    """The heads (``tuning: linear``); without heads, the layer before the vocabulary."""
 
     KIND = "layer before the vocabulary"
 
-    def __init__(
-        self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
-    ):
-        super().__init__(heads)
-        if not heads:
+    def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
+        if not self.heads:
             for path, module in geometry.output_layers.items():
                 self.deltas[delta_key(path)] = Replacement(module)

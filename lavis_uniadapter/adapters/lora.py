@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
@@ -71,10 +69,6 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.up(self.down(self.dropout(x)))
 
-    def matrix(self) -> Tensor:
-        """What it adds to its rows of the weight."""
-        return self.scale * self.up.weight @ self.down.weight
-
 
 class LoraDelta(nn.ModuleDict):
     """The low-rank changes of one ``nn.Linear``, by role."""
@@ -88,10 +82,10 @@ class LoraDelta(nn.ModuleDict):
                 output[..., low_rank.rows] += change
         return output
 
-    @torch.no_grad()
     def fold_into(self, linear: nn.Linear) -> None:
         for low_rank in self.values():
-            linear.weight[low_rank.rows] += low_rank.matrix()
+            change = low_rank.scale * low_rank.up.weight @ low_rank.down.weight
+            linear.weight[low_rank.rows] += change
 
 
 class LoraSet(AdapterSet):
@@ -99,13 +93,10 @@ class LoraSet(AdapterSet):
 
     KIND = "low-rank matrices"
 
-    def __init__(
-        self, heads: Mapping[str, nn.Module], config: LoraConfig, geometry: BackboneGeometry
-    ):
-        super().__init__(heads)
+    def build(self, config: LoraConfig, geometry: BackboneGeometry) -> None:
         for site in geometry.linears:
             if site.role in config.targets:
-                key = delta_key(site.module)
+                key = delta_key(site.path)
                 if key not in self.deltas:
                     self.deltas[key] = LoraDelta()
                 self.deltas[key][site.role] = LowRank(site, config)

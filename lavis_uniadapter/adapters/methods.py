@@ -6,20 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from lavis_uniadapter.adapters import (
-    AdapterConfig,
-    AdapterSet,
-    BitFitSet,
-    BottleneckConfig,
-    LinearSet,
-    LoraConfig,
-    LoraSet,
-    MethodConfig,
-    SeparateAdapterSet,
-    UniAdapterSet,
-)
+from lavis_uniadapter.adapters.bank import AdapterSet
+from lavis_uniadapter.adapters.bitfit import BitFitSet
+from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig, MethodConfig
+from lavis_uniadapter.adapters.linear import LinearSet
+from lavis_uniadapter.adapters.lora import LoraConfig, LoraSet
+from lavis_uniadapter.adapters.separate import SeparateAdapterSet
+from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
 from lavis_uniadapter.common.errors import ConfigError, nearest
 
 
@@ -85,9 +78,3 @@ def check_sections(model_cfg: Mapping[str, Any]) -> None:
     """
     for method in TUNING_METHODS.values():
         method.configure(model_cfg)
-
-
-def freeze_all_but(model: nn.Module, trained: nn.Module) -> None:
-    """Let gradients reach the parameters of ``trained`` alone (the model itself: all of them)."""
-    model.requires_grad_(False)
-    trained.requires_grad_(True)

@@ -6,10 +6,6 @@ no query residual, no norm in the cross-modal branch, no key/value adapter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import nn
-
 from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
@@ -18,9 +14,9 @@ from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
 class SeparateAdapterSet(UniAdapterSet):
     """A bottleneck of its own for each modality (``tuning: adapter``)."""
 
-    def __init__(
-        self, heads: Mapping[str, nn.Module], config: BottleneckConfig, geometry: BackboneGeometry
-    ):
+    norm_cross_modal = False
+
+    def build(self, config: BottleneckConfig, geometry: BackboneGeometry) -> None:
         nothing_shared = AdapterConfig(
             **config.to_dict(),
             share="none",
@@ -28,4 +24,4 @@ class SeparateAdapterSet(UniAdapterSet):
             query_residual=False,
             kv_bottleneck=0,
         )
-        super().__init__(heads, nothing_shared, geometry, norm_cross_modal=False)
+        super().build(nothing_shared, geometry)

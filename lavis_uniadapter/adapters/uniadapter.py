@@ -1,6 +1,6 @@
 """UniAdapter: one bottleneck per layer, shared by vision, text and their fusion.
 
-Equations of arXiv 2302.06605, section 3.2 and 3.3, with ``x`` of shape (batch, tokens, width):
+Equations of arXiv 2302.06605, sections 3.2 and 3.3, with ``x`` of shape (batch, tokens, width):
 
     h       = dropout(relu(W_down LN_in(x) + b_down))       shared, width -> bottleneck
     visual  = s (W_v h + b_v)
@@ -13,9 +13,11 @@ In cross-modal mode a layer adds ``textual`` of its self-attention's output, the
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,11 +25,9 @@ from lavis_uniadapter.adapters.bank import AdapterSet
 from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
 
-SHARED = "shared"
-
 
 class UniAdapter(nn.Module):
-    """The adapter of one layer (or of one pair of layers, visual and textual, of equal width).
+    """The adapter of one layer (or of a visual and a textual layer of equal width).
 
     Args:
         width: width of the hidden states.
@@ -40,13 +40,13 @@ class UniAdapter(nn.Module):
         self,
         width: int,
         config: AdapterConfig,
-        branches: Sequence[str],
+        branches: Collection[str],
         norm_cross_modal: bool = True,
     ):
         super().__init__()
         self.scale = config.scale
         self.branches = tuple(branches)
-        self.query_residual = config.query_residual and "textual" in branches
+        self.query_residual = config.query_residual
         share_down, share_up = config.share in ("down", "all"), config.share in ("up", "all")
         has_cross_modal = "cross_modal" in branches
         # A shared up-projection is W_c and W_t at once, so there is nothing to reuse.
@@ -54,29 +54,31 @@ class UniAdapter(nn.Module):
             has_cross_modal and config.textual and config.reuse_textual_up and not share_up
         )
         ups = dict.fromkeys([*branches, *(["textual"] if self.reuses_textual_up else [])])
-        self.norm_in = _one_each(branches, share_down, lambda: nn.LayerNorm(width))
-        self.down = _one_each(branches, share_down, lambda: nn.Linear(width, config.bottleneck))
+        self.norm_in = PerBranch(lambda: nn.LayerNorm(width), branches, share_down)
+        self.down = PerBranch(lambda: nn.Linear(width, config.bottleneck), branches, share_down)
         self.dropout = nn.Dropout(config.dropout)
-        self.up = _one_each(ups, share_up, lambda: nn.Linear(config.bottleneck, width))
+        self.up = PerBranch(lambda: nn.Linear(config.bottleneck, width), ups, share_up)
         with_norm = has_cross_modal and norm_cross_modal
         self.norm_cross_modal = nn.LayerNorm(width) if with_norm else None
 
-    def _bottleneck(self, x: Tensor, branch: str) -> Tensor:
-        x = _of(self.norm_in, branch)(x)
-        return self.dropout(F.relu(_of(self.down, branch)(x)))
+    def forward(self, x: Tensor, branch: str) -> Tensor:
+        """One branch for states (batch, tokens, width)."""
+        h = self.dropout(F.relu(self.down(self.norm_in(x, branch), branch)))
+        up = self.up(h, branch)
+        if branch == "cross_modal":
+            if self.reuses_textual_up:
+                up = up + self.up(h, "textual")
+            if self.norm_cross_modal is not None:
+                up = self.norm_cross_modal(up)
+        return self.scale * up
 
-    def _plain(self, x: Tensor, branch: str) -> Tensor | None:
-        if branch not in self.branches:
-            return None
-        return self.scale * _of(self.up, branch)(self._bottleneck(x, branch))
-
-    def visual(self, x: Tensor) -> Tensor | None:
-        """Branch beside a ViT block's FFN; (batch, tokens, width), or None if it has none."""
-        return self._plain(x, "visual")
+    def visual(self, x: Tensor) -> Tensor:
+        """What a ViT block adds beside its FFN."""
+        return self(x, "visual")
 
     def textual(self, x: Tensor) -> Tensor | None:
-        """Branch beside a BERT layer's FFN in text mode."""
-        return self._plain(x, "textual")
+        """What a BERT layer adds beside its FFN in text mode; None without this branch."""
+        return self(x, "textual") if "textual" in self.branches else None
 
     def cross_modal(self, after_self: Tensor, after_cross: Tensor) -> Tensor | None:
         """What a BERT layer adds beside its FFN in cross-modal mode.
@@ -87,49 +89,40 @@ class UniAdapter(nn.Module):
         residual = self.textual(after_self) if self.query_residual else None
         if "cross_modal" not in self.branches:
             return residual
-        h = self._bottleneck(after_cross, "cross_modal")
-        up = _of(self.up, "cross_modal")(h)
-        if self.reuses_textual_up:
-            up = up + self.up["textual"](h)
-        if self.norm_cross_modal is not None:
-            up = self.norm_cross_modal(up)
-        return self.scale * up if residual is None else residual + self.scale * up
+        cross = self(after_cross, "cross_modal")
+        return cross if residual is None else residual + cross
 
     def init_weights(self, init: str, zero_textual_up: bool) -> None:
-        """Draw the initial weights; norms keep weight 1 and bias 0, biases are 0.
+        """Draw the initial weights. Norms keep weight 1 and bias 0, biases are 0.
 
         Args:
             init: ``released`` or ``identity``, see AdapterConfig.
-            zero_textual_up: for ``released``: as the retrieval script of the authors' code leaves
-                the adapters (W_down uniform, W_t zero), or as its VQA script does (all normal).
+            zero_textual_up: with ``released``, start as the retrieval script of the authors' code
+                does (W_down uniform, W_t zero), or else as its VQA script does (all normal).
         """
+        released, norm = init == "released", self.norm_cross_modal
         for down in self.down.values():
-            if init == "released" and not zero_textual_up:
-                normal(down)
-            else:
-                uniform(down)
-        has_norm = self.norm_cross_modal is not None
+            (normal if released and not zero_textual_up else uniform)(down)
         for branch, up in self.up.items():
             # The norm of the cross-modal branch must not see zeros, where its gradient is
-            # 1/sqrt(eps): released weights leave W_c (or a shared one) random, and identity makes
-            # the branch zero through the gain of the norm.
-            if init == "released":
-                zero(up) if branch == "textual" and zero_textual_up else normal(up)
+            # 1/sqrt(eps): "identity" makes that branch zero through the gain of the norm.
+            if released:
+                (zero if branch == "textual" and zero_textual_up else normal)(up)
             else:
-                uniform(up) if branch == "cross_modal" and has_norm else zero(up)
-        if init == "identity" and has_norm:
-            zero(self.norm_cross_modal)
+                (uniform if branch == "cross_modal" and norm is not None else zero)(up)
+        if norm is not None and not released:
+            zero(norm)
 
 
-def _one_each(
-    branches: Sequence[str], shared: bool, build: Callable[[], nn.Module]
-) -> nn.ModuleDict:
-    """One module that all branches share, or one for each; none if there is no branch."""
-    return nn.ModuleDict({key: build() for key in ([SHARED] if shared and branches else branches)})
+class PerBranch(nn.ModuleDict):
+    """A module for each branch, or one that all branches share."""
 
+    def __init__(self, build: Callable[[], nn.Module], branches: Iterable[str], shared: bool):
+        names = ["shared"] if shared and branches else branches
+        super().__init__({name: build() for name in names})
 
-def _of(modules: nn.ModuleDict, branch: str) -> nn.Module:
-    return modules[SHARED] if SHARED in modules else modules[branch]
+    def forward(self, x: Tensor, branch: str) -> Tensor:
+        return self["shared" if "shared" in self else branch](x)
 
 
 class LinearBottleneck(nn.Module):
@@ -139,7 +132,7 @@ class LinearBottleneck(nn.Module):
         super().__init__()
         self.down = nn.Linear(in_width, bottleneck)
         self.up = nn.Linear(bottleneck, out_width)
-        self.scale = nn.Parameter(nn.init.ones_(self.up.weight.new_empty(1)))
+        self.scale = nn.Parameter(torch.ones(1))
         normal(self.down)
         (normal if init == "released" else zero)(self.up)
 
@@ -169,70 +162,47 @@ class KeyValueAdapter(nn.Module):
 class UniAdapterSet(AdapterSet):
     """All adapters of a backbone: one UniAdapter a layer, and the key/value adapters.
 
-    Where vision and text are equally wide, layer i of both is ``layers[i]``, so they can share.
-    Where they are not (ViT-L: 1024 against 768) no matrix fits both, and each has its own.
-
-    Args:
-        norm_cross_modal: whether cross-modal branches end in a LayerNorm.
+    Where vision and text are equally wide, layer i of both share ``layers[i]``. Where they are not
+    (ViT-L: 1024 against 768) no matrix fits both: the visual layers come first, then the textual.
     """
 
-    def __init__(
-        self,
-        heads: Mapping[str, nn.Module],
-        config: AdapterConfig,
-        geometry: BackboneGeometry,
-        norm_cross_modal: bool = True,
-    ):
-        super().__init__(heads)
+    norm_cross_modal = True
+
+    def build(self, config: AdapterConfig, geometry: BackboneGeometry) -> None:
         self.frame_aware = config.frame_aware
         visual_depth = geometry.visual_depth if config.visual else 0
         text_depth = geometry.text_depth if config.textual or config.cross_modal else 0
-        # The textual branch is computed in text mode and by the query residual; else it would be
-        # declared to train and never get a gradient.
+        # Without text mode and the query residual nothing computes the textual branch, and its
+        # parameters would never get a gradient.
         has_textual = config.textual and (geometry.text_mode or config.query_residual)
-        text_branches = [
-            *(["textual"] if has_textual else []),
-            *(["cross_modal"] if config.cross_modal else []),
-        ]
-
-        def build(width: int, visual: bool, text: bool) -> UniAdapter:
-            branches = [*(["visual"] if visual else []), *(text_branches if text else [])]
-            layer = UniAdapter(width, config, branches, norm_cross_modal)
-            # The authors' retrieval script zeroes W_t anew, their VQA script does not; captioning,
+        text = ("textual",) * has_textual + ("cross_modal",) * config.cross_modal
+        visual_layers, text_layers = [("visual",)] * visual_depth, [text] * text_depth
+        if geometry.visual_width == geometry.text_width:
+            both = itertools.zip_longest(visual_layers, text_layers, fillvalue=())
+            layers = [(geometry.text_width, of_vision + of_text) for of_vision, of_text in both]
+            first_text = 0
+        else:
+            layers = [(geometry.visual_width, of_vision) for of_vision in visual_layers]
+            layers += [(geometry.text_width, of_text) for of_text in text_layers]
+            first_text = visual_depth
+        self._places = {
+            "visual": range(visual_depth),
+            "text": range(first_text, first_text + text_depth),
+        }
+        self.layers = nn.ModuleList()
+        for width, branches in layers:
+            layer = UniAdapter(width, config, branches, self.norm_cross_modal)
+            # The authors' retrieval script zeroes W_t again, their VQA script does not. Captioning,
             # which they have not released, has a decoder like VQA's.
             layer.init_weights(config.init, zero_textual_up=geometry.text_mode)
-            return layer
-
-        if geometry.visual_width == geometry.text_width:
-            self.layers = nn.ModuleList(
-                build(geometry.text_width, i < visual_depth, i < text_depth)
-                for i in range(max(visual_depth, text_depth))
-            )
-            visual_layers = text_layers = self.layers
-        else:
-            visual_layers = self.visual_layers = nn.ModuleList(
-                build(geometry.visual_width, True, False) for _ in range(visual_depth)
-            )
-            text_layers = self.text_layers = nn.ModuleList(
-                build(geometry.text_width, False, True) for _ in range(text_depth)
-            )
-        self._depths = {"visual": visual_depth, "text": text_depth}
-        self._names = {
-            "visual": next(n for n, m in self.named_children() if m is visual_layers),
-            "text": next(n for n, m in self.named_children() if m is text_layers),
-        }
+            self.layers.append(layer)
         if config.kv_bottleneck:
             for name, width in geometry.memory_widths.items():
                 self.key_value[name] = KeyValueAdapter(width, geometry.text_width, config)
 
-    def layer(self, encoder: str, index: int) -> nn.Module | None:
-        if index >= self._depths[encoder]:
-            return None
-        return getattr(self, self._names[encoder])[index]
-
-    def layer_parameters(self) -> Iterator[nn.Parameter]:
-        for name in dict.fromkeys(self._names.values()):
-            yield from getattr(self, name).parameters()
+    def layer(self, encoder: str, index: int) -> UniAdapter | None:
+        places = self._places[encoder]
+        return self.layers[places[index]] if index < len(places) else None
 
 
 def uniform(linear: nn.Linear) -> None:

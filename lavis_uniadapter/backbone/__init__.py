@@ -1,6 +1,5 @@
 """The only code that knows the insides of LAVIS's ``vit.py`` and ``med.py``."""
 
-from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import (
     build_text_decoder,
     build_text_encoder,
@@ -11,11 +10,8 @@ from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 __all__ = [
     "VisualMemory",
-    "attach_adapters",
-    "attach_deltas",
     "build_text_decoder",
     "build_text_encoder",
     "build_visual_encoder",
     "encode_frames",
-    "geometry_of",
 ]

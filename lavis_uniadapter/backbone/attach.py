@@ -6,158 +6,121 @@ added or renamed, so state-dict keys stay LAVIS's and any BLIP checkpoint loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from functools import partial
 
-from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention, XBertEncoder
-from lavis.models.vit import Attention, Block, VisionTransformer
-from torch import nn
-
-from lavis_uniadapter.adapters import (
-    AdapterBank,
-    AdapterSet,
-    AdapterSlot,
-    BackboneGeometry,
-    BiasSite,
-    DeltaSlot,
-    KeyValueSlot,
-    LinearSite,
+from lavis.models.med import (
+    BertEncoder,
+    BertLayer,
+    BertSelfAttention,
+    XBertEncoder,
+    XBertLMHeadDecoder,
 )
+from lavis.models.vit import Attention, Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lavis_uniadapter.adapters.bank import AdapterSet, delta_path
+from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
 from lavis_uniadapter.backbone.text import (
     AdaptedBertEncoder,
     AdaptedBertLayer,
     AdaptedXBertEncoder,
     SdpaCrossAttention,
-    SdpaSelfAttention,
 )
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
+# What the matrices of a layer compute, by the ends of their paths in vit.py and med.py.
+LINEAR_ROLES = {
+    "attn.qkv": ("query", "key", "value"),  # one matrix in LAVIS's ViT
+    "attn.proj": ("attention_output",),
+    "mlp.fc1": ("ffn_in",),
+    "mlp.fc2": ("ffn_out",),
+    "self.query": ("query",),
+    "self.key": ("key",),
+    "self.value": ("value",),
+    "attention.output.dense": ("attention_output",),  # of cross-attention as well
+    "intermediate.dense": ("ffn_in",),
+    "output.dense": ("ffn_out",),
+}
 
-def geometry_of(
-    model: nn.Module,
-    visual_encoder: VisionTransformer,
-    text_encoders: dict[str, XBertEncoder],
-    *,
-    text_mode: bool,
-    output_layers: Iterable[str] = (),
-) -> BackboneGeometry:
-    """What a tuning method may know of these encoders, to which adapters are attached.
 
-    Args:
-        model: of which the encoders are part; paths are within it.
-        text_encoders: by their names in the model; those that share adapters are equally deep.
-        text_mode: whether the model ever encodes text alone.
-        output_layers: paths of the modules before the vocabulary.
-    """
-    configs = {name: encoder.config for name, encoder in text_encoders.items()}
+def geometry_of(model: nn.Module) -> BackboneGeometry:
+    """What a tuning method knows of a TunedBlip's encoders; its text encoders are equally deep."""
+    configs = {name: encoder.config for name, encoder in model.text_encoders().items()}
     first = next(iter(configs.values()))
     paths = {module: path for path, module in model.named_modules()}
-    encoders = [visual_encoder, *text_encoders.values()]
+    encoders = (model.visual_encoder, *model.text_encoders().values())
+    modules = {paths[module]: module for encoder in encoders for module in encoder.modules()}
     return BackboneGeometry(
-        visual_width=visual_encoder.embed_dim,
-        visual_depth=len(visual_encoder.blocks),
+        visual_width=model.visual_encoder.embed_dim,
+        visual_depth=len(model.visual_encoder.blocks),
         text_width=first.hidden_size,
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
-        text_mode=text_mode,
-        linears=tuple(
-            site
-            for encoder in encoders
-            for module in encoder.modules()
-            for site in _linear_sites(module, paths)
-        ),
-        biases=tuple(
-            BiasSite(paths[module], (len(module.bias), *(1,) * _trailing_axes(module)))
-            for encoder in encoders
-            for module in _biased_modules(encoder)
-        ),
-        output_layers={path: model.get_submodule(path) for path in output_layers},
+        text_mode=model.TEXT_MODE,
+        linears=tuple(site for path, m in modules.items() for site in _linear_sites(path, m)),
+        biases={
+            # A bias of keys adds the same to all logits of a query and cannot matter.
+            path: (len(m.bias), 1, 1) if isinstance(m, nn.Conv2d) else (len(m.bias),)
+            for path, m in modules.items()
+            if getattr(m, "bias", None) is not None and not path.endswith("self.key")
+        },
+        output_layers={
+            f"{path}.cls.predictions.transform": m.cls.predictions.transform
+            for m, path in paths.items()
+            if isinstance(m, XBertLMHeadDecoder)
+        },
     )
 
 
-def _linear_sites(module: nn.Module, paths: Mapping[nn.Module, str]) -> Iterator[LinearSite]:
-    """The matrices of one ViT block or BERT layer; of another module none."""
-
-    def site(linear: nn.Linear, role: str, rows: range | None = None) -> LinearSite:
-        rows = range(linear.out_features) if rows is None else rows
-        return LinearSite(paths[linear], role, linear.in_features, rows)
-
-    if isinstance(module, AdaptedBlock):
-        width = module.attn.proj.out_features
-        for i, role in enumerate(("query", "key", "value")):  # one matrix in LAVIS's ViT
-            yield site(module.attn.qkv, role, range(i * width, (i + 1) * width))
-        yield site(module.attn.proj, "attention_output")
-        yield site(module.mlp.fc1, "ffn_in")
-        yield site(module.mlp.fc2, "ffn_out")
-    elif isinstance(module, AdaptedBertLayer):
-        for name in ("attention", "crossattention"):
-            if hasattr(module, name):
-                attention = getattr(module, name)
-                for role in ("query", "key", "value"):
-                    yield site(getattr(attention.self, role), role)
-                yield site(attention.output.dense, "attention_output")
-        yield site(module.intermediate.dense, "ffn_in")
-        yield site(module.output.dense, "ffn_out")
-
-
-def _biased_modules(encoder: nn.Module) -> Iterator[nn.Module]:
-    """Modules whose bias matters: that of keys adds the same to all logits of a query."""
-    keys = {m.key for m in encoder.modules() if isinstance(m, BertSelfAttention)}
-    for module in encoder.modules():
-        if getattr(module, "bias", None) is not None and module not in keys:
-            yield module
-
-
-def _trailing_axes(module: nn.Module) -> int:
-    """Axes of a module's output after the one that its bias is along."""
-    return 2 if isinstance(module, nn.Conv2d) else 0
+def _linear_sites(path: str, module: nn.Module) -> Iterator[LinearSite]:
+    roles = next((roles for end, roles in LINEAR_ROLES.items() if path.endswith(end)), ())
+    for i, role in enumerate(roles):
+        rows = module.out_features // len(roles)
+        yield LinearSite(path, role, module.in_features, range(i * rows, (i + 1) * rows))
 
 
 def attach_adapters(
-    bank: AdapterBank,
-    visual_encoder: VisionTransformer,
-    text_encoders: dict[str, XBertEncoder],
-    *,
-    visual_checkpointing_layers: int = 0,
-    textual_checkpointing_layers: int = 0,
+    model: nn.Module, visual_checkpointing_layers: int, textual_checkpointing_layers: int
 ) -> None:
-    """Give every layer its way to the active adapter of the bank.
+    """Let every layer of a TunedBlip look up the active adapter of its bank.
 
     Args:
-        text_encoders: by the names under which the key/value adapters are kept.
         visual_checkpointing_layers: recompute activations in the last so many ViT blocks.
         textual_checkpointing_layers: likewise for BERT layers.
 
     Raises:
         TypeError: if a module is not the LAVIS class expected, e.g. when attached twice.
     """
-    depth = len(visual_encoder.blocks)
-    for index, block in enumerate(visual_encoder.blocks):
-        _swap_class(block, Block, AdaptedBlock)
-        _swap_class(block.attn, Attention, SdpaAttention)
-        block.adapter_slot = AdapterSlot(bank, "visual", index)
-        block.activation_checkpointing = index >= depth - visual_checkpointing_layers
 
-    for name, text_encoder in text_encoders.items():
+    def attach(encoder: str, layers: nn.ModuleList, expected: type, adapted: type, last: int):
+        for index, layer in enumerate(layers):
+            _swap_class(layer, expected, adapted)
+            layer.adapter = partial(model.adapters.layer, encoder, index)
+            if index >= len(layers) - last:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    blocks = model.visual_encoder.blocks
+    attach("visual", blocks, Block, AdaptedBlock, visual_checkpointing_layers)
+    for block in blocks:
+        _swap_class(block.attn, Attention, SdpaAttention)
+    for name, text_encoder in model.text_encoders().items():
         if type(text_encoder) is XBertEncoder:
             text_encoder.__class__ = AdaptedXBertEncoder
         encoder = text_encoder.encoder
         _swap_class(encoder, BertEncoder, AdaptedBertEncoder)
-        encoder.key_value_slot = KeyValueSlot(bank, name)
-        depth = len(encoder.layer)
-        for index, layer in enumerate(encoder.layer):
-            _swap_class(layer, BertLayer, AdaptedBertLayer)
-            _swap_class(layer.attention.self, BertSelfAttention, SdpaSelfAttention)
-            if hasattr(layer, "crossattention"):
-                _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
-            layer.adapter_slot = AdapterSlot(bank, "text", index)
-            layer.activation_checkpointing = index >= depth - textual_checkpointing_layers
+        encoder.key_value_adapter = partial(model.adapters.key_value, name)
+        attach("text", encoder.layer, BertLayer, AdaptedBertLayer, textual_checkpointing_layers)
+        for layer in encoder.layer:
+            _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
 
 
-def attach_deltas(bank: AdapterBank, model: nn.Module, adapter_set: AdapterSet) -> None:
+def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Let the active set change the modules that a set of this kind changes."""
     for key in adapter_set.deltas:
-        path = key.replace("/", ".")
-        model.get_submodule(path).register_forward_hook(DeltaSlot(bank, path))
+        hook = partial(model.adapters.delta, key)
+        model.get_submodule(delta_path(key)).register_forward_hook(hook)
 
 
 def _swap_class(module: nn.Module, expected: type, adapted: type) -> None:

@@ -120,6 +120,7 @@ def _read_med_config(med_config: dict | str | Path) -> BertConfig:
         config = BertConfig.from_json_file(med_config)
     else:
         raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+    config.add_cross_attention = True
     if not hasattr(config, "add_type_embeddings"):
         config.add_type_embeddings = False
     return config

@@ -1,9 +1,10 @@
-"""LAVIS's BERT layers, made aware of the textual and cross-modal adapters."""
+"""LAVIS's BERT layers with the textual and cross-modal adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from lavis.models.med import (
     BertEncoder,
     BertLayer,
@@ -12,88 +13,31 @@ from lavis.models.med import (
     XBertEncoder,
     XBertLMHeadDecoder,
 )
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from lavis_uniadapter.adapters import AdapterSlot, KeyValueSlot
-from lavis_uniadapter.backbone.visual_memory import LayerMemory, VisualMemory
-
-
-def _merge_heads(context: Tensor) -> Tensor:
-    return context.transpose(1, 2).flatten(2)
-
-
-class SdpaSelfAttention(BertSelfAttention):
-    """``lavis.models.med.BertSelfAttention`` over a text's own tokens.
-
-    Attention maps, head masks and relative positions take LAVIS's own path.
-    """
-
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        past_key_value=None,
-        output_attentions=False,
-    ):
-        if output_attentions or head_mask is not None or self.position_embedding_type != "absolute":
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                head_mask,
-                past_key_value=past_key_value,
-                output_attentions=output_attentions,
-            )
-        query, keys, values = (
-            self.transpose_for_scores(linear(hidden_states))
-            for linear in (self.query, self.key, self.value)
-        )
-        if past_key_value is not None:
-            keys = torch.cat([past_key_value[0], keys], dim=2)
-            values = torch.cat([past_key_value[1], values], dim=2)
-        context = F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=attention_mask,
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
-        return _merge_heads(context), (keys, values)
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 
 class SdpaCrossAttention(BertSelfAttention):
-    """``lavis.models.med.BertSelfAttention`` over the keys and values of a LayerMemory."""
+    """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
+
+    LAVIS's gradcam sets ``save_attention``; attention maps are materialised then.
+    """
 
     def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states: LayerMemory | None = None,
-        encoder_attention_mask=None,
-        past_key_value=None,
-        output_attentions=False,
+        self, hidden_states, attention_mask, head_mask, encoder_hidden_states: VisualMemory, *unused
     ):
         memory = encoder_hidden_states
         query = self.transpose_for_scores(self.query(hidden_states))
-        if not (output_attentions or self.save_attention or head_mask is not None):
-            context = memory.attend(query, self.dropout.p if self.training else 0.0)
-            return _merge_heads(context), (memory.keys, memory.values)
-
-        probs, values = memory.attention_map(query)
         if self.save_attention:
+            probs, values = memory.attention_map(self, query)
             self.save_attention_map(probs)
             probs.register_hook(self.save_attn_gradients)
-        weights = self.dropout(probs)
-        if head_mask is not None:
-            weights = weights * head_mask
-        context = _merge_heads(weights @ values)
-        present = (memory.keys, memory.values)
-        return (context, probs, present) if output_attentions else (context, present)
+            context = self.dropout(probs) @ values
+        else:
+            context = memory.attend(self, query, self.dropout.p if self.training else 0.0)
+        return context.transpose(1, 2).flatten(2), None
 
 
 class AdaptedBertLayer(BertLayer):
@@ -104,8 +48,7 @@ class AdaptedBertLayer(BertLayer):
     where ``A_t(a)`` is the query residual (UniAdapter, section 3.2).
     """
 
-    adapter_slot: AdapterSlot
-    activation_checkpointing: bool
+    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
 
     def forward(
         self,
@@ -118,61 +61,37 @@ class AdaptedBertLayer(BertLayer):
         output_attentions=False,
         mode=None,
     ):
-        cross_modal = mode in ("multimodal", "fusion") and hasattr(self, "crossattention")
-        if cross_modal and encoder_hidden_states is None:
-            raise ValueError(f"Mode '{mode}' attends to encoder_hidden_states, and none are given.")
-        # Projected here and not inside the checkpointed part: a memory keeps its projections, and
-        # recomputation must find what the first pass found.
-        memory = encoder_hidden_states.for_layer(self.crossattention.self) if cross_modal else None
-        arguments = (
-            hidden_states,
-            attention_mask,
-            head_mask,
-            memory,
-            past_key_value,
-            output_attentions,
-        )
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, *arguments, use_reentrant=False)
-        return self._forward(*arguments)
-
-    def _forward(
-        self, hidden_states, attention_mask, head_mask, memory, past_key_value, output_attentions
-    ):
-        self_outputs = self.attention(
+        a, *attentions, present = self.attention(
             hidden_states,
             attention_mask,
             head_mask,
             past_key_value=None if past_key_value is None else past_key_value[:2],
             output_attentions=output_attentions,
         )
-        after_self = self_outputs[0]
-        attentions, present = self_outputs[1:-1], self_outputs[-1]
-
-        adapter = self.adapter_slot()
-        if memory is None:
-            out = self.feed_forward_chunk(after_self)
-            delta = None if adapter is None else adapter.textual(after_self)
+        adapter = self.adapter()
+        if mode == "multimodal":
+            c, _ = self.crossattention(a, attention_mask, head_mask, encoder_hidden_states)
+            out = self.feed_forward_chunk(c)
+            delta = None if adapter is None else adapter.cross_modal(a, c)
         else:
-            cross_outputs = self.crossattention(
-                after_self, attention_mask, head_mask, memory, output_attentions=output_attentions
-            )
-            after_cross = cross_outputs[0]
-            attentions = attentions + cross_outputs[1:-1]
-            out = self.feed_forward_chunk(after_cross)
-            delta = None if adapter is None else adapter.cross_modal(after_self, after_cross)
-        if delta is not None:
-            out = out + delta
-        return (out, *attentions, present)
+            out = self.feed_forward_chunk(a)
+            delta = None if adapter is None else adapter.textual(a)
+        return (out if delta is None else out + delta, *attentions, present)
 
 
 class AdaptedBertEncoder(BertEncoder):
-    """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory.
+    """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory."""
 
-    Plain encoder states, which LAVIS's own code passes, become a memory of their own here.
-    """
+    key_value_adapter: Callable[[], nn.Module | None]  # looks up the active one
 
-    key_value_slot: KeyValueSlot
+    def project(self, states: Tensor, mask: Tensor | None = None) -> VisualMemory:
+        """Memory of (items, tokens, width) states, key/value adapter included.
+
+        Args:
+            mask: additive, broadcastable to (items, heads, queries, tokens).
+        """
+        attentions = [layer.crossattention.self for layer in self.layer]
+        return VisualMemory(states, attentions, self.key_value_adapter(), mask)
 
     def forward(
         self,
@@ -183,10 +102,8 @@ class AdaptedBertEncoder(BertEncoder):
         encoder_attention_mask=None,
         **kwargs,
     ):
-        if torch.is_tensor(encoder_hidden_states):
-            encoder_hidden_states = VisualMemory(
-                encoder_hidden_states, self.key_value_slot(), encoder_attention_mask
-            )
+        if torch.is_tensor(encoder_hidden_states):  # as LAVIS's own code passes them
+            encoder_hidden_states = self.project(encoder_hidden_states, encoder_attention_mask)
         return super().forward(
             hidden_states,
             attention_mask=attention_mask,
@@ -202,13 +119,13 @@ class AdaptedXBertEncoder(XBertEncoder):
 
     def project(self, visual_embeds: Tensor) -> VisualMemory:
         """Visual memory of (visuals, tokens, width) embeddings, key/value adapter included."""
-        return VisualMemory(visual_embeds, self.encoder.key_value_slot())
+        return self.encoder.project(visual_embeds)
 
 
 class WordScores(BertOnlyMLMHead):
-    """``lavis.models.med.BertOnlyMLMHead``, in evaluation in its own precision under autocast.
+    """``lavis.models.med.BertOnlyMLMHead`` that ignores autocast in evaluation.
 
-    Words and answers are ranked by what it gives, and bfloat16 would make many scores equal.
+    Words and answers are ranked by its output, and bfloat16 would make many scores equal.
     """
 
     def forward(self, sequence_output: Tensor) -> Tensor:
@@ -221,8 +138,8 @@ class WordScores(BertOnlyMLMHead):
 class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
 
-    The memory is projected once for all steps and beams, and earlier tokens are not computed
-    again. LAVIS's decoder does both anew at every step: it looks for its cache under a name that
+    The memory is projected once for all steps and beams, and keys and values of earlier tokens are
+    cached. LAVIS's decoder recomputes both at every step: it looks for its cache under a name that
     transformers no longer uses.
     """
 
@@ -232,7 +149,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Not transformers' cache objects: LAVIS's layers keep keys and values in tuples."""
+        """LAVIS's layers cache keys and values in tuples, not in transformers' objects."""
         return False
 
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> VisualMemory:
@@ -242,7 +159,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
             attention_mask: (items, tokens) ones where there is something to attend to.
         """
         mask = None if attention_mask is None else self.invert_attention_mask(attention_mask)
-        return VisualMemory(states, self.bert.encoder.key_value_slot(), mask)
+        return self.bert.encoder.project(states, mask)
 
     @torch.no_grad()
     def generate_from_memory(

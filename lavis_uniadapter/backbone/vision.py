@@ -1,14 +1,12 @@
-"""LAVIS's ViT blocks, made aware of the visual adapter."""
+"""LAVIS's ViT blocks with the visual adapter."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from lavis.models.vit import Attention, Block, VisionTransformerEncoder
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from lavis_uniadapter.adapters import AdapterSlot
+from torch import Tensor, nn
 
 
 def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> Tensor:
@@ -30,7 +28,7 @@ def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> T
 class SdpaAttention(Attention):
     """``lavis.models.vit.Attention`` by scaled_dot_product_attention.
 
-    Attention maps (LAVIS's gradcam hook) still take LAVIS's own path, which materialises them.
+    Attention maps (LAVIS's gradcam hook) take LAVIS's own path, which materialises them.
     """
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
@@ -47,20 +45,13 @@ class SdpaAttention(Attention):
 class AdaptedBlock(Block):
     """``lavis.models.vit.Block`` with the visual adapter parallel to its FFN.
 
-    The adapter sees ``x`` before ``norm2`` (it has a norm of its own).
+    The adapter sees ``x`` before ``norm2``: it has a norm of its own.
     """
 
-    adapter_slot: AdapterSlot
-    activation_checkpointing: bool
+    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
-        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, register_hook, use_reentrant=False)
-        return self._forward(x, register_hook)
-
-    def _forward(self, x: Tensor, register_hook: bool) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
         out = x + self.drop_path(self.mlp(self.norm2(x)))
-        adapter = self.adapter_slot()
-        delta = None if adapter is None else adapter.visual(x)
-        return out if delta is None else out + delta
+        adapter = self.adapter()
+        return out if adapter is None else out + adapter.visual(x)

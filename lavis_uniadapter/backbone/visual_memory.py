@@ -8,15 +8,18 @@ in one product, which leaves no copy of keys or values per pair.
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters import KeyValueAdapter
+from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter
 from lavis_uniadapter.common.host_copy import HostCopy
 
 
@@ -55,87 +58,6 @@ class PairLayout:
         return x[self.visual_index, self.place]
 
 
-class LayerMemory:
-    """Keys and values of one layer, and how pairs attend to them."""
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-        layout: PairLayout | None,
-        token_weights: Tensor | None,
-    ):
-        self.keys = keys
-        self.values = values
-        self.mask = mask
-        self.layout = layout
-        self.token_weights = token_weights
-
-    def attend(self, query: Tensor, dropout: float) -> Tensor:
-        """Attention output (pairs, heads, length, d) for queries of that shape."""
-        if self.token_weights is not None:
-            return self._attend_weighted(query, dropout)
-        if self.layout is None:
-            return F.scaled_dot_product_attention(
-                query, self.keys, self.values, attn_mask=self.mask, dropout_p=dropout
-            )
-        folded = self.layout.fold(query)
-        context = F.scaled_dot_product_attention(
-            folded, self.keys, self.values, attn_mask=self.mask, dropout_p=dropout
-        )
-        return self.layout.unfold(context, query.shape[2])
-
-    def _attend_weighted(self, query: Tensor, dropout: float) -> Tensor:
-        # Weights belong to a pair and keys to a visual input. q.(w k) = w (q.k), so weighting the
-        # logits leaves the keys shared.
-        weights = self.token_weights[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-        folded = query if self.layout is None else self.layout.fold(query)
-        weights = weights if self.layout is None else self.layout.fold(weights)
-        weights = weights / math.sqrt(query.shape[-1])
-        if torch.is_grad_enabled():
-            # Probabilities are computed again for the backward pass: three tensors of (pairs,
-            # heads, length, tokens) a layer cost more to keep than to recompute.
-            context = checkpoint(
-                self._attend_at_once, folded, weights, dropout, use_reentrant=False
-            )
-        elif query.device.type == "cpu" and not dropout:
-            context = self._attend_head_by_head(folded, weights)
-        else:
-            context = self._attend_at_once(folded, weights, dropout)
-        return context if self.layout is None else self.layout.unfold(context, query.shape[2])
-
-    def _attend_at_once(self, folded: Tensor, weights: Tensor, dropout: float) -> Tensor:
-        logits = folded @ self.keys.transpose(-1, -2) * weights
-        if self.mask is not None:
-            logits = logits + self.mask
-        return F.dropout(logits.softmax(dim=-1), dropout) @ self.values
-
-    def _attend_head_by_head(self, folded: Tensor, weights: Tensor) -> Tensor:
-        """The same without gradient and dropout, in pieces that stay in a processor's cache."""
-        context = torch.empty_like(folded)
-        visuals, heads = folded.shape[:2]
-        for visual in range(visuals):
-            for head in range(heads):
-                logits = folded[visual, head] @ self.keys[visual, head].t()
-                logits.mul_(weights[visual, 0])
-                if self.mask is not None:
-                    logits.add_(self.mask[visual].flatten(0, -2))
-                context[visual, head] = logits.softmax(dim=-1) @ self.values[visual, head]
-        return context
-
-    def attention_map(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (pairs, heads, length, tokens), and the values they weight, per pair."""
-        index = slice(None) if self.layout is None else self.layout.visual_index
-        keys, values = self.keys[index], self.values[index]
-        logits = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if self.token_weights is not None:
-            logits = logits * self.token_weights[:, None, None, :]
-        if self.mask is not None:
-            logits = logits + self.mask[index]
-        return logits.softmax(dim=-1), values
-
-
 class VisualMemory:
     """Visual inputs as the cross-modal encoder sees them.
 
@@ -143,20 +65,32 @@ class VisualMemory:
 
     Args:
         states: (visuals, tokens, width); frames of a video concatenated along tokens.
+        attentions: the cross-attention of each layer (LAVIS's BertSelfAttention).
         key_value_adapter: applied once, for all layers.
-        mask: additive attention mask, broadcastable to (visuals, heads, queries, tokens).
+        mask: additive attention mask, broadcastable to (visuals, heads, queries, tokens); not used
+            together with frame weights.
+
+    Attributes:
+        projected: keys and values (visuals, heads, tokens, d) by cross-attention.
     """
 
     def __init__(
         self,
         states: Tensor,
-        key_value_adapter: KeyValueAdapter | None = None,
-        mask: Tensor | None = None,
+        attentions: Iterable[nn.Module],
+        key_value_adapter: KeyValueAdapter | None,
+        mask: Tensor | None,
     ):
         self.states = states
         self.mask = mask
-        self._deltas = (None, None) if key_value_adapter is None else key_value_adapter(states)
-        self._projected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        deltas = (None, None) if key_value_adapter is None else key_value_adapter(states)
+        self.projected = {
+            attention: tuple(
+                _project(attention, linear, states, delta)
+                for linear, delta in zip((attention.key, attention.value), deltas, strict=True)
+            )
+            for attention in attentions
+        }
         self._layout: PairLayout | None = None
         self._token_weights: Tensor | None = None
 
@@ -167,8 +101,7 @@ class VisualMemory:
             visual_index: (pairs,) the visual input that each text is paired with.
             frame_weights: (pairs, frames) factors of frame-aware attention, or None.
         """
-        view = object.__new__(VisualMemory)
-        view.__dict__.update(self.__dict__)
+        view = copy.copy(self)
         view._layout = PairLayout(visual_index, len(self.states))
         if frame_weights is not None:
             view._token_weights = self._spread_over_tokens(frame_weights)
@@ -177,33 +110,75 @@ class VisualMemory:
     def _spread_over_tokens(self, frame_weights: Tensor) -> Tensor:
         """(pairs, frames) to (pairs, tokens): each frame's weight on all its tokens but [CLS]."""
         pairs, frames = frame_weights.shape
-        if self.states.shape[1] % frames:
-            raise ValueError(
-                f"{self.states.shape[1]} visual tokens cannot be {frames} frames of equal length."
-            )
-        per_frame = self.states.shape[1] // frames
-        weights = frame_weights[:, :, None].repeat(1, 1, per_frame)
+        weights = frame_weights[:, :, None].repeat(1, 1, self.states.shape[1] // frames)
         weights[:, :, 0] = 1
         return weights.view(pairs, -1).to(self.states.dtype)
 
     def size(self) -> tuple[int, int, int]:
-        """(pairs, tokens, width), which is what LAVIS's BertModel asks of encoder states."""
+        """(pairs, tokens, width), which LAVIS's BertModel reads of encoder states."""
         pairs = len(self.states) if self._layout is None else len(self._layout.visual_index)
         return pairs, self.states.shape[1], self.states.shape[2]
 
-    def for_layer(self, attention: nn.Module) -> LayerMemory:
-        """Project for one cross-attention (LAVIS's BertSelfAttention), or reuse what was."""
-        if attention not in self._projected:
-            projections = []
-            for linear, delta in zip((attention.key, attention.value), self._deltas, strict=True):
-                projected = linear(self.states)
-                if delta is not None:
-                    projected = projected + delta
-                # In one piece: matrix products would copy it, and keep the copy for backward.
-                projections.append(attention.transpose_for_scores(projected).contiguous())
-            self._projected[attention] = tuple(projections)
-        keys, values = self._projected[attention]
-        return LayerMemory(keys, values, self.mask, self._layout, self._token_weights)
+    def attend(self, attention: nn.Module, query: Tensor, dropout: float) -> Tensor:
+        """Output (pairs, heads, length, d) of a layer's cross-attention for such queries."""
+        keys, values = self.projected[attention]
+        if self._layout is None:
+            return F.scaled_dot_product_attention(query, keys, values, self.mask, dropout)
+        folded = self._layout.fold(query)
+        if self._token_weights is None:
+            context = F.scaled_dot_product_attention(folded, keys, values, self.mask, dropout)
+        else:
+            # Weights belong to a pair and keys to a visual input. q.(w k) = w (q.k), so weighting
+            # the logits leaves the keys shared.
+            weights = self._token_weights[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+            weights = self._layout.fold(weights) / math.sqrt(query.shape[-1])
+            context = _attend_weighted(folded, keys, values, weights, dropout)
+        return self._layout.unfold(context, query.shape[2])
+
+    def attention_map(self, attention: nn.Module, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities (pairs, heads, length, tokens), and the values they weight, per pair."""
+        index = slice(None) if self._layout is None else self._layout.visual_index
+        keys, values = (projected[index] for projected in self.projected[attention])
+        logits = query @ keys.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if self._token_weights is not None:
+            logits = logits * self._token_weights[:, None, None, :]
+        elif self.mask is not None:
+            logits = logits + self.mask[index]
+        return logits.softmax(dim=-1), values
+
+
+def _project(
+    attention: nn.Module, linear: nn.Linear, states: Tensor, delta: Tensor | None
+) -> Tensor:
+    """Keys or values of one layer, in one piece: matrix products would copy them otherwise."""
+    projected = linear(states) if delta is None else linear(states) + delta
+    return attention.transpose_for_scores(projected).contiguous()
+
+
+def _attend_weighted(query, keys, values, weights, dropout: float) -> Tensor:
+    """Attention whose logits are multiplied by weights (visuals, 1, queries, tokens)."""
+    if torch.is_grad_enabled():
+        # Probabilities are recomputed in the backward pass: three tensors of (visuals, heads,
+        # queries, tokens) a layer cost more to keep than to recompute.
+        return checkpoint(_at_once, query, keys, values, weights, dropout, use_reentrant=False)
+    if query.device.type == "cpu" and not dropout:
+        return _head_by_head(query, keys, values, weights)
+    return _at_once(query, keys, values, weights, dropout)
+
+
+def _at_once(query, keys, values, weights, dropout: float) -> Tensor:
+    logits = query @ keys.transpose(-1, -2) * weights
+    return F.dropout(logits.softmax(dim=-1), dropout) @ values
+
+
+def _head_by_head(query, keys, values, weights) -> Tensor:
+    """The same without gradient and dropout, in pieces that fit a processor's cache."""
+    context = torch.empty_like(query)
+    for visual, head in itertools.product(*map(range, query.shape[:2])):
+        logits = query[visual, head] @ keys[visual, head].t()
+        logits.mul_(weights[visual, 0])
+        context[visual, head] = logits.softmax(dim=-1) @ values[visual, head]
+    return context
 
 
 def frame_aware_weights(text_feat: Tensor, frame_feat: Tensor) -> Tensor:

@@ -1,28 +1,24 @@
 """Adapter folders: the tensors, what they are, and a model card. Nothing is pickled.
 
-``adapter.safetensors`` holds adapters and trained heads, ``adapter_config.json`` the method, its
-configuration, the base checkpoint's name and fingerprint, metrics and versions, and ``README.md``
-tells people the same.
+``adapter.safetensors`` holds adapters and trained heads; ``adapter_config.json`` is an
+AdapterAbout; ``README.md`` tells people the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
-import reprlib
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
-import torch
 from lavis.common.registry import registry
-from torch import nn
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
@@ -34,11 +30,37 @@ logger = logging.getLogger(__name__)
 TENSORS = "adapter.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
-FORMAT_VERSION = 3
 
-# What the entries of the configuration that decide anything must be.
-_KINDS = {"method": str, "configuration": dict, "settings": dict, "base": dict, "blake2b": str}
-_BASE_KINDS = {"name": str, "fingerprint": str}
+
+class BaseCheckpoint(BaseModel, extra="forbid"):
+    """The BLIP that an adapter was trained on: its file's name, and a hash of its weights."""
+
+    name: str
+    fingerprint: str
+
+
+class AdapterAbout(BaseModel):
+    """What an adapter is.
+
+    Attributes:
+        arch: name of the model in LAVIS's registry.
+        method, configuration: ``model.tuning`` and its configuration.
+        settings: other options of the model that decide what the adapter computes.
+        blake2b: hash of the file of tensors.
+        metrics: what it was measured to do.
+    """
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    format_version: Literal[4] = 4
+    arch: str
+    method: str
+    configuration: dict[str, Any]
+    settings: dict[str, Any]
+    base: BaseCheckpoint
+    blake2b: str
+    metrics: dict[str, float]
+    versions: dict[str, str]
 
 
 def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
@@ -48,90 +70,70 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
         raise ConfigError(
             f"There is no active adapter to save: the model's tuning is '{model.tuning}'."
         )
-    tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
     folder = Path(folder)
-    strangers = (
-        [path.name for path in folder.iterdir() if path.name not in (TENSORS, CONFIG, CARD)]
-        if folder.is_dir()
-        else [folder.name] * folder.exists()
+    _refuse_other_content(folder)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
+    content = safetensors.torch.save(tensors)
+    names = registry.mapping["model_name_mapping"]
+    about = AdapterAbout(
+        arch=next((n for n, cls in names.items() if cls is type(model)), type(model).__name__),
+        method=model.tuning,
+        configuration=model.method_config.to_dict(),
+        settings={name: getattr(model, name) for name in model.SETTINGS},
+        base=BaseCheckpoint(name=model.base_name, fingerprint=model.base_fingerprint),
+        blake2b=_hash(content),
+        metrics={name: float(value) for name, value in metrics.items()},
+        versions={
+            "lavis_uniadapter": __version__,
+            **{name: importlib.metadata.version(name) for name in ("torch", "salesforce-lavis")},
+        },
     )
-    if strangers:
-        raise ConfigError(
-            f"'{folder}' is not an adapter folder to be replaced: it holds {name_some(strangers)}. "
-            "Name a new folder."
-        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        safetensors.torch.save_file(tensors, new / TENSORS)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "arch": type(model).__name__,
-            "method": model.tuning,
-            "configuration": model.method_config.to_dict(),
-            "settings": {name: getattr(model, name) for name in model.SETTINGS},
-            "base": {"name": model.base_name, "fingerprint": model.base_fingerprint},
-            "keys": len(tensors),
-            "blake2b": _hash_file(new / TENSORS),
-            "metrics": dict(metrics),
-            "versions": {
-                "lavis_uniadapter": __version__,
-                **{n: importlib.metadata.version(n) for n in ("torch", "salesforce-lavis")},
-            },
-        }
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (new / CARD).write_text(_model_card(model, config, tensors))
-        written = _read_tensors(new, config)
-        if not all(torch.equal(written[key], value) for key, value in tensors.items()):
-            raise CheckpointError(f"'{folder}': what was written does not read back the same.")
-        new.chmod(0o755)
-        _replace_folder(new, folder)
-    finally:
-        if new.exists():
-            shutil.rmtree(new)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        (new / TENSORS).write_bytes(content)
+        (new / CONFIG).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (new / CARD).write_text(_model_card(model, about, tensors), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(temporary) / "old")
+        new.rename(folder)
+
+
+def _refuse_other_content(folder: Path) -> None:
+    """Raise ConfigError if replacing a folder would delete anything but an adapter."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file():
+        names = [folder.name]
+    if others := set(names) - {TENSORS, CONFIG, CARD}:
+        raise ConfigError(
+            f"'{folder}' is not an adapter folder and is not replaced: it holds "
+            f"{name_some(sorted(others))}. Name a new folder."
+        )
 
 
 def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) -> None:
     """Read a folder into the model's set ``name``, after checking everything about it."""
     folder = Path(folder)
-    config = _read_config(folder)
-    if config["method"] != model.tuning:
-        raise CheckpointError(
-            f"'{folder}' was tuned by '{config['method']}' and this model is built for "
-            f"'{model.tuning}'. Set model.tuning: {config['method']}."
-        )
-    config_cls = TUNING_METHODS[model.tuning].config_cls
-    try:
-        theirs = config_cls.from_mapping(config["configuration"]).to_dict()
-    except ConfigError as error:
-        raise _damaged(folder, error) from error
-    ours = model.method_config.to_dict()
-    different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
-    if different:
-        changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
-        raise CheckpointError(
-            f"'{folder}' has another adapter configuration than the model: {changes}. "
-            f"Set model.{config_cls.SECTION} to the folder's values."
-        )
-    for key, value in config["settings"].items():
+    about = _read_about(folder)
+    _check_configuration(model, folder, about)
+    for key, value in about.settings.items():
         own = getattr(model, key) if key in model.SETTINGS else None
         if own != value:
             logger.warning(
                 "'%s' was trained with %s %r, and the model has %r.", folder, key, value, own
             )
-    tensors = _read_tensors(folder, config)
-    base = config["base"]
-    if base["fingerprint"] != model.base_fingerprint and not force:
+    tensors = _read_tensors(folder / TENSORS, about.blake2b)
+    if about.base.fingerprint != model.base_fingerprint and not force:
         raise CheckpointError(
-            f"'{folder}' was trained on another base checkpoint: '{base['name']}' "
-            f"({base['fingerprint'][:8]}), and the model holds '{model.base_name}' "
+            f"'{folder}' was trained on another base checkpoint: '{about.base.name}' "
+            f"({about.base.fingerprint[:8]}), and the model holds '{model.base_name}' "
             f"({model.base_fingerprint[:8]}). Load that base, or try all the same by "
             "load_adapter(folder, force=True)."
         )
-    new = name not in model.adapters.names()
-    target = model._build_set() if new else model.adapters.get(name)
-    problems = describe_mismatch(target.state_dict(), tensors)
-    if problems:
+    new = name not in model.adapters
+    target = model.new_adapter_set() if new else model.adapters[name]
+    if problems := describe_mismatch(target.state_dict(), tensors):
         raise CheckpointError(f"'{folder}' does not fit this model: {problems}.")
     target.load_state_dict(tensors)
     if new:
@@ -140,28 +142,82 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         model.adapters.add(name, target)
 
 
-def _model_card(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> str:
+def _read_about(folder: Path) -> AdapterAbout:
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{folder}' is not an adapter folder: it has no {name}. Give a folder that "
+                "save_adapter wrote."
+            )
+    try:
+        return AdapterAbout.model_validate_json((folder / CONFIG).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"'{folder / CONFIG}' is damaged or was written by another version: "
+            f"{'.'.join(map(str, first['loc']))} {first['msg']}. Copy it again, or save the "
+            "adapter with this version."
+        ) from error
+
+
+def _check_configuration(model: nn.Module, folder: Path, about: AdapterAbout) -> None:
+    """Refuse an adapter of another method, or that computes something else."""
+    if about.method != model.tuning:
+        raise CheckpointError(
+            f"'{folder}' was tuned by '{about.method}' and this model is built for "
+            f"'{model.tuning}'. Set model.tuning: {about.method}."
+        )
+    config_cls = TUNING_METHODS[model.tuning].config_cls
+    try:
+        theirs = config_cls.from_mapping(about.configuration).to_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error}") from error
+    ours = model.method_config.to_dict()
+    different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
+    if different:
+        changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
+        raise CheckpointError(
+            f"'{folder}' has another adapter configuration than the model: {changes}. "
+            f"Set model.{config_cls.SECTION} to the folder's values."
+        )
+
+
+def _read_tensors(path: Path, blake2b: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if _hash(content) != blake2b:
+        raise CheckpointError(
+            f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
+        )
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a safetensors file: {error}.") from error
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _model_card(model: nn.Module, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
     """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
-    number = sum(t.numel() for t in tensors.values())
-    arch = _registered_name(model)
-    rows = [
-        ("model", f"`{arch}`"),
-        ("tuning", f"`{config['method']}`"),
-        *((f"{k}", f"`{v}`") for k, v in {**config["configuration"], **config["settings"]}.items()),
-        ("parameters", f"{number:,}"),
-        ("base checkpoint", f"{config['base']['name']}"),
-        ("its fingerprint", f"`{config['base']['fingerprint']}`"),
-        *config["versions"].items(),
-    ]
-    metrics = [(name, f"{value:g}") for name, value in config["metrics"].items()]
+    section = type(model.method_config).SECTION
+    overrides = {"tuning": about.method, **about.settings}
+    if section:
+        overrides[section] = about.configuration
+    facts = {
+        **{"model": about.arch, "tuning": about.method, **about.configuration, **about.settings},
+        "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
+        "base checkpoint": about.base.name,
+        "its fingerprint": about.base.fingerprint,
+        **about.versions,
+    }
+    metrics = {name: f"{value:g}" for name, value in about.metrics.items()}
     return f"""---
 library_name: lavis_uniadapter
-tags: [{config["method"]}, blip, lavis]
+tags: [{about.method}, blip, lavis]
 ---
 
-# {config["method"]} adapter for {arch}
+# {about.method} adapter for {about.arch}
 
 It holds what was trained beside a frozen BLIP, and works on that base checkpoint alone.
 
@@ -171,95 +227,21 @@ from omegaconf import OmegaConf
 
 import lavis_uniadapter
 
-model_cls = registry.get_model_class("{arch}")
+model_cls = registry.get_model_class("{about.arch}")
 config = OmegaConf.load(model_cls.default_config_path("MODEL_TYPE")).model
-config = OmegaConf.merge(config, {_overrides(model, config)})
+config = OmegaConf.merge(config, {overrides})
 # config.pretrained is the base checkpoint
 model = model_cls.from_config(config).eval()
 model.load_adapter("THIS_FOLDER")
 ```
 
-| | |
-|---|---|
-{_table_rows(rows)}
+{_table(facts)}
 
 ## Measured
 
-{_metrics_table(metrics)}
+{_table(metrics) if metrics else "Nothing was measured when this was saved."}
 """
 
 
-def _overrides(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's configuration must say for the adapter to fit."""
-    section = type(model.method_config).SECTION
-    own = {section: config["configuration"]} if section else {}
-    return {"tuning": config["method"], **own, **config["settings"]}
-
-
-def _registered_name(model: nn.Module) -> str:
-    """The name under which LAVIS's registry has the model's class."""
-    names = registry.mapping["model_name_mapping"]
-    return next((n for n, cls in names.items() if cls is type(model)), type(model).__name__)
-
-
-def _table_rows(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in rows)
-
-
-def _metrics_table(metrics: list[tuple[str, str]]) -> str:
-    if not metrics:
-        return "Nothing was measured when this was saved."
-    return "| metric | value |\n|---|---|\n" + _table_rows(metrics)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"'{folder}' is not an adapter folder: it has no {name}. Give a folder that "
-                "save_adapter wrote."
-            )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        version = config["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(folder, repr(error)) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{folder}' has format {version!r}, and this version reads format {FORMAT_VERSION}."
-        )
-    for section, kinds in ((config, _KINDS), (config.get("base"), _BASE_KINDS)):
-        for key, kind in kinds.items():
-            if not isinstance(section.get(key), kind):
-                raise _damaged(folder, f"'{key}' is {reprlib.repr(section.get(key))}")
-    return config
-
-
-def _damaged(folder: Path, what: object) -> CheckpointError:
-    return CheckpointError(f"'{folder / CONFIG}' is damaged: {what}. Copy it again.")
-
-
-def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    path = folder / TENSORS
-    if _hash_file(path) != config["blake2b"]:
-        raise CheckpointError(
-            f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
-        )
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a safetensors file: {error}.") from error
-
-
-def _hash_file(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / folder.name)
-    os.rename(new, folder)
-    shutil.rmtree(old)
+def _table(rows: Mapping[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

@@ -65,15 +65,14 @@ def _download(url: str) -> str:
         raise CheckpointError(f"'{url}' cannot be downloaded: {error}") from error
 
 
+def is_base(key: str) -> bool:
+    """Whether a tensor is BLIP's own: no adapter, average, queue or constant."""
+    return not (key.startswith(NOT_BASE) or key in QUEUE_BUFFERS or key.endswith("position_ids"))
+
+
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The part of a model's state that is BLIP itself: no adapters, averages or queues."""
-    return {
-        key: value
-        for key, value in model.state_dict().items()
-        if not key.startswith(NOT_BASE)
-        and key not in QUEUE_BUFFERS
-        and not key.endswith("position_ids")
-    }
+    return {key: value for key, value in model.state_dict().items() if is_base(key)}
 
 
 def load_base_state_dict(
@@ -81,8 +80,8 @@ def load_base_state_dict(
 ) -> list[str]:
     """Load BLIP's weights in LAVIS's layout, strictly.
 
-    Momentum copies, queues and parts for other tasks in the checkpoint are left aside; the
-    positional embedding is interpolated to the model's image size.
+    Momentum copies, queues and parts for other tasks in the checkpoint are skipped; the positional
+    embedding is interpolated to the model's image size.
 
     Args:
         may_be_missing: prefixes of what may stay at its initial value (the task's heads).
@@ -94,22 +93,14 @@ def load_base_state_dict(
         CheckpointError: naming each missing, unexpected or misshapen tensor.
     """
     own = base_state_dict(model)
+    roots = {key.split(".")[0] for key in own}
     incoming = {}
     for key, value in state.items():
-        if key.split(".")[0].endswith("_m") or key in QUEUE_BUFFERS:
-            continue
-        if key.startswith(NOT_BASE) or key.endswith("position_ids"):
-            continue
-        if key not in own and key.startswith(OTHER_TASKS):
-            root = key.split(".")[0]
-            if not any(name == root or name.startswith(root + ".") for name in own):
-                continue
-        incoming[key] = value
-
-    if "visual_encoder.pos_embed" in incoming:
-        incoming["visual_encoder.pos_embed"] = interpolate_pos_embed(
-            incoming["visual_encoder.pos_embed"], model.visual_encoder
-        )
+        root = key.split(".")[0]
+        of_another_task = key.startswith(OTHER_TASKS) and root not in roots
+        if is_base(key) and not root.endswith("_m") and not of_another_task:
+            incoming[key] = value
+    interpolate_positions(model, incoming)
     problems = describe_mismatch(own, incoming, may_be_missing)
     if problems and any("adapter" in part for key in incoming for part in key.split(".")):
         raise CheckpointError(
@@ -119,9 +110,9 @@ def load_base_state_dict(
         )
     if problems and not any(key.startswith("visual_encoder.") for key in incoming):
         raise CheckpointError(
-            f"'{source}' holds no BLIP backbone ({problems}). What a run with a frozen backbone "
-            "saved goes over its base: --adapter with its adapter_best or adapter_latest folder, "
-            "or run.resume_ckpt_path; model.pretrained is the base itself."
+            f"'{source}' holds no BLIP backbone ({problems}). Load what a run with a frozen "
+            "backbone saved over its base: by --adapter with its adapter_best or adapter_latest "
+            "folder, or by run.resume_ckpt_path. model.pretrained is the base itself."
         )
     if problems:
         raise CheckpointError(
@@ -132,26 +123,27 @@ def load_base_state_dict(
     return [key for key in own if key not in incoming]
 
 
+def interpolate_positions(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Resize a state's positional embedding, in place, to the model's image size."""
+    name = "visual_encoder.pos_embed"
+    if name in state:
+        state[name] = interpolate_pos_embed(state[name], model.visual_encoder)
+
+
 def describe_mismatch(
     own: Mapping[str, Tensor], incoming: Mapping[str, Tensor], may_be_missing: tuple[str, ...] = ()
 ) -> str:
     """Say which tensors are missing, unexpected or misshapen; empty if they fit."""
-    missing = [k for k in own if k not in incoming and not k.startswith(may_be_missing or ("\0",))]
-    unexpected = [k for k in incoming if k not in own]
-    misshapen = [
-        f"{k} is {tuple(incoming[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in incoming and incoming[k].shape != own[k].shape
-    ]
-    return "; ".join(
-        f"{label}: {name_some(names)}"
-        for label, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("misshapen", misshapen),
-        )
-        if names
-    )
+    problems = {
+        "missing": [k for k in own if k not in incoming and not k.startswith(may_be_missing)],
+        "unexpected": [k for k in incoming if k not in own],
+        "misshapen": [
+            f"{k} is {tuple(incoming[k].shape)}, expected {tuple(own[k].shape)}"
+            for k in own
+            if k in incoming and incoming[k].shape != own[k].shape
+        ],
+    }
+    return "; ".join(f"{label}: {name_some(names)}" for label, names in problems.items() if names)
 
 
 def without_foreign_queues(
@@ -161,9 +153,15 @@ def without_foreign_queues(
     kept = dict(state)
     for name in QUEUE_BUFFERS:
         if name in kept and (name not in own or kept[name].shape != own[name].shape):
-            logger.warning("'%s': %s has another length and is left aside.", source, name)
+            logger.warning("'%s': %s has another length and is skipped.", source, name)
             del kept[name]
     return kept
+
+
+def may_lack(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Prefixes of what a trained state may lack: queues, and averages if it has none at all."""
+    has_averages = any(key.startswith(AVERAGES) for key in state)
+    return QUEUE_BUFFERS if has_averages else (*QUEUE_BUFFERS, AVERAGES)
 
 
 def load_trained(model: nn.Module, source: str) -> None:
@@ -176,14 +174,12 @@ def load_trained(model: nn.Module, source: str) -> None:
     """
     own = model.state_dict()
     state = without_foreign_queues(read_state_dict(source), own, source)
-    has_averages = any(key.startswith(AVERAGES) for key in state)
-    may_be_missing = QUEUE_BUFFERS + (() if has_averages else (AVERAGES,))
-    kept = {key: value for key, value in own.items() if key.startswith(may_be_missing)}
+    kept = {key: value for key, value in own.items() if key.startswith(may_lack(state))}
     try:
         model.load_state_dict({**kept, **state})
     except CheckpointError as error:
         raise CheckpointError(f"'{source}', tuning '{model.tuning}': {error}") from None
-    if not has_averages:
+    if AVERAGES in may_lack(state):
         model.reset_momentum()
 
 
@@ -200,117 +196,3 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-# --- the layout of the authors' released code ---------------------------------------------------
-
-_RELEASED_ADAPTER_NAMES = {
-    "adapter_layer_norm_before": "norm_in.shared",
-    "adapter_layer_norm_cross_modal": "norm_cross_modal",
-    "down_proj": "down.shared",
-    "up_proj": "up.textual",
-    "multi_up_proj": "up.cross_modal",
-    "visual_up_proj": "up.visual",
-}
-_RELEASED_KEY_VALUE_NAMES = {"video_key_adapter": "key", "video_value_adapter": "value"}
-
-
-def _canonical_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name each adapter tensor once: it stands under up to four names in released files."""
-    canonical: dict[str, Tensor] = {}
-    for key, value in state.items():
-        parts = key.split(".")
-        if parts[0] == "adapters_dec":  # built by the released VQA model and never used
-            continue
-        suffix = "_m" if parts[0].endswith("_m") else ""
-        if "adapter" in parts:  # visual_encoder.blocks.3.adapter.X, text_encoder….layer.3.adapter.X
-            at = parts.index("adapter")
-            key = ".".join([f"adapters{suffix}", parts[at - 1], *parts[at + 1 :]])
-        elif "adapters" in parts[1:]:  # visual_encoder.adapters.3.X
-            at = parts.index("adapters")
-            key = ".".join([f"adapters{suffix}", *parts[at + 1 :]])
-        if key in canonical and not torch.equal(canonical[key], value):
-            raise CheckpointError(
-                f"'{key}' stands in the checkpoint under several names with different values."
-            )
-        canonical[key] = value
-    return canonical
-
-
-def released_to_ours(state: Mapping[str, Tensor], set_name: str) -> dict[str, Tensor]:
-    """Rename the released implementation's keys to this package's, for an adapter set."""
-    ours: dict[str, Tensor] = {}
-    for key, value in _canonical_released(state).items():
-        parts = key.split(".")
-        root = parts[0].removesuffix("_m")
-        prefix = f"adapters.{set_name}"
-        if parts[0].endswith("_m"):
-            prefix = f"momentum_average.{prefix}"
-        if root == "adapters":
-            name = _RELEASED_ADAPTER_NAMES.get(parts[2], parts[2])
-            ours[".".join([prefix, "layers", parts[1], name, *parts[3:]])] = value
-        elif any(name in parts for name in _RELEASED_KEY_VALUE_NAMES):
-            at = next(i for i, part in enumerate(parts) if part in _RELEASED_KEY_VALUE_NAMES)
-            if not parts[0].endswith("_m"):  # momentum features never use the key/value adapter
-                name = _RELEASED_KEY_VALUE_NAMES[parts[at]]
-                leaf = ".".join(parts[at + 1 :]).replace("_proj", "")
-                ours[f"{prefix}.key_value.{root}.{name}.{leaf}"] = value
-        elif root in ("vision_proj", "text_proj", "itm_head"):
-            ours[".".join([prefix, "heads", root, *parts[1:]])] = value
-            if not parts[0].endswith("_m"):
-                ours[key] = value
-        elif parts[0].endswith("_m"):
-            continue  # copies of a backbone that is frozen
-        else:
-            ours["queue_ptr" if key == "ptr_queue" else key] = value
-    return ours
-
-
-def load_released_checkpoint(
-    model: nn.Module, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
-) -> None:
-    """Load a checkpoint of the authors' released UniAdapter code into a tuned model.
-
-    Backbone, adapters, heads, momentum averages and, where its length is the same, the queue.
-
-    Args:
-        model: built with ``tuning: uniadapter`` and the sizes of the checkpoint.
-        path_or_state_dict: a ``.pth`` path or URL, or its state dict.
-
-    Raises:
-        CheckpointError: naming each missing, unexpected or misshapen tensor.
-    """
-    if isinstance(path_or_state_dict, Mapping):
-        state, source = path_or_state_dict, "the state dict"
-    else:
-        state, source = read_state_dict(path_or_state_dict), str(path_or_state_dict)
-    if model.adapters.active is None:
-        raise CheckpointError(
-            "The model has no adapters to load a released UniAdapter checkpoint into. "
-            "Build it with tuning: uniadapter."
-        )
-    incoming = released_to_ours(state, model.adapters.active)
-    active = f"adapters.{model.adapters.active}."
-    own = {
-        k: v
-        for k, v in model.state_dict().items()
-        if not k.endswith("position_ids") and (not k.startswith("adapters.") or active in k)
-    }
-    incoming = {k: v for k, v in incoming.items() if not k.endswith("position_ids")}
-    if "visual_encoder.pos_embed" in incoming:
-        incoming["visual_encoder.pos_embed"] = interpolate_pos_embed(
-            incoming["visual_encoder.pos_embed"], model.visual_encoder
-        )
-    incoming = without_foreign_queues(incoming, own, source)
-    has_averages = any(k.startswith("momentum_average.") for k in incoming)
-    own_to_fill = {
-        k: v for k, v in own.items() if has_averages or not k.startswith("momentum_average.")
-    }
-    problems = describe_mismatch(own_to_fill, incoming, QUEUE_BUFFERS)
-    if problems:
-        raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {problems}.")
-    model.load_state_dict(incoming, strict=False)
-    if not has_averages:
-        model.reset_momentum()
-    model.randomly_initialised = []
-    model.base_changed(source)

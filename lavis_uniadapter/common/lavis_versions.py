@@ -1,20 +1,20 @@
-"""Where LAVIS 1.0.2, the release, and the main branch of its repository differ for a plugin.
+"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
 
 ====================================  ==================  ==========================
 \                                     1.0.2               main
 ====================================  ==================  ==========================
 ``task.train_step`` returns           the loss            the loss, and all losses
-the runner's parameter groups         its own             ``get_optimizer_params``
+the model's parameter groups          none                ``get_optimizer_params``
 ``BlipBase`` needs transformers       any                 before 4.27
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================
 
-`check_dependencies` is about NumPy and transformers, with whose newer versions LAVIS's code fails.
+``check_dependencies`` refuses versions of NumPy and transformers with which LAVIS's code fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,10 @@ from lavis_uniadapter.common.errors import ConfigError
 
 
 def init_blip(model: BaseModel) -> None:
-    """Start a BLIP model, empty.
+    """Initialise a BLIP model without ``BlipBase.__init__``.
 
-    Not by ``BlipBase``, which on main refuses transformers from 4.27 on: generation is what breaks
-    there, and the models of this package have their own.
+    On main that refuses transformers from 4.27 on, because generation breaks there. The models of
+    this package have their own generation.
     """
     BaseModel.__init__(model)
 
@@ -66,7 +66,7 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
 
 
 def losses(task: BaseTask, model: nn.Module, samples: dict[str, Any]) -> dict[str, Tensor]:
-    """The losses of a batch by name, the one to go down on as ``loss``."""
+    """The losses of a batch by name, the one to minimise as ``loss``."""
     if type(task).train_step is BaseTask.train_step:
         output = model(samples)
         return {name: output[name] for name in output.keys() if name.startswith("loss")}
@@ -84,26 +84,7 @@ def numbers(values: Tensor | Sequence[float], device: torch.device) -> Tensor:
 
 
 def train_step_result(loss: Tensor) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """What a task's ``train_step`` is to return to the training loop of the LAVIS at hand."""
-    # Asked of LAVIS itself: neither version says by its number which of the two it is.
+    """What a task's ``train_step`` must return to the training loop of the installed LAVIS."""
+    # Both versions have the same version number, so LAVIS's own task is called to find out.
     result = BaseTask().train_step(model=lambda samples: {"loss": loss}, samples={})
     return (loss, {"loss": loss}) if isinstance(result, tuple) else loss
-
-
-def optimizer_params(
-    parameters: Iterable[nn.Parameter], weight_decay: float, lr_scale: float = 1
-) -> list[dict[str, Any]]:
-    """Parameter groups for the runner of main: weight decay on matrices alone."""
-    parameters = list(parameters)
-    return [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": float(weight_decay),
-            "lr_scale": lr_scale,
-        },
-        {
-            "params": [p for p in parameters if p.ndim < 2],
-            "weight_decay": 0.0,
-            "lr_scale": lr_scale,
-        },
-    ]

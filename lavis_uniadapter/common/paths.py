@@ -1,9 +1,8 @@
-"""Where relative paths of a configuration lead."""
+"""Relative paths in a configuration."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from lavis.common.registry import registry
@@ -11,14 +10,8 @@ from lavis.common.registry import registry
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 
-def _candidates(path: str | os.PathLike) -> Iterator[Path]:
-    path = Path(path).expanduser()
-    yield path
-    if not path.is_absolute():
-        yield PACKAGE_ROOT / path
-        yield Path(registry.get_path("library_root")) / path
-
-
 def find(path: str | os.PathLike) -> Path | None:
-    """First existing of: the path itself, the path in this package, the path in LAVIS."""
-    return next((p for p in _candidates(path) if p.exists()), None)
+    """The first that exists: the path itself, the path in this package, the path in LAVIS."""
+    roots = (Path(), PACKAGE_ROOT, Path(registry.get_path("library_root")))
+    candidates = (root / Path(path).expanduser() for root in roots)
+    return next((path for path in candidates if path.exists()), None)

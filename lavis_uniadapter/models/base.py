@@ -1,48 +1,37 @@
-"""What every tuned BLIP has in common: adapters, what trains, and the verbs to handle them."""
+"""What every tuned BLIP has in common: how it is built and loaded, and what of it trains."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import inspect
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
-from lavis_uniadapter.adapters.methods import (
-    SECTIONS,
-    TUNING_METHODS,
-    check_sections,
-    freeze_all_but,
-    tuning_method,
-)
-from lavis_uniadapter.backbone import (
-    attach_adapters,
-    attach_deltas,
-    build_text_encoder,
-    build_visual_encoder,
-    geometry_of,
-)
-from lavis_uniadapter.checkpoints import adapter_files, blip_files
-from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
+from lavis_uniadapter.adapters.config import MethodConfig
+from lavis_uniadapter.adapters.methods import SECTIONS, check_sections, tuning_method
+from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
+from lavis_uniadapter.backbone.build import build_visual_encoder
+from lavis_uniadapter.checkpoints import blip_files
+from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError, reject_unknown_keys
+from lavis_uniadapter.models.adapter_verbs import DEFAULT_SET, AdapterVerbs
 
 logger = logging.getLogger(__name__)
-DEFAULT_SET = "default"
 
 
-class TunedBlip(BaseModel):
+class TunedBlip(AdapterVerbs):
     """Mixin for LAVIS's BLIP models.
 
-    A subclass builds its encoders and heads under LAVIS's names, loads the base checkpoint and
-    then calls ``attach_tuning``. Attributes it sets:
+    A subclass takes its encoders and a tokenizer, as parameters of its constructor, and its options
+    by keyword. It keeps encoders and heads under LAVIS's names. Class attributes that it sets:
 
     ``HEADS``: names of the modules that are trained whole.
     ``HAS_FRAME_FEATURES``: whether it has the contrastive features that frame-aware attention
@@ -50,14 +39,12 @@ class TunedBlip(BaseModel):
     ``TEXT_MODE``: whether it ever encodes text alone.
     ``SETTINGS``: attributes, beside the configuration of its method, that decide what an adapter
     computes; adapter folders note them.
-    ``OUTPUT_LAYERS``: of a model that answers in words, the modules before its vocabulary.
     """
 
     HEADS: tuple[str, ...] = ()
     HAS_FRAME_FEATURES = False
     TEXT_MODE = False
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
-    OUTPUT_LAYERS: tuple[str, ...] = ()
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
     MODEL_KEYS: tuple[str, ...] = (
         "arch",
@@ -116,47 +103,38 @@ class TunedBlip(BaseModel):
         for name in SECTIONS:
             config_cls.reject_unread_keys(name, plain(given.get(name)) or {}, tuning)
 
-    @staticmethod
-    def build_visual_encoder(cfg: Mapping[str, Any]) -> nn.Module:
-        """LAVIS's visual encoder of a configuration.
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
+        """Build from the ``model:`` section of a configuration.
 
         Raises:
-            ConfigError: naming what cannot be built.
+            ConfigError: unknown key or impossible value, by name.
+            CheckpointError: weights that do not fit, by name.
         """
-        return build_visual_encoder(
+        cls.check_config(cfg)
+        visual_encoder = build_visual_encoder(
             cfg.get("vit_type", "base"),
             cfg.get("image_size", 384),
             plain(cfg.get("vit")),
             cfg.get("drop_path_rate"),
         )
-
-    @classmethod
-    def build_encoders(cls, cfg: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, BertTokenizer]:
-        """LAVIS's visual encoder and text encoder, and the tokenizer, of a configuration.
-
-        Raises:
-            ConfigError: naming what cannot be built.
-        """
-        visual_encoder = cls.build_visual_encoder(cfg)
-        text_encoder = build_text_encoder(cls.med_config(cfg), visual_encoder.vision_width)
-        tokenizer = cls.build_tokenizer(cfg, text_encoder.config.vocab_size)
-        return visual_encoder, text_encoder, tokenizer
-
-    @staticmethod
-    def med_config(cfg: Mapping[str, Any]) -> str:
-        """Path of the BERT configuration that a model configuration names."""
-        path = cfg.get("med_config_path", "configs/models/med_config.json")
-        return str(paths.find(path) or path)
-
-    def finish_building(self, cfg: Mapping[str, Any]) -> None:
-        """Load the base checkpoint, attach what trains, load what was trained.
-
-        Raises:
-            CheckpointError: weights that do not fit, by name.
-        """
-        self.load_base(cfg.get("pretrained"))
+        med_config = cfg.get("med_config_path", "configs/models/med_config.json")
+        text_models = cls.build_text_models(
+            str(paths.find(med_config) or med_config), visual_encoder.vision_width
+        )
+        vocab_size = next(iter(text_models.values())).config.vocab_size
+        tokenizer = cls.build_tokenizer(cfg, vocab_size)
+        parameters = inspect.signature(cls).parameters.values()
+        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        model = cls(
+            visual_encoder,
+            **text_models,
+            tokenizer=tokenizer,
+            **{name: cfg[name] for name in options if cfg.get(name) is not None},
+        )
+        model.load_base(cfg.get("pretrained"))
         tuning = cfg.get("tuning", "uniadapter")
-        self.attach_tuning(
+        model.attach_tuning(
             tuning,
             tuning_method(tuning).configure({name: plain(cfg.get(name)) for name in SECTIONS}),
             visual_checkpointing_layers=(
@@ -165,9 +143,20 @@ class TunedBlip(BaseModel):
             textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
         )
         if cfg.get("load_finetuned", False):
-            self.load_checkpoint(cfg["finetuned"])
+            model.load_checkpoint(cfg["finetuned"])
         if cfg.get("adapter_ckpt"):
-            self.load_adapter(cfg["adapter_ckpt"])
+            model.load_adapter(cfg["adapter_ckpt"])
+        return model
+
+    @classmethod
+    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
+        """The constructor's ``text_encoder`` or ``text_decoder``, or both.
+
+        Args:
+            med_config: BERT configuration, a JSON file.
+            visual_width: width of the visual tokens.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def build_tokenizer(cfg: Mapping[str, Any], vocab_size: int) -> BertTokenizer:
@@ -186,13 +175,12 @@ class TunedBlip(BaseModel):
             tokenizer = BertTokenizer.from_pretrained(
                 str(folder) if folder else name_or_folder, local_files_only=folder is not None
             )
-        # Of a missing vocab.txt, later releases of transformers say TypeError, or that there is no
-        # protobuf to read another format with.
+        # For a missing vocab.txt, later releases of transformers raise TypeError, or ImportError
+        # because there is no protobuf to read another format with.
         except (OSError, ValueError, TypeError, ImportError) as error:
-            reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
             raise ConfigError(
                 f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                f"BERT's vocab.txt, or a hub name while online.{reason}"
+                "BERT's vocab.txt, or a hub name while online."
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -210,24 +198,25 @@ class TunedBlip(BaseModel):
         Raises:
             CheckpointError: unless every tensor of the backbone is there and fits.
         """
-        self.base_name = "random weights" if source is None else os.path.basename(str(source))
-        self.randomly_initialised = [] if source is not None else ["everything"]
-        if source is not None:
-            state = blip_files.read_state_dict(source)
-            self.comment_on_base(state)
-            self.randomly_initialised = blip_files.load_base_state_dict(
-                self,
-                state,
-                str(source),
-                may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
+        self.base_changed("random weights" if source is None else os.path.basename(str(source)))
+        self.randomly_initialised = ["everything"] if source is None else []
+        if source is None:
+            return
+        state = blip_files.read_state_dict(source)
+        self.comment_on_base(state)
+        self.randomly_initialised = blip_files.load_base_state_dict(
+            self,
+            state,
+            str(source),
+            may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
+        )
+        if self.randomly_initialised:
+            logger.warning(
+                "'%s' has no %s: they start at random values. A BLIP checkpoint of pre-training "
+                "or retrieval has them.",
+                self.base_name,
+                ", ".join(self.randomly_initialised),
             )
-            if self.randomly_initialised:
-                logger.warning(
-                    "'%s' has no %s: they start at random values. A BLIP checkpoint of "
-                    "pre-training or retrieval has them.",
-                    *(self.base_name, ", ".join(self.randomly_initialised)),
-                )
-        self._fingerprint = None
 
     def comment_on_base(self, state: Mapping[str, torch.Tensor]) -> None:
         """Warn of a base checkpoint that fits in shape and was trained for something else."""
@@ -245,53 +234,47 @@ class TunedBlip(BaseModel):
         Raises:
             ConfigError: for an unknown method.
         """
-        method = tuning_method(tuning)
+        set_cls = tuning_method(tuning).set_cls
         self.tuning = tuning
         self.method_config = method_config
         self.adapters = AdapterBank()
-        attach_adapters(
-            self.adapters,
-            self.visual_encoder,
-            self._text_encoders(),
-            visual_checkpointing_layers=visual_checkpointing_layers,
-            textual_checkpointing_layers=textual_checkpointing_layers,
-        )
-        if method.set_cls is None:
-            freeze_all_but(self, self)
+        attach_adapters(self, visual_checkpointing_layers, textual_checkpointing_layers)
+        if set_cls is None:
+            self.requires_grad_(True)
         else:
-            adapter_set = self._build_set()
+            adapter_set = self.new_adapter_set()
             self.adapters.add(DEFAULT_SET, adapter_set)
-            attach_deltas(self.adapters, self, adapter_set)
-            freeze_all_but(self, adapter_set)
+            attach_deltas(self, adapter_set)
+            self.requires_grad_(False)
+            adapter_set.requires_grad_(True)
         parameters = self.named_parameters(remove_duplicate=False)
         self._frozen = frozenset(name for name, p in parameters if not p.requires_grad)
 
-    def _text_encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, nn.Module]:
         """The BERT encoders that have adapters, by the names of their key/value adapters."""
-        return {"text_encoder": self.text_encoder}
+        encoders = {}
+        if hasattr(self, "text_encoder"):
+            encoders["text_encoder"] = self.text_encoder
+        if hasattr(self, "text_decoder"):
+            encoders["text_decoder"] = self.text_decoder.bert
+        return encoders
 
-    def _build_set(self) -> AdapterSet:
+    def new_adapter_set(self) -> AdapterSet:
+        """A fresh set of the model's tuning method, with copies of BLIP's heads."""
         heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}
-        geometry = geometry_of(
-            self,
-            self.visual_encoder,
-            self._text_encoders(),
-            text_mode=self.TEXT_MODE,
-            output_layers=self.OUTPUT_LAYERS,
-        )
-        set_cls = TUNING_METHODS[self.tuning].set_cls
-        return set_cls(heads, self.method_config, geometry).to(self.device)
+        set_cls = tuning_method(self.tuning).set_cls
+        return set_cls(heads, self.method_config, geometry_of(self)).to(self.device)
 
-    # --- what trains ----------------------------------------------------------------------------
+    # --- computing ------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name; each once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def apply_head(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """What a head makes of (..., width) states: the active adapter's own head, or BLIP's.
+        """Apply the active adapter's own head, or BLIP's, to (..., width) states.
 
-        In the head's own precision also under autocast. What it gives is compared and ranked, and
+        In the head's own precision also under autocast: its output is compared and ranked, and
         bfloat16 would make many of the numbers equal.
         """
         active = self.adapters.active_set
@@ -304,161 +287,7 @@ class TunedBlip(BaseModel):
         tokens.data = {k: v.to(self.device, non_blocking=True) for k, v in tokens.items()}
         return tokens
 
-    def _trains(self, name: str) -> bool:
-        """Whether a named adapter set is the one that training changes."""
-        return any(p.requires_grad for p in self.adapters.get(name).parameters())
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters.
-
-        ``adapters`` is the paper's count (bottlenecks alone), ``trainable`` all that is trained,
-        ``backbone`` BLIP's encoders without heads, ``total`` everything.
-        """
-        active = self.adapters.active_set
-        encoders = [self.visual_encoder, *self._text_encoders().values()]
-        return {
-            "adapters": sum(p.numel() for p in active.layer_parameters()) if active else 0,
-            "trainable": sum(p.numel() for p in self.trainable_parameters().values()),
-            "backbone": sum(p.numel() for p in nn.ModuleList(encoders).parameters()),
-            "total": sum(p.numel() for p in self.parameters()),
-        }
-
-    def adapter_summary(self) -> str:
-        """A table of what is loaded, what is active and what trains; its rows add up."""
-        counts = self.parameter_counts()
-        rows = [("backbone (frozen)" if self.tuning != "full" else "backbone", counts["backbone"])]
-        other = counts["total"] - counts["backbone"]
-        for name in self.adapters.names():
-            adapter_set = self.adapters.get(name)
-            mark = "active" if name == self.adapters.active else "loaded"
-            parts = {
-                adapter_set.KIND: list(adapter_set.layer_parameters()),
-                "key/value adapters": list(adapter_set.key_value.parameters()),
-                "heads": list(adapter_set.heads.parameters()),
-            }
-            for part, parameters in parts.items():
-                number = sum(p.numel() for p in parameters)
-                other -= number
-                if number:
-                    rows.append((f"{name} ({mark}): {part}", number))
-        rows.append(("BLIP's heads" + (" (frozen)" if self.tuning != "full" else ""), other))
-        rows.append(("total", counts["total"]))
-        rows.append(("trained", counts["trainable"]))
-        width = max(len(label) for label, _ in rows)
-        lines = [f"{'':{width}}  {'parameters':>12}  share"]
-        lines += [
-            f"{label:{width}}  {number:>12,}  {100 * number / counts['total']:5.2f}%"
-            for label, number in rows
-        ]
-        if counts["adapters"]:
-            share = 100 * counts["adapters"] / counts["backbone"]
-            lines.append(f"the paper's count: adapters over backbone {share:.2f}%")
-        return "\n".join(lines)
-
-    # --- adapters as things of their own --------------------------------------------------------
-
-    @property
-    def base_fingerprint(self) -> str:
-        """Hash of the frozen BLIP under the adapters, computed once."""
-        if self._fingerprint is None:
-            self._fingerprint = blip_files.fingerprint(self, self.randomly_initialised)
-        return self._fingerprint
-
-    def base_changed(self, name: str) -> None:
-        """Tell the model that its BLIP weights have been replaced."""
-        self.base_name = name
-        self._fingerprint = None
-
-    def save_adapter(
-        self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
-    ) -> None:
-        """Write the active adapter: its tensors, what they are, and a model card.
-
-        ``adapter.safetensors``, ``adapter_config.json`` and ``README.md``; see ``adapter_files``.
-
-        Raises:
-            ConfigError: with ``tuning: full``, which has no adapter.
-        """
-        adapter_files.save(self, folder, metrics or {})
-
-    def load_adapter(
-        self, folder: str | os.PathLike, name: str = DEFAULT_SET, force: bool = False
-    ) -> None:
-        """Read an adapter folder into the set ``name`` (made if need be) and activate it.
-
-        Args:
-            force: load although it was trained on another base checkpoint.
-
-        Raises:
-            CheckpointError: if anything about it does not fit this model.
-        """
-        adapter_files.load(self, folder, name, force)
-        self.set_adapter(name)
-
-    def set_adapter(self, name: str) -> None:
-        """Make a loaded adapter the one that the model computes with, for all threads.
-
-        Raises:
-            KeyError: if no adapter has that name.
-        """
-        self.adapters.activate(name)
-
-    def delete_adapter(self, name: str) -> None:
-        """Forget a loaded adapter and free its memory.
-
-        Raises:
-            KeyError: if no adapter has that name.
-            ValueError: for the active one, and for the one that training changes.
-        """
-        if self._trains(name):
-            raise ValueError(
-                f"'{name}' is the adapter that this model trains, so it stays. Load what is to be "
-                "deleted later under another name."
-            )
-        self.adapters.remove(name)
-
-    def merge_adapter(self) -> None:
-        """Fold the active adapter into BLIP itself, heads included, and keep no adapter at all.
-
-        The model computes what it computed, at a plain BLIP's cost; its state dict is one that
-        LAVIS's own models load.
-
-        Raises:
-            ConfigError: for a method whose adapters stand beside BLIP's layers.
-        """
-        active = self.adapters.active_set
-        if active is None:
-            raise ConfigError("There is no active adapter to merge.")
-        beside = {id(p) for p in (*active.layer_parameters(), *active.key_value.parameters())}
-        if active.frame_aware or beside - {id(p) for p in active.deltas.parameters()}:
-            raise ConfigError(
-                f"Adapters of tuning '{self.tuning}' stand beside BLIP's layers and cannot be "
-                "folded into its weights. LoRA, BitFit and linear heads can."
-            )
-        for key, delta in active.deltas.items():
-            delta.fold_into(self.get_submodule(key.replace("/", ".")))
-        for name, head in active.heads.items():
-            getattr(self, name).load_state_dict(head.state_dict())
-        self.adapters.clear()
-        self._frozen = frozenset()
-        self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is the BLIP it was built on, heads included."""
-        with self.adapters.disabled():
-            yield
-
-    def reset_momentum(self) -> None:
-        """Restart moving averages, where the model has any, from the present parameters."""
-
-    # --- LAVIS ----------------------------------------------------------------------------------
-
-    def get_optimizer_params(self, weight_decay: float, lr_scale: float = 1) -> list[dict]:
-        """Parameter groups of what trains, for the runner of LAVIS's main branch."""
-        return lavis_versions.optimizer_params(
-            self.trainable_parameters().values(), weight_decay, lr_scale
-        )
+    # --- checkpoints ----------------------------------------------------------------------------
 
     def load_checkpoint(self, url_or_filename):
         """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).

@@ -43,7 +43,6 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         for name in ("coco", "msrvtt", "msvd", "shapes")
     }
     SETTINGS = (*TunedBlip.SETTINGS, "prompt")
-    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
     MODEL_KEYS = (*TunedBlip.MODEL_KEYS, "prompt")
 
     def __init__(
@@ -76,28 +75,8 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
             raise ConfigError(f"model.prompt is {cfg['prompt']!r}; it must be a text.")
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterCaption:
-        """Build from the ``model:`` section of a configuration.
-
-        Raises:
-            ConfigError: unknown key or impossible value, by name.
-            CheckpointError: weights that do not fit, by name.
-        """
-        cls.check_config(cfg)
-        visual_encoder = cls.build_visual_encoder(cfg)
-        text_decoder = build_text_decoder(cls.med_config(cfg), visual_encoder.vision_width)
-        model = cls(
-            visual_encoder,
-            text_decoder,
-            cls.build_tokenizer(cfg, text_decoder.config.vocab_size),
-            prompt=cfg.get("prompt") or "",
-            max_txt_len=cfg.get("max_txt_len", 40),
-        )
-        model.finish_building(cfg)
-        return model
-
-    def _text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_decoder": self.text_decoder.bert}
+    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
+        return {"text_decoder": build_text_decoder(med_config, visual_width)}
 
     def comment_on_base(self, state: Mapping[str, Tensor]) -> None:
         has_questions = any(key.startswith("text_encoder.") for key in state)

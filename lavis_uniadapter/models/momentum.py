@@ -1,7 +1,7 @@
 """Momentum encoders without a second backbone.
 
 BLIP's contrastive targets come from a moving average of the model. Only what is trained moves, so
-only that is averaged; all else is shared with the model itself.
+only that is averaged; everything else is shared with the model itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 class MomentumAverage(nn.Module):
     """Exponential moving average of chosen parameters of a model.
 
-    The averages are buffers, so that LAVIS's savers, which drop frozen parameters, keep them.
+    The averages are buffers, so that LAVIS's savers, which drop frozen parameters, keep them. A
+    buffer has its parameter's name with slashes for dots.
 
     Args:
         model: owner of the parameters.
@@ -26,28 +27,18 @@ class MomentumAverage(nn.Module):
     def __init__(self, model: nn.Module, groups: Iterable[tuple[Iterable[str], float]]):
         super().__init__()
         self._owners: list[tuple[nn.Module, str]] = []
-        self._holders: list[tuple[nn.Module, str]] = []
         self._decays: list[tuple[slice, float]] = []
         for names, decay in groups:
             start = len(self._owners)
             for name in names:
-                self._shadow(model, name)
+                path, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(path)
+                self.register_buffer(name.replace(".", "/"), getattr(owner, leaf).detach().clone())
+                self._owners.append((owner, leaf))
             self._decays.append((slice(start, len(self._owners)), decay))
 
-    def _shadow(self, model: nn.Module, name: str) -> None:
-        path, _, leaf = name.rpartition(".")
-        owner, holder = model, self
-        for part in path.split(".") if path else []:
-            owner = getattr(owner, part)
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder._modules[part]
-        holder.register_buffer(leaf, getattr(owner, leaf).detach().clone())
-        self._owners.append((owner, leaf))
-        self._holders.append((holder, leaf))
-
     def averages(self) -> list[Tensor]:
-        return [holder._buffers[leaf] for holder, leaf in self._holders]
+        return list(self.buffers())
 
     def current(self) -> list[Tensor]:
         return [owner._parameters[leaf] for owner, leaf in self._owners]
@@ -72,9 +63,11 @@ class MomentumAverage(nn.Module):
         current = self.current()
         with torch.no_grad():
             try:
-                for (owner, leaf), average in zip(self._owners, self.averages(), strict=True):
-                    owner._parameters[leaf] = average
+                self._put(self.averages())
                 yield
             finally:
-                for (owner, leaf), parameter in zip(self._owners, current, strict=True):
-                    owner._parameters[leaf] = parameter
+                self._put(current)
+
+    def _put(self, tensors: list[Tensor]) -> None:
+        for (owner, leaf), tensor in zip(self._owners, tensors, strict=True):
+            owner._parameters[leaf] = tensor

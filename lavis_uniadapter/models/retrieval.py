@@ -21,8 +21,8 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter.adapters import MethodConfig
-from lavis_uniadapter.backbone import VisualMemory, encode_frames
+from lavis_uniadapter.adapters.config import MethodConfig
+from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, encode_frames
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.common import lavis_versions, paths
@@ -129,32 +129,8 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
                 )
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterRetrieval:
-        """Build from the ``model:`` section of a configuration.
-
-        Raises:
-            ConfigError: unknown key or impossible value, by name.
-            CheckpointError: weights that do not fit, by name.
-        """
-        cls.check_config(cfg)
-        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
-        options = {
-            key: cfg[key]
-            for key in (
-                "queue_size",
-                "alpha",
-                "alpha_rampup_epochs",
-                "embed_dim",
-                "momentum",
-                "adapter_momentum",
-                "negative_all_rank",
-                "max_txt_len",
-            )
-            if cfg.get(key) is not None
-        }
-        model = cls(visual_encoder, text_encoder, tokenizer, **options)
-        model.finish_building(cfg)
-        return model
+    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
+        return {"text_encoder": build_text_encoder(med_config, visual_width)}
 
     def attach_tuning(self, tuning: str, method_config: MethodConfig, **kwargs) -> None:
         super().attach_tuning(tuning, method_config, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,12 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, encode_frames
+from lavis_uniadapter.backbone import (
+    VisualMemory,
+    build_text_decoder,
+    build_text_encoder,
+    encode_frames,
+)
 from lavis_uniadapter.backbone.features import visual_input
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
@@ -40,7 +44,6 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
         for name in ("vqav2", "msrvtt_qa", "msvd_qa", "shapes")
     }
-    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
 
     def __init__(
         self,
@@ -62,28 +65,11 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         self.load_base(None)
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterVQA:
-        """Build from the ``model:`` section of a configuration.
-
-        Raises:
-            ConfigError: unknown key or impossible value, by name.
-            CheckpointError: weights that do not fit, by name.
-        """
-        cls.check_config(cfg)
-        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
-        text_decoder = build_text_decoder(cls.med_config(cfg))
-        model = cls(
-            visual_encoder,
-            text_encoder,
-            text_decoder,
-            tokenizer,
-            max_txt_len=cfg.get("max_txt_len", 35),
-        )
-        model.finish_building(cfg)
-        return model
-
-    def _text_encoders(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder, "text_decoder": self.text_decoder.bert}
+    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
+        return {
+            "text_encoder": build_text_encoder(med_config, visual_width),
+            "text_decoder": build_text_decoder(med_config),
+        }
 
     def forward(self, samples: dict[str, Any]) -> BlipOutput:
         """Weighted answer loss of a batch (``lavis`` ``BlipVQA.forward``).

@@ -1,0 +1,99 @@
+"""Small models of every kind: their inputs, what they compute, and changes to them."""
+
+from __future__ import annotations
+
+import torch
+
+RETRIEVAL, VQA, CAPTION = MODELS = (
+    "blip_uniadapter_retrieval",
+    "blip_uniadapter_vqa",
+    "blip_uniadapter_caption",
+)
+VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
+WORDS = ["a red circle", "a blue star on the left"]
+
+
+def perturb(module, seed=1, by=0.1):
+    """Move every parameter off its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * by)
+
+
+def batch(arch: str, image_size: int = 32) -> dict:
+    """Two videos of two frames with all that the model's training step reads."""
+    generator = torch.Generator().manual_seed(5)
+    samples = {
+        "video": torch.randn(2, 3, 2, image_size, image_size, generator=generator),
+        "text_input": list(WORDS),
+    }
+    if arch == RETRIEVAL:
+        progress = {"epoch": 1, "iters": 0, "num_iters_per_epoch": 2}
+        samples.update(image_id=torch.arange(2), **progress)
+    elif arch == VQA:
+        samples.update(answer=["red", "left", "a star"], n_answers=torch.tensor([2, 1]))
+        samples.update(weight=torch.tensor([0.5, 0.5, 1.0]))
+    return samples
+
+
+def four_videos() -> dict:
+    """What ``outputs`` of a retrieval model is computed from."""
+    video = torch.randn(4, 3, 2, 32, 32, generator=torch.Generator().manual_seed(6))
+    return {"video": video, "text_input": [*WORDS, "yellow", "a green square"]}
+
+
+@torch.no_grad()
+def outputs(model, samples) -> dict[str, torch.Tensor]:
+    """All that a retrieval model computes for a batch, in evaluation mode."""
+    model.eval()
+    visuals = model.encode_visual(samples)
+    texts = model.encode_text(samples["text_input"])
+    return {
+        "visual embeds": visuals.embeds,
+        "visual feat": visuals.feat,
+        "text embeds": texts.embeds,
+        "text feat": texts.feat,
+        "matching logits": model.match(texts, visuals, torch.tensor([1, 2, 3, 0])),
+    }
+
+
+@torch.no_grad()
+def behaviour(model) -> dict[str, torch.Tensor]:
+    """What a model of any kind computes in evaluation mode, apart from queue and averages."""
+    if hasattr(model, "encode_visual"):
+        return outputs(model, four_videos())
+    return {"loss": model.eval()(batch(VQA)).loss}
+
+
+def train_steps(model, samples, number: int = 3) -> dict[str, torch.Tensor | None]:
+    """Take some steps; returns the first step's gradients."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=1e-2, weight_decay=0)
+    first = None
+    for _ in range(number):
+        model(dict(samples)).loss.backward()
+        if first is None:
+            first = {
+                name: None if p.grad is None else p.grad.clone()
+                for name, p in model.trainable_parameters().items()
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+    return first
+
+
+def assert_same(one, other):
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def assert_close(one, other, **tolerance):
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], **tolerance)
+
+
+def assert_differ(one, other, but=()):
+    for name, value in one.items():
+        if name not in but:
+            assert not torch.allclose(value, other[name], atol=1e-4), name
