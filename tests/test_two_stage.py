@@ -110,7 +110,7 @@ def test_features_on_disk_give_the_same_scores(model, caplog):
     in_memory = two_stage_scores(model, loader, **how)
     with caplog.at_level(logging.INFO):
         on_disk = two_stage_scores(model, loader, **how, feature_memory=0)
-    assert "wait on disk" in caplog.text
+    assert "kept on disk" in caplog.text
     for one, other in zip(in_memory, on_disk, strict=True):
         assert torch.equal(one, other)
 
