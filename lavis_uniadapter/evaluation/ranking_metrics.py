@@ -45,7 +45,7 @@ def query_ranks(scores: np.ndarray | Tensor, right: Mapping[int, Sequence[int]])
         ValueError: if a score is NaN.
     """
     ranks = torch.empty(len(scores), dtype=torch.float64)
-    for query, row in enumerate(torch.as_tensor(scores)):
+    for query, row in enumerate(torch.as_tensor(scores).cpu()):
         if row.isnan().any():
             raise ValueError(
                 f"The scores of query {query} contain NaN. Check the model for an overflow, for "

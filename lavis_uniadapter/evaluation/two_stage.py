@@ -83,6 +83,12 @@ class _Gallery:
     frame_feat: Tensor | None
 
 
+def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``two_stage_scores`` among those of a run."""
+    keys = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
+    return {key: run[key] for key in keys if run.get(key) is not None}
+
+
 def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
     """Raise ConfigError for a negative k_test or feature_memory, or a rerank_batch below 1."""
     if k_test < 0 or rerank_batch < 1 or feature_memory < 0:

@@ -26,7 +26,7 @@ from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, vis
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import Matcher, two_stage_scores
+from lavis_uniadapter.evaluation.two_stage import Matcher, settings_of, two_stage_scores
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
@@ -217,8 +217,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
 
     def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
         """Encode texts (one, several, or the output of ``tokenize``) in text mode."""
-        if isinstance(texts, str):
-            texts = [texts]
+        texts = [texts] if isinstance(texts, str) else texts
         tokens = self.tokenize(texts) if isinstance(texts, list | tuple) else texts
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
         return TextFeatures(
@@ -421,16 +420,13 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         steps = self.alpha_rampup_epochs * num_iters_per_epoch
         return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
-    # --- evaluation -----------------------------------------------------------------------------
-
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
         """Scores for LAVIS's ``retrieval`` task; see ``evaluation.two_stage.two_stage_scores``.
 
         Returns:
             (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
         """
-        settings = {key: task_cfg[key] for key in self.RUN_KEYS if key in task_cfg}
-        v2t, t2v = two_stage_scores(self, data_loader, **settings)
+        v2t, t2v = two_stage_scores(self, data_loader, **settings_of(task_cfg))
         return v2t.cpu().numpy(), t2v.cpu().numpy()
 
 

@@ -19,6 +19,7 @@ from lavis_uniadapter.evaluation.two_stage import (
     K_TEST,
     RERANK_BATCH,
     check_settings,
+    settings_of,
     two_stage_scores,
 )
 from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
@@ -63,8 +64,7 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
         if is_lavis_model(type(model)):
             scores = lavis_similarities(model, data_loader, self.cfg)
         else:
-            settings = {key: self.cfg[key] for key in model.RUN_KEYS if key in self.cfg}
-            scores = (x.cpu() for x in two_stage_scores(model, data_loader, **settings))
+            scores = two_stage_scores(model, data_loader, **settings_of(self.cfg))
         unreadable = gather_unreadable(data_loader)
         if not is_main_process():
             return None
