@@ -107,10 +107,10 @@ def timed_rerank(model, loader, k: int, itc_weight: float, device: str):
     taken = {}
     original = two_stage._rerank
 
-    def rerank(model, texts, visuals, chosen, rerank_batch):
+    def rerank(scorer, gallery, chosen, rerank_batch):
         result = []
         taken["seconds"] = measuring.seconds(
-            lambda: result.append(original(model, texts, visuals, chosen, rerank_batch)), device
+            lambda: result.append(original(scorer, gallery, chosen, rerank_batch)), device
         )
         taken["pairs"] = int(chosen.sum())
         return result[0]

@@ -79,7 +79,7 @@ def test_losses_that_are_numbers():
 
 
 def test_video_qa_returns_what_the_loop_of_lavis_takes(lavis):
-    task = VideoQATask(num_beams=1, max_len=1, min_len=1, evaluate=False, num_ans_candidates=1)
+    task = VideoQATask(OmegaConf.create({}))
     task._answers = ["red", "blue"]
     seen = {}
 

@@ -24,7 +24,7 @@ from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
-    RetrievalRanks,
+    query_ranks,
     retrieval_metrics,
     retrieval_ranks,
 )
@@ -179,12 +179,6 @@ def test_metrics_are_those_of_a_plain_loop(gallery, visual):
     assert found == pytest.approx(expected, rel=0, abs=1e-9)
 
 
-def ranks_of(scores: torch.Tensor, right: Mapping[int, list[int]]) -> torch.Tensor:
-    metric = RetrievalRanks()
-    metric.update(scores, torch.tensor([(q, c) for q, own in right.items() for c in own]))
-    return torch.cat(metric.ranks)
-
-
 @given(
     galleries(),
     st.sampled_from([torch.exp, torch.atan, lambda x: x**3, lambda x: 1e4 * x - 7]),
@@ -192,7 +186,7 @@ def ranks_of(scores: torch.Tensor, right: Mapping[int, list[int]]) -> torch.Tens
 def test_ranks_depend_on_the_order_of_scores_alone(gallery, increasing):
     v2t, _, right = gallery
     scores = torch.tensor(v2t, dtype=torch.float64)
-    assert torch.equal(ranks_of(increasing(scores), right), ranks_of(scores, right))
+    assert torch.equal(query_ranks(increasing(scores), right), query_ranks(scores, right))
 
 
 @given(galleries(), st.data())
@@ -201,8 +195,8 @@ def test_ranks_do_not_depend_on_the_order_of_queries_and_candidates(gallery, dat
     scores = torch.tensor(v2t, dtype=torch.float32)
     queries, candidates = (data.draw(st.permutations(range(n))) for n in scores.shape)
     moved = {new: [candidates.index(c) for c in right[old]] for new, old in enumerate(queries)}
-    found = ranks_of(scores[queries][:, candidates], moved)
-    assert torch.equal(found, ranks_of(scores, right)[queries])
+    found = query_ranks(scores[queries][:, candidates], moved)
+    assert torch.equal(found, query_ranks(scores, right)[queries])
 
 
 # --- sharding -----------------------------------------------------------------------------------

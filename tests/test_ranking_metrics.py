@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.retrieval import RetrievalHitRate
 
-from lavis_uniadapter.evaluation import ranking_metrics
 from lavis_uniadapter.evaluation.ranking_metrics import (
-    RetrievalRanks,
+    metric_names,
+    query_ranks,
     retrieval_metrics,
     retrieval_outcomes,
     retrieval_ranks,
@@ -20,14 +20,9 @@ def naive_rank(scores, right):
     return 1 + sum(score >= best for c, score in enumerate(scores) if c not in right)
 
 
-def pairs_of(right_sets):
-    return torch.tensor([(q, c) for q, right in enumerate(right_sets) for c in right])
-
-
 def ranks_of(scores, right_sets):
-    metric = RetrievalRanks()
-    metric.update(torch.tensor(scores, dtype=torch.float32), pairs_of(right_sets))
-    return torch.cat(metric.ranks).tolist()
+    scores = torch.tensor(scores, dtype=torch.float32)
+    return query_ranks(scores, dict(enumerate(right_sets))).tolist()
 
 
 @st.composite
@@ -54,28 +49,12 @@ def test_ranks_agree_with_a_loop_over_the_candidates(case):
     assert ranks_of(scores, right_sets) == expected
 
 
-@settings(deadline=None)
-@given(queries())
-def test_chunks_do_not_change_the_ranks(case):
-    scores, right_sets = case
-    whole = ranks_of(scores, right_sets)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking_metrics, "CHUNK_ELEMENTS", 2 * len(scores[0]))
-        assert ranks_of(scores, right_sets) == whole
-
-
 def test_constant_scores_get_the_worst_rank():
     assert ranks_of([[0.3] * 5], [{2}]) == [5]
 
 
 def test_other_right_candidates_do_not_count():
     assert ranks_of([[3.0, 2.0, 2.0, 1.0]], [{1, 2, 3}]) == [2]
-
-
-def test_a_repeated_pair_counts_once():
-    metric = RetrievalRanks()
-    metric.update(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[0, 1], [0, 1]]))
-    assert torch.cat(metric.ranks).tolist() == [3]
 
 
 @settings(max_examples=20, deadline=None)
@@ -89,73 +68,25 @@ def test_recalls_agree_with_torchmetrics_without_ties(seed):
     relevant = torch.rand(num_queries, num_candidates, generator=generator) < 0.1
     relevant[torch.arange(num_queries), torch.arange(num_queries)] = True
     query_of_score = torch.arange(num_queries)[:, None].expand_as(scores)
-
-    metric = RetrievalRanks()
-    metric.update(scores, relevant.nonzero())
-    summary = metric.compute()
-
+    right = {query: row.nonzero().flatten().tolist() for query, row in enumerate(relevant)}
+    metrics = retrieval_metrics({"t2v": query_ranks(scores, right)})
     for k in (1, 5, 10):
         hit_rate = RetrievalHitRate(top_k=k)(scores, relevant, indexes=query_of_score)
-        assert summary[f"r{k}"] == pytest.approx(100 * hit_rate.item(), abs=1e-4)
+        assert metrics[f"t2v_r{k}"] == pytest.approx(100 * hit_rate.item(), abs=1e-4)
 
 
-def test_summary_of_known_ranks():
-    num_candidates = 20
-    scores = -torch.arange(num_candidates).float().expand(4, -1)
-    right = torch.tensor([[0, 0], [1, 4], [2, 7], [3, 19]])  # ranks 1, 5, 8, 20
-
-    metric = RetrievalRanks()
-    metric.update(scores[:1], right[:1])
-    metric.update(scores[1:], right[1:] - torch.tensor([1, 0]))
-
-    summary = metric.compute()
-    assert summary == {"r1": 25, "r5": 50, "r10": 75, "median_rank": 6.5, "mean_rank": 8.5}
-    assert all(type(value) is float for value in summary.values())
+def test_metrics_of_known_ranks():
+    assert retrieval_metrics({"t2v": torch.tensor([1.0, 5.0, 8.0, 20.0])}) == {
+        **{"t2v_r1": 25, "t2v_r5": 50, "t2v_r10": 75, "t2v_medr": 6.5, "t2v_meanr": 8.5},
+        "mean_recall": 50,
+    }
 
 
-def test_reset_forgets_the_queries():
-    metric = RetrievalRanks()
-    metric.update(torch.tensor([[0.0, 1.0]]), torch.tensor([[0, 0]]))
-    metric.reset()
-    metric.update(torch.tensor([[0.0, 1.0]]), torch.tensor([[0, 1]]))
-    assert metric.compute()["mean_rank"] == 1
-
-
-ONE_RIGHT_EACH = torch.tensor([[0, 0], [1, 1], [2, 1]])
-
-
-@pytest.mark.parametrize(
-    ("scores", "relevant", "named"),
-    [
-        (torch.tensor([[0, 1], [0, 1], [0, torch.nan]]), ONE_RIGHT_EACH, "query 2.*NaN"),
-        (torch.zeros(3, 2), ONE_RIGHT_EACH[[0, 2]], "Query 1 has no right candidate"),
-        (torch.zeros(3, 2), torch.tensor([[0, 0], [1, 2], [2, 0]]), r"\(1, 2\)"),
-        (torch.zeros(3, 2), torch.tensor([[0, 0], [1, -1], [2, 0]]), r"\(1, -1\)"),
-        (torch.zeros(3, 2, dtype=torch.long), ONE_RIGHT_EACH, "int64"),
-        (torch.zeros(3), ONE_RIGHT_EACH, "num_queries, num_candidates"),
-        (torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), "bool"),
-        (torch.zeros(3, 2), torch.tensor([0, 1, 0]), "num_pairs, 2"),
-    ],
-)
-def test_wrong_input_is_named_and_leaves_no_trace(scores, relevant, named):
-    metric = RetrievalRanks()
-    with pytest.raises(ValueError, match=named):
-        metric.update(scores, relevant)
-    assert metric.ranks == []
-
-
-def test_the_row_of_a_nan_is_named_across_chunks(monkeypatch):
-    monkeypatch.setattr(ranking_metrics, "CHUNK_ELEMENTS", 4)
+def test_the_query_of_a_nan_is_named():
     scores = torch.zeros(7, 2)
     scores[5, 1] = torch.nan
     with pytest.raises(ValueError, match="query 5"):
-        RetrievalRanks().update(scores, torch.stack([torch.arange(7), torch.zeros(7).long()], 1))
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_no_queries_is_an_error():
-    with pytest.raises(ValueError):
-        RetrievalRanks().compute()
+        query_ranks(scores, {query: [0] for query in range(7)})
 
 
 # Two videos; texts 0 and 2 describe video 1, text 1 describes video 0.
@@ -201,22 +132,12 @@ def test_images_have_their_own_keys_and_the_same_numbers():
     assert image == {names[key]: value for key, value in video.items()}
 
 
-def test_unknown_visual_kind_is_refused():
-    with pytest.raises(ValueError, match="'audio'"):
-        retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "audio")
+@pytest.mark.parametrize("visual", ["video", "image"])
+def test_names_are_those_of_the_metrics(visual):
+    ranks = retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, visual)
+    assert set(metric_names(visual)) == set(retrieval_metrics(ranks))
 
 
 def test_swapped_score_matrices_are_refused():
-    with pytest.raises(ValueError, match="lies outside"):
+    with pytest.raises(IndexError):
         retrieval_ranks(SCORES_T2V, SCORES_V2T, TXT2IMG, IMG2TXT, "video")
-
-
-def test_metrics_do_not_wait_for_other_processes(monkeypatch):
-    """LAVIS reports from the main process alone, where a collective call would hang."""
-
-    def fail(*args, **kwargs):
-        raise AssertionError("the metric tried to gather")
-
-    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
-    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", fail)
-    retrieval_metrics(retrieval_ranks(SCORES_V2T, SCORES_T2V, TXT2IMG, IMG2TXT, "video"))

@@ -50,9 +50,8 @@ def model(build_model):
     return build_selective(build_model)
 
 
-@pytest.mark.parametrize("frames", [None, 3])
+@pytest.mark.parametrize("frames, frame_aware", [(None, True), (3, True), (3, False)])
 @pytest.mark.parametrize("k_test, rerank_batch", [(2, 3), (5, 1), (100, 64)])
-@pytest.mark.parametrize("frame_aware", [True, False])
 def test_fast_equals_slow(build_model, frames, k_test, rerank_batch, frame_aware):
     model = build_selective(build_model, adapter={"frame_aware": frame_aware})
     gallery = Gallery(5, texts_each=2, frames=frames)
@@ -110,7 +109,7 @@ def test_features_on_disk_give_the_same_scores(model, caplog):
     in_memory = two_stage_scores(model, loader, **how)
     with caplog.at_level(logging.INFO):
         on_disk = two_stage_scores(model, loader, **how, feature_memory=0)
-    assert "wait on disk" in caplog.text
+    assert "kept on disk" in caplog.text
     for one, other in zip(in_memory, on_disk, strict=True):
         assert torch.equal(one, other)
 
@@ -133,8 +132,7 @@ def test_contrastive_only(model):
 
 @pytest.mark.parametrize("k_test", [0, 3, 100])
 def test_bf16_makes_no_ties(model, k_test):
-    """Similarities, matching scores and scores outside the shortlist, of distinct pairs."""
-    # A gallery whose similarities stay distinct when -100 is added to them in float32.
+    """Neither of the similarities (k_test 0) nor of the matching scores of distinct pairs."""
     gallery = Gallery(8, texts_each=2, frames=2, seed=5)
     assert len(set(gallery.text)) == 16
     loader = DataLoader(gallery, batch_size=3)
@@ -146,7 +144,9 @@ def test_bf16_makes_no_ties(model, k_test):
             )
     for exact, coarse in zip(scores[False], scores[True], strict=True):
         assert coarse.dtype == torch.float32 and not torch.equal(coarse, exact)
-        assert len(exact.unique()) == len(coarse.unique()) == exact.numel()
+        for found in (exact, coarse):
+            distinct = found[found > -50]  # others lose digits when -100 is added to them
+            assert len(distinct.unique()) == len(distinct) >= 3 * 8
 
 
 def test_k_above_the_gallery_is_clamped_with_a_notice(model, caplog):

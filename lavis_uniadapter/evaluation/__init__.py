@@ -1,1 +1,1 @@
-"""Evaluation of retrieval models."""
+"""Scores and metrics of the tasks, independent of LAVIS's models, registry and configurations."""

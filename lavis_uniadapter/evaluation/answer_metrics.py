@@ -1,32 +1,33 @@
-"""Accuracy of open-ended answers, overall and by the kind of question."""
+"""Accuracy of open-ended answers, overall and by type of question."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import fmean
 
-# The first words by which MSRVTT-QA and MSVD-QA tell their questions apart.
-QUESTION_TYPES = ("what", "who", "how", "where", "when")
-OTHER = "other"
+# The first words by which MSRVTT-QA and MSVD-QA classify their questions; all others are "other".
+QUESTION_TYPES = ("what", "who", "how", "where", "when", "other")
+METRICS = ("accuracy", *(f"accuracy_{kind}" for kind in QUESTION_TYPES))
 
 
 def question_type(question: str) -> str:
-    """The question's first word, if it is one of QUESTION_TYPES, or "other"."""
+    """The first word of a question if it is one of QUESTION_TYPES, else "other"."""
     words = re.findall(r"[^\W\d_]+", question.lower())
-    return words[0] if words and words[0] in QUESTION_TYPES else OTHER
+    return words[0] if words and words[0] in QUESTION_TYPES else "other"
 
 
 def normalise_answer(answer: str) -> str:
-    """An answer without what BERT's tokenizer takes away: case, accents, spaces at punctuation."""
+    """An answer without what BERT's tokenizer removes: case, accents, spaces at punctuation."""
     letters = unicodedata.normalize("NFD", answer.lower())
     plain = "".join(c for c in letters if unicodedata.category(c) != "Mn")
     return re.sub(r"\s*([^\w\s])\s*", r"\1", " ".join(plain.split()))
 
 
 def is_correct(item: Mapping[str, str]) -> bool:
-    """Whether ``prediction`` is ``answer``, as far as a model can tell."""
+    """Whether ``prediction`` equals ``answer`` after normalisation."""
     return normalise_answer(item["prediction"]) == normalise_answer(item["answer"])
 
 
@@ -40,36 +41,33 @@ def answer_metrics(
         vocabulary: the answers that ranking chooses from.
 
     Returns:
-        ``accuracy``; ``accuracy_what`` and so on for each kind of question that there is; and
-        ``unknown_answers``, the share of questions whose answer the vocabulary lacks. They count
-        as any other question: ranking has them wrong.
+        ``accuracy``; ``accuracy_what`` and so on for each type of question that occurs; and
+        ``unknown_answers``, the share of questions whose answer is not in the vocabulary. They
+        count in the accuracy: ranking gets them wrong.
     """
     by_type: dict[str, list[bool]] = defaultdict(list)
     for item in items:
         by_type[question_type(item["question"])].append(is_correct(item))
     known = {normalise_answer(answer) for answer in vocabulary}
-    unknown = [normalise_answer(item["answer"]) not in known for item in items]
-    metrics = {"accuracy": _percent([right for kind in by_type.values() for right in kind])}
-    for kind in (*QUESTION_TYPES, OTHER):
-        if kind in by_type:
-            metrics[f"accuracy_{kind}"] = _percent(by_type[kind])
-    return {**metrics, "unknown_answers": _percent(unknown)}
+    kinds = [kind for kind in QUESTION_TYPES if kind in by_type]
+    return {
+        "accuracy": _percent(right for kind in kinds for right in by_type[kind]),
+        **{f"accuracy_{kind}": _percent(by_type[kind]) for kind in kinds},
+        "unknown_answers": _percent(normalise_answer(i["answer"]) not in known for i in items),
+    }
 
 
-def _percent(outcomes: Sequence[bool]) -> float:
-    return 100 * sum(outcomes) / len(outcomes)
+def _percent(outcomes: Iterable[bool]) -> float:
+    return fmean(100.0 * outcome for outcome in outcomes)
 
 
 def majority_answers(training: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[str]:
-    """What a model says that knows only how often answers occur, and sees nothing.
+    """Answers of a baseline that sees nothing: the most frequent one for the type of question.
 
     Args:
         training: (question, answer) pairs, at least one.
-        questions: to be answered.
-
-    Returns:
-        For each question the most frequent training answer to its kind of question, or of all if
-        its kind was never asked.
+        questions: the questions to answer; a type without training questions gets the answer that
+            is most frequent overall.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     for question, answer in training:

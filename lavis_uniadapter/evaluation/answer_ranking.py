@@ -1,10 +1,10 @@
-"""LAVIS's ranking of candidate answers, each thing computed once.
+"""LAVIS's ranking of candidate answers, without its repeated computations.
 
 ``lavis`` ``BlipVQA._rank_answers`` takes the candidates whose first token is likeliest and decodes
-every one of them whole, padded to the longest of the list, with the question's keys and values
-projected anew for each. Here they are projected once for a question; the first position, which all
-candidates share, is decoded once; a candidate is as long as it is; and its last position, of whose
-prediction nothing is read, is not decoded. The scores are the same.
+each of them whole, padded to the longest of the list, and projects the question's keys and values
+anew for each. Here they are projected once per question; the first position, which all candidates
+share, is decoded once; candidates are not padded; and the last position, whose prediction is not
+used, is not decoded. The scores are the same.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
 
 # Of the loss that LAVIS trains and ranks with (lavis.models.med, BertLMHeadModel).
 LABEL_SMOOTHING = 0.1
-# Bounds memory: a position's scores of all words of BERT take 122 kB.
+# Bounds memory: the scores of all of BERT's words at one position take 122 kB.
 POSITIONS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
 class CandidateAnswers:
-    """An answer list in tokens.
+    """A tokenised answer list.
 
     Attributes:
         texts: the answers.
-        token_ids: of each answer, without what every answer begins with and with [SEP].
-        bos_id: what every answer begins with.
+        token_ids: of each answer, without the token that all begin with and with [SEP].
+        bos_id: the token that all begin with.
     """
 
     texts: tuple[str, ...]
@@ -40,21 +40,19 @@ class CandidateAnswers:
 
     @classmethod
     def tokenise(cls, texts: Sequence[str], tokenizer) -> CandidateAnswers:
-        """Split answers into tokens, on the CPU.
+        """Tokenise answers, on the CPU.
 
         Raises:
-            ValueError: for an answer without tokens, or no answer at all.
+            ValueError: for an answer without tokens, or an empty list.
         """
         if not texts:
             raise ValueError("answer_list is empty: there is nothing to choose from.")
         tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
-        token_ids = tuple(
-            ids[mask.bool()][1:]
-            for ids, mask in zip(tokens.input_ids, tokens.attention_mask, strict=True)
-        )
-        empty = [text for text, ids in zip(texts, token_ids, strict=True) if len(ids) < 2]
-        if empty:
-            raise ValueError(f"answer_list holds {empty[0]!r}, which has no token; take it out.")
+        masks = tokens.attention_mask.bool()
+        token_ids = tuple(ids[mask][1:] for ids, mask in zip(tokens.input_ids, masks, strict=True))
+        for text, ids in zip(texts, token_ids, strict=True):
+            if len(ids) < 2:
+                raise ValueError(f"answer_list has {text!r}, which has no token; remove it.")
         return cls(tuple(texts), token_ids, tokenizer.bos_token_id)
 
 
@@ -65,16 +63,16 @@ def rank_answers(
     candidates: CandidateAnswers,
     num_ans_candidates: int,
 ) -> tuple[Tensor, Tensor]:
-    """Score the candidates that are likeliest by their first token.
+    """Score the candidates whose first token is likeliest.
 
     Args:
         decoder: the answer decoder.
         memory: states of the questions, with their padding masked.
-        num_ans_candidates: how many of the candidates are scored for each question.
+        num_ans_candidates: how many candidates are scored for each question.
 
     Returns:
         (questions, k) log-likelihoods, label smoothing included, and (questions, k) indices of
-        the candidates that they belong to.
+        their candidates.
     """
     device = memory.states.device
     questions = torch.arange(len(memory.states), device=device)
@@ -92,20 +90,17 @@ def rank_answers(
 
     question_of = questions.repeat_interleave(k)
     scores = _log_likelihood(first_logits, first_token[chosen]).flatten()
-    # Each goes on from the position that it shares with the others.
+    # Decode the rest of each candidate from the first position, which all share.
     token_ids = [candidates.token_ids[i] for i in chosen.flatten().tolist()]
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    for pairs in _batches_of_one_length(lengths):
+    for pairs in _batches_of_one_length(torch.tensor([len(ids) for ids in token_ids])):
         ids = torch.stack([token_ids[i] for i in pairs.tolist()]).to(device)
         pairs = pairs.to(device)
-        of_pairs = question_of[pairs]
+        own = question_of[pairs]
         hidden = decoder.bert(
             ids[:, :-1],
             attention_mask=torch.ones_like(ids),
-            encoder_hidden_states=memory.pairs(of_pairs),
-            past_key_values=[
-                (keys[of_pairs], values[of_pairs]) for keys, values in start.past_key_values
-            ],
+            encoder_hidden_states=memory.pairs(own),
+            past_key_values=[(keys[own], values[own]) for keys, values in start.past_key_values],
             is_decoder=True,
             return_dict=True,
         ).last_hidden_state
@@ -125,5 +120,5 @@ def _batches_of_one_length(lengths: Tensor) -> Iterator[Tensor]:
     """Indices in batches of equal length, of at most POSITIONS_AT_ONCE positions (or one item)."""
     for length in lengths.unique().tolist():
         yield from (
-            torch.nonzero(lengths == length).flatten().split(max(1, POSITIONS_AT_ONCE // length))
+            (lengths == length).nonzero().flatten().split(max(1, POSITIONS_AT_ONCE // length))
         )

@@ -1,4 +1,4 @@
-"""Caption scores of COCO's evaluation (``pycocoevalcap``), against any data set's references."""
+"""Caption scores of COCO's evaluation (``pycocoevalcap``), against any dataset's references."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_
 
 logger = logging.getLogger(__name__)
 
-# COCO's tokenizer spells brackets out, and keeps them: it drops them in capitals alone.
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+
+# COCO's tokenizer spells brackets out and keeps them: its list of punctuation has them in capitals.
 DROPPED = {*PUNCTUATIONS, '"'}
 BRACKETS = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-"}
-
-METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider")
+SUFFIX = r"'(?:s|m|d|re|ve|ll)\b"
+WORD = re.compile(rf"n't|{SUFFIX}|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]")
 
 
 def has_java() -> bool:
@@ -33,7 +35,7 @@ def has_java() -> bool:
 
 @functools.cache
 def _runs(java: str | None) -> bool:
-    # a stub may be all there is: macOS has one that asks to install Java
+    # It may be a stub: macOS has one that asks to install Java.
     return (
         java is not None and not subprocess.run([java, "-version"], capture_output=True).returncode
     )
@@ -44,65 +46,55 @@ def caption_metrics(
 ) -> dict[str, float]:
     """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, times 100.
 
-    With Java they are those of COCO's evaluation server. Without, METEOR is left out, and texts
-    are split into words by rules close to those of the Penn Treebank; the log says so.
+    With Java they are those of COCO's evaluation server. Without it METEOR is left out, words are
+    split by rules close to those of the Penn Treebank, and a warning is logged.
 
     Args:
-        captions: one an item, at least one.
+        captions: one per item, at least one.
         references: at least one for each item.
 
     Raises:
-        RuntimeError: if Java is there and its tokenizer fails.
+        RuntimeError: if Java is installed and COCO's tokenizer fails.
     """
     java = has_java()
     split = tokenise_by_java if java else tokenise
     if not java:
         logger.warning(
             "Java is not installed: METEOR is left out, and words are split by this package's "
-            "rules instead of COCO's, which may move the other scores by a few tenths."
+            "rules instead of COCO's, which may change the other scores by a few tenths."
         )
-    hypotheses = [[text] for text in split(captions)]
+    results = {i: [text] for i, text in enumerate(split(captions))}
     flat = iter(split([text for texts in references for text in texts]))
-    truths = [[next(flat) for _ in texts] for texts in references]
-    results, truth = dict(enumerate(hypotheses)), dict(enumerate(truths))
+    truth = {i: [next(flat) for _ in texts] for i, texts in enumerate(references)}
 
     bleu, _ = Bleu(4).compute_score(truth, results, verbose=0)
     metrics = {f"bleu_{n}": value for n, value in enumerate(bleu, start=1)}
-    if java:
-        metrics["meteor"], _ = Meteor().compute_score(truth, results)
-    metrics["rouge_l"], _ = Rouge().compute_score(truth, results)
-    metrics["cider"], _ = Cider().compute_score(truth, results)
+    scorers = {"meteor": Meteor} if java else {}
+    for name, scorer in (scorers | {"rouge_l": Rouge, "cider": Cider}).items():
+        metrics[name], _ = scorer().compute_score(truth, results)
     return {name: 100 * float(value) for name, value in metrics.items()}
 
 
 def tokenise_by_java(texts: Sequence[str]) -> list[str]:
-    """Words by COCO's tokenizer, which is Stanford's, in lower case without punctuation.
+    """Words in lower case without punctuation, by COCO's tokenizer (Stanford's).
 
-    Run here and not by ``pycocoevalcap``'s PTBTokenizer, which writes into its own package folder.
+    ``pycocoevalcap``'s PTBTokenizer is not used: it writes into its own package folder.
 
     Raises:
-        RuntimeError: if it fails or does not give a line a text.
+        RuntimeError: if the tokenizer fails or does not return one line per text.
     """
-    # It works line by line, so white space of any kind must not break one.
+    # The tokenizer works line by line, so white space of any kind must not break a line.
     lines = [" ".join(text.split()) for text in texts]
-    done = subprocess.run(
-        [
-            *(
-                "java",
-                "-cp",
-                str(Path(ptbtokenizer.__file__).with_name(STANFORD_CORENLP_3_4_1_JAR)),
-            ),
-            *("edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"),
-            *("-encoding", "utf-8"),
-        ],
-        input="".join(f"{line}\n" for line in lines).encode(),
-        capture_output=True,
-    )
+    jar = Path(ptbtokenizer.__file__).with_name(STANFORD_CORENLP_3_4_1_JAR)
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase", "-encoding", "utf-8"]
+    text = "".join(f"{line}\n" for line in lines)
+    done = subprocess.run(command, input=text.encode(), capture_output=True)
     tokenised = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(tokenised) != len(lines):
         raise RuntimeError(
-            f"COCO's tokenizer gave {len(tokenised)} lines for {len(lines)} captions. Check that "
-            f"'java -version' works. {done.stderr.decode(errors='replace')[-500:]}"
+            f"COCO's tokenizer returned {len(tokenised)} lines for {len(lines)} captions. Check "
+            f"that 'java -version' works. {done.stderr.decode(errors='replace')[-500:]}"
         )
     return [
         " ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in tokenised
@@ -115,7 +107,5 @@ def tokenise(texts: Sequence[str]) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    text = re.sub(r"n't\b", " n't", text)
-    text = re.sub(r"('(?:s|m|d|re|ve|ll))\b", r" \1", text)
-    tokens = re.findall(r"n't|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]", text)
-    return [BRACKETS.get(token, token) for token in tokens if token not in DROPPED]
+    text = re.sub(rf"({SUFFIX})", r" \1", re.sub(r"n't\b", " n't", text))
+    return [BRACKETS.get(word, word) for word in WORD.findall(text) if word not in DROPPED]

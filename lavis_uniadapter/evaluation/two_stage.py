@@ -1,9 +1,9 @@
-"""Two-stage retrieval scores, each thing computed once.
+"""Two-stage retrieval scores in which nothing is computed twice.
 
 BLIP shortlists candidates by contrastive similarity and reorders them by its matching head
-(``lavis.models.albef_models.compute_sim_matrix``). Here keys and values of a visual input are
-projected once, every text shortlisted with it in either direction is scored against them, and
-they are dropped; a pair shortlisted both ways is scored once; texts are as long as they are.
+(``lavis.models.albef_models.compute_sim_matrix``). Here the keys and values of a visual input are
+projected once, and every text shortlisted with it in either direction is scored against them; a
+pair shortlisted in both directions is scored once; texts are padded only to the longest of a batch.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lavis_uniadapter.backbone.features import TextFeatures
+from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.reading import unreadable_mask
 
 logger = logging.getLogger(__name__)
 
-# What LAVIS gives to pairs outside the shortlist. The contrastive similarity, at most 1, is added,
-# so that they rank below the shortlist and among themselves as the first stage ranked them.
+# LAVIS's score of pairs outside the shortlist. The contrastive similarity, at most 1, is added, so
+# that they rank below the shortlist and among themselves as the first stage ranked them.
 OUTSIDE_SHORTLIST = -100.0
 TEXT_BATCH = 256
 # Defaults of the settings.
@@ -35,86 +37,56 @@ K_TEST = 128
 RERANK_BATCH = 64
 FEATURE_MEMORY = 16.0
 
-
-@dataclass
-class _Texts:
-    """All texts of a gallery: tokens in ragged form, and unit vectors (texts, embed_dim)."""
-
-    input_ids: list[Tensor]
-    feat: Tensor
-
-    def lengths(self) -> Tensor:
-        return torch.tensor([len(ids) for ids in self.input_ids])
+# Matching logits (pairs, 2) of one text per pair with the visual inputs of (pairs,) indices.
+Matcher = Callable[[TextFeatures, Tensor], Tensor]
 
 
-class VisualStore:
-    """Visual embeddings between the two stages: in main memory, or on disk if they are too many.
+class PairScorer(Protocol):
+    """A model that scores texts against visual inputs in two stages."""
 
-    A clip of 8 frames of 224 px takes 4.8 MB in float32, an image of 384 px 1.8 MB. On disk they
-    are what they are in memory, so that scores do not depend on where they waited.
+    embed_dim: int  # of the contrastive features
+    training: bool
 
-    Args:
-        number: of embeddings that will be added.
-        memory: gigabytes that they may take in main memory.
+    @property
+    def device(self) -> torch.device: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` (texts, longest), padded on the right."""
+
+    def encode_text(self, texts: Sequence[str]) -> TextFeatures: ...
+
+    def encode_visual(self, samples: Tensor) -> VisualFeatures: ...
+
+    def matcher(self, visuals: VisualFeatures) -> Matcher:
+        """Project visual inputs for cross-attention, once for all texts paired with them."""
+
+
+@dataclass(frozen=True)
+class _Gallery:
+    """A rank's view of an encoded gallery.
+
+    Attributes:
+        texts: all texts, padded to the longest.
+        lengths: (texts,) tokens of each, on the CPU.
+        feat: (visuals, embed_dim) unit vectors of all visual inputs.
+        embeds: (share, tokens, width) of this rank's visual inputs, which are those of index
+            ``rank``, ``rank + world`` and so on; None if it has none.
+        frame_feat: (share, frames, embed_dim) unit vectors; likewise.
     """
 
-    def __init__(self, number: int, memory: float):
-        self._number = number
-        self._memory = memory
-        self._places: dict[int, int] = {}
-        self._embeds: Tensor | None = None
-        self._file = None
-
-    def add(self, index: int, embeds: Tensor) -> None:
-        """Keep (tokens, width) embeddings of a gallery index."""
-        if self._embeds is None:
-            self._embeds = self._allocate(embeds.shape, embeds.dtype)
-        place = self._places[index] = len(self._places)
-        self._embeds[place] = embeds.cpu()
-
-    def _allocate(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        size = self._number * shape.numel() * dtype.itemsize
-        if size <= self._memory * 1e9:
-            return torch.empty(self._number, *shape, dtype=dtype)
-        # unlinked when it is closed, also by a crash
-        self._file = tempfile.NamedTemporaryFile(prefix="visual-features-")
-        free = shutil.disk_usage(self._file.name).free
-        if free < size:
-            raise ConfigError(
-                f"The gallery's visual features take {size / 1e9:.1f} GB, more than "
-                f"run.feature_memory {self._memory:g} allows in memory and than the "
-                f"{free / 1e9:.1f} GB free in {tempfile.gettempdir()}. Set TMPDIR to a larger "
-                "disk, raise run.feature_memory, or evaluate on more processes."
-            )
-        logger.info(
-            "%.1f GB of visual features wait on disk (run.feature_memory %g)",
-            size / 1e9,
-            self._memory,
-        )
-        flat = torch.from_file(
-            self._file.name, shared=True, size=self._number * shape.numel(), dtype=dtype
-        )
-        return flat.view(self._number, *shape)
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._places
-
-    def indices(self) -> list[int]:
-        """The gallery indices that are kept, in the order in which they came."""
-        return list(self._places)
-
-    def stack(self, indices: list[int]) -> Tensor:
-        """(indices, tokens, width) embeddings."""
-        return self._embeds[[self._places[i] for i in indices]]
-
-
-@dataclass
-class _Visuals:
-    """This rank's share of the visual inputs, by gallery index, and all unit vectors."""
-
-    embeds: VisualStore
-    frame_feat: dict[int, Tensor]
+    texts: TextFeatures
+    lengths: Tensor
     feat: Tensor
+    embeds: Tensor | None
+    frame_feat: Tensor | None
+
+
+def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``two_stage_scores`` among those of a run."""
+    keys = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
+    return {key: run[key] for key in keys if run.get(key) is not None}
 
 
 def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
@@ -128,30 +100,31 @@ def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) ->
 
 @torch.no_grad()
 def two_stage_scores(
-    model,
-    data_loader,
+    scorer: PairScorer,
+    data_loader: DataLoader,
     *,
-    k_test: int,
-    itc_weight: float,
-    rerank_batch: int,
+    k_test: int = K_TEST,
+    itc_weight: float = 0.0,
+    rerank_batch: int = RERANK_BATCH,
     feature_memory: float = FEATURE_MEMORY,
 ) -> tuple[Tensor, Tensor]:
-    """Score a gallery both ways.
+    """Score a gallery in both directions.
 
     Args:
-        model: has ``encode_text``, ``encode_visual`` and ``match_hidden``.
-        data_loader: over a LAVIS retrieval evaluation dataset, whole or sharded over ranks.
+        scorer: the model.
+        data_loader: batches of a retrieval split, whole or sharded over ranks; its ``dataset`` has
+            ``text`` and ``img2txt`` as LAVIS's retrieval datasets.
         k_test: candidates that are reranked per query; 0: contrastive similarities alone.
-        itc_weight: added to the matching score times the similarity; the released code uses 0,
-            LAVIS 1.
+        itc_weight: weight of the similarity that is added to the matching score; 0 in the released
+            code, 1 in LAVIS.
         rerank_batch: pairs scored at once, which bounds memory.
         feature_memory: gigabytes of visual features that each rank keeps in memory between the
-            two stages; where its share of the gallery takes more, they wait on disk.
+            two stages; a larger share of the gallery is kept on disk.
 
     Returns:
-        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank. A
-        visual input that could not be read (``allow_missing``) scores lowest of all for its texts,
-        and its texts for it: it counts as wrong both ways.
+        (visuals, texts) and (texts, visuals) scores on the scorer's device, equal on every rank. An
+        unreadable visual input (``allow_missing``) scores lowest for its texts, and they for it: it
+        counts as wrong in both directions.
 
     Raises:
         ConfigError: for a negative k_test or a rerank_batch below 1.
@@ -159,48 +132,173 @@ def two_stage_scores(
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
     check_settings(k_test, rerank_batch, feature_memory)
-    was_training = model.training
-    model.eval()
+    was_training = scorer.training
+    scorer.train(False)
     try:
-        texts = _encode_texts(model, list(data_loader.dataset.text))
-        visuals = _encode_visuals(model, data_loader, feature_memory)
-        with torch.autocast(model.device.type, enabled=False):
-            sims = visuals.feat @ texts.feat.t()
-        if not torch.isfinite(sims).all():
-            raise FloatingPointError(
-                "The model's features are not finite: its weights are spoiled, or overflow in "
-                "run.amp. Evaluate an earlier checkpoint, or set run.amp to null."
-            )
-        unreadable = unreadable_mask(data_loader, sims.device)
-        if k_test == 0:
-            return _count_as_wrong(sims, sims.t(), unreadable, data_loader.dataset)
-        chosen_v2t = _shortlist(sims, k_test, "texts")
-        chosen_t2v = _shortlist(sims.t(), k_test, "visual inputs").t()
-        matching = _rerank(model, texts, visuals, chosen_v2t | chosen_t2v, rerank_batch)
-        matching += itc_weight * sims
-        outside = OUTSIDE_SHORTLIST + sims
-        return _count_as_wrong(
-            torch.where(chosen_v2t, matching, outside),
-            torch.where(chosen_t2v, matching, outside).t(),
-            unreadable,
-            data_loader.dataset,
-        )
+        gallery = _encode(scorer, data_loader, feature_memory)
+        v2t, t2v = _score(scorer, gallery, k_test, itc_weight, rerank_batch)
     finally:
-        model.train(was_training)
+        scorer.train(was_training)
+    unreadable = unreadable_mask(data_loader, v2t.device)
+    for index in unreadable.nonzero().flatten().tolist():
+        v2t[index] = 0
+        v2t[index, data_loader.dataset.img2txt[index]] = float("-inf")
+        t2v[:, index] = float("-inf")
+    return v2t, t2v
 
 
-def _count_as_wrong(
-    scores_v2t: Tensor, scores_t2v: Tensor, unreadable: Tensor, dataset
+def _score(
+    scorer: PairScorer, gallery: _Gallery, k_test: int, itc_weight: float, rerank_batch: int
 ) -> tuple[Tensor, Tensor]:
-    """Give what was not seen the lowest score both ways, whoever sorts the scores."""
-    if not unreadable.any():
-        return scores_v2t, scores_t2v
-    scores_v2t, scores_t2v = scores_v2t.clone(), scores_t2v.clone()
-    scores_t2v[:, unreadable] = float("-inf")
-    for index in torch.nonzero(unreadable).flatten().tolist():
-        scores_v2t[index] = 0
-        scores_v2t[index, dataset.img2txt[index]] = float("-inf")
-    return scores_v2t, scores_t2v
+    with torch.autocast(scorer.device.type, enabled=False):
+        sims = gallery.feat @ gallery.texts.feat.t()
+    if not torch.isfinite(sims).all():
+        raise FloatingPointError(
+            "The model's features are not finite: its weights are spoiled, or they overflow in "
+            "run.amp. Evaluate an earlier checkpoint, or set run.amp to null."
+        )
+    if k_test == 0:
+        return sims, sims.t().clone()
+    chosen_v2t = _shortlist(sims, k_test, "texts")
+    chosen_t2v = _shortlist(sims.t(), k_test, "visual inputs").t()
+    matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, rerank_batch)
+    matching += itc_weight * sims
+    outside = OUTSIDE_SHORTLIST + sims
+    return (
+        torch.where(chosen_v2t, matching, outside),
+        torch.where(chosen_t2v, matching, outside).t(),
+    )
+
+
+def _encode(scorer: PairScorer, data_loader: DataLoader, feature_memory: float) -> _Gallery:
+    texts, lengths = _encode_texts(scorer, list(data_loader.dataset.text))
+    return _Gallery(texts, lengths, *_encode_visuals(scorer, data_loader, feature_memory))
+
+
+def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, Tensor]:
+    """All texts, and their lengths on the CPU."""
+    tokens = scorer.tokenize(texts)
+    input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
+    lengths = attention_mask.sum(dim=1).cpu()
+    feat = torch.zeros(len(texts), scorer.embed_dim, device=scorer.device)
+    batches = lengths.argsort(stable=True).split(TEXT_BATCH)
+    for batch in batches[get_rank() :: get_world_size()]:
+        feat[batch] = scorer.encode_text([texts[i] for i in batch.tolist()]).feat.to(feat.dtype)
+    return TextFeatures(input_ids, attention_mask, None, _sum_over_ranks(feat)), lengths
+
+
+def _encode_visuals(
+    scorer: PairScorer, data_loader: DataLoader, feature_memory: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``feat``, ``embeds`` and ``frame_feat`` of a ``_Gallery``.
+
+    A rank encodes the items whose index falls to it, whether or not the loader is sharded, so an
+    item that a sampler repeats to even out the ranks still counts once.
+    """
+    number, rank, world = len(data_loader.dataset), get_rank(), get_world_size()
+    share = len(range(rank, number, world))
+    feat = torch.zeros(number, scorer.embed_dim, device=scorer.device)
+    times_seen = torch.zeros(number, dtype=torch.long)
+    embeds = frame_feat = None
+    for samples in _progress(data_loader, "encode visual inputs", len(data_loader)):
+        index = torch.as_tensor(samples["index"]).cpu()
+        mine = (index % world == rank) & (times_seen[index] == 0)
+        if not mine.any():
+            continue
+        index = index[mine]
+        encoded = scorer.encode_visual(visual_input(samples)[mine].to(scorer.device))
+        if embeds is None:
+            embeds = _allocate((share, *encoded.embeds.shape[1:]), encoded.embeds, feature_memory)
+            frame_feat = encoded.frame_feat.new_empty(share, *encoded.frame_feat.shape[1:])
+        feat[index] = encoded.feat.to(feat.dtype)
+        embeds[index // world] = encoded.embeds.cpu()
+        frame_feat[index // world] = encoded.frame_feat
+        times_seen[index] += 1
+    times_seen = _sum_over_ranks(times_seen.to(scorer.device))
+    if not bool((times_seen == 1).all()):
+        wrong = torch.nonzero(times_seen != 1).flatten().tolist()
+        raise RuntimeError(
+            f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
+            f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
+        )
+    return _sum_over_ranks(feat), embeds, frame_feat
+
+
+def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:
+    """A CPU tensor of a dtype: in memory, or in a temporary file if it takes more gigabytes.
+
+    A clip of 8 frames of 224 px takes 4.8 MB in float32, an image of 384 px 1.8 MB.
+
+    Raises:
+        ConfigError: if there is no room for the file.
+    """
+    elements = torch.Size(shape).numel()
+    gigabytes = elements * like.dtype.itemsize / 1e9
+    if gigabytes <= memory:
+        return torch.empty(shape, dtype=like.dtype)
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if free < gigabytes:
+        raise ConfigError(
+            f"The gallery's visual features take {gigabytes:.1f} GB, more than run.feature_memory "
+            f"{memory:g} allows in memory and more than the {free:.1f} GB free in "
+            f"{tempfile.gettempdir()}. Set TMPDIR to a larger disk, raise run.feature_memory, or "
+            "evaluate on more processes."
+        )
+    logger.info(
+        "%.1f GB of visual features are kept on disk (run.feature_memory %g)", gigabytes, memory
+    )
+    with tempfile.NamedTemporaryFile(prefix="visual-features-") as file:
+        # The mapping outlives the file's name, so nothing is left behind, even by a crash.
+        flat = torch.from_file(file.name, shared=True, size=elements, dtype=like.dtype)
+    return flat.view(shape)
+
+
+def _shortlist(sims: Tensor, k_test: int, candidates: str) -> Tensor:
+    """(queries, candidates) bool, True for the ``k_test`` most similar of each query."""
+    available = sims.shape[1]
+    if k_test > available:
+        logger.info(
+            *("k_test %d exceeds the gallery's %d %s: all rerank.", k_test, available, candidates)
+        )
+    best = sims.topk(min(k_test, available), dim=1).indices
+    return torch.zeros_like(sims, dtype=torch.bool).scatter_(1, best, True)
+
+
+def _rerank(scorer: PairScorer, gallery: _Gallery, chosen: Tensor, rerank_batch: int) -> Tensor:
+    """Matching scores of the chosen (visual, text) pairs, zero elsewhere; (visuals, texts)."""
+    rank, world = get_rank(), get_world_size()
+    scores = torch.zeros(chosen.shape, device=scorer.device)
+    mine = chosen[rank::world].cpu()
+    with _progress(None, "rerank pairs", int(mine.sum())) as progress:
+        for group in _groups(mine.sum(dim=1).tolist(), rerank_batch):
+            visual, text = mine[group].nonzero(as_tuple=True)
+            embeds = gallery.embeds[group].to(scorer.device)
+            feat, frame_feat = gallery.feat[rank::world][group], gallery.frame_feat[group]
+            match = scorer.matcher(VisualFeatures(embeds, feat, frame_feat))
+            for pairs in gallery.lengths[text].argsort(stable=True).split(rerank_batch):
+                v, t = visual[pairs], text[pairs]
+                logits = match(_select(gallery, t), v.to(scorer.device))
+                scores[rank + world * (group.start + v), t] = logits[:, 1]
+                progress.update(len(pairs))
+    return _sum_over_ranks(scores)
+
+
+def _groups(pairs: Sequence[int], least: int) -> Iterator[slice]:
+    """Visual inputs to project together: as few as have ``least`` pairs in all."""
+    start = total = 0
+    for i, number in enumerate(pairs):
+        total += number
+        if total >= least or i + 1 == len(pairs):
+            yield slice(start, i + 1)
+            start, total = i + 1, 0
+
+
+def _select(gallery: _Gallery, index: Tensor) -> TextFeatures:
+    """Some texts of a gallery, padded to the longest of them."""
+    length = int(gallery.lengths[index].max())
+    texts, index = gallery.texts, index.to(gallery.feat.device)
+    ids, mask = texts.input_ids[index, :length], texts.attention_mask[index, :length]
+    return TextFeatures(ids, mask, None, texts.feat[index])
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
@@ -210,130 +308,6 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def _progress(iterable, description: str, total: int | None = None):
-    return tqdm(
-        iterable,
-        desc=description,
-        total=total,
-        leave=False,
-        disable=not is_main_process(),
-        mininterval=0.5,
-    )
-
-
-def _encode_texts(model, texts: list[str]) -> _Texts:
-    input_ids = [
-        torch.tensor(ids)
-        for ids in model.tokenizer(texts, truncation=True, max_length=model.max_txt_len).input_ids
-    ]
-    by_length = sorted(range(len(texts)), key=lambda i: len(input_ids[i]))
-    batches = [by_length[i : i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
-    feat = None
-    for batch in batches[get_rank() :: get_world_size()]:
-        encoded = model.encode_text([texts[i] for i in batch])
-        if feat is None:
-            feat = encoded.feat.new_zeros(len(texts), encoded.feat.shape[1])
-        feat[batch] = encoded.feat
-    if feat is None:  # more ranks than batches of texts
-        feat = torch.zeros(len(texts), model.text_proj.out_features, device=model.device)
-    return _Texts(input_ids, _sum_over_ranks(feat))
-
-
-def _encode_visuals(model, data_loader, feature_memory: float) -> _Visuals:
-    """Encode this rank's share: the items whose index falls to it, whether or not the loader is
-    sharded, so an item that a sampler repeats to even out the ranks still counts once."""
-    number = len(data_loader.dataset)
-    rank, world = get_rank(), get_world_size()
-    feat = torch.zeros(number, model.vision_proj.out_features, device=model.device)
-    times_seen = torch.zeros(number, dtype=torch.long, device=model.device)
-    embeds = VisualStore(len(range(rank, number, world)), feature_memory)
-    frame_feat: dict[int, Tensor] = {}
-    for samples in _progress(data_loader, "encode visual inputs", len(data_loader)):
-        x = samples["video"] if "video" in samples else samples["image"]
-        index = torch.as_tensor(samples["index"]).cpu()
-        mine = [
-            place for place, i in enumerate(index.tolist()) if i % world == rank and i not in embeds
-        ]
-        if not mine:
-            continue
-        encoded = model.encode_visual(x[mine].to(model.device))
-        index = index[mine]
-        feat[index] = encoded.feat.to(feat.dtype)
-        times_seen[index] += 1
-        for place, i in enumerate(index.tolist()):
-            embeds.add(i, encoded.embeds[place])
-            frame_feat[i] = encoded.frame_feat[place]
-    times_seen = _sum_over_ranks(times_seen)
-    if not bool((times_seen == 1).all()):
-        wrong = torch.nonzero(times_seen != 1).flatten().tolist()
-        raise RuntimeError(
-            f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
-            f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
-        )
-    return _Visuals(embeds, frame_feat, _sum_over_ranks(feat))
-
-
-def _shortlist(sims: Tensor, k_test: int, what: str) -> Tensor:
-    """(queries, candidates) bool, True for each query's k_test likeliest."""
-    available = sims.shape[1]
-    if k_test > available:
-        logger.info("k_test %d exceeds the gallery's %d %s: all rerank.", k_test, available, what)
-    chosen = torch.zeros_like(sims, dtype=torch.bool)
-    best = sims.topk(min(k_test, available), dim=1).indices
-    return chosen.scatter_(1, best, True)
-
-
-def _rerank(model, texts: _Texts, visuals: _Visuals, chosen: Tensor, rerank_batch: int) -> Tensor:
-    """Matching score of each chosen (visual, text) pair, zero elsewhere; (visuals, texts)."""
-    scores = torch.zeros(chosen.shape, device=model.device)
-    lengths = texts.lengths()
-    wanted = {i: torch.nonzero(chosen[i].cpu()).flatten() for i in visuals.embeds.indices()}
-    number = sum(len(text_index) for text_index in wanted.values())
-    with tqdm(
-        total=number, desc="rerank pairs", leave=False, disable=not is_main_process()
-    ) as progress:
-        for group in _groups(wanted, rerank_batch):
-            memory = model.text_encoder.project(visuals.embeds.stack(group).to(model.device))
-            frame_feat = torch.stack([visuals.frame_feat[i] for i in group])
-            text_index = torch.cat([wanted[i] for i in group])
-            place = torch.cat([torch.full((len(wanted[i]),), p) for p, i in enumerate(group)])
-            by_length = torch.argsort(lengths[text_index], stable=True)
-            for pairs in by_length.split(rerank_batch):
-                scores[torch.tensor(group)[place[pairs]], text_index[pairs]] = _score_pairs(
-                    model, texts, memory, frame_feat, text_index[pairs], place[pairs]
-                )
-                progress.update(len(pairs))
-    return _sum_over_ranks(scores)
-
-
-def _groups(wanted: dict[int, Tensor], rerank_batch: int) -> Iterator[list[int]]:
-    """Visual inputs to hold in memory together: one, or as few as fill a batch of pairs."""
-    group: list[int] = []
-    pairs = 0
-    for i, text_index in wanted.items():
-        group.append(i)
-        pairs += len(text_index)
-        if pairs >= rerank_batch:
-            yield group
-            group, pairs = [], 0
-    if group:
-        yield group
-
-
-def _score_pairs(
-    model, texts: _Texts, memory, frame_feat: Tensor, text_index: Tensor, place: Tensor
-) -> Tensor:
-    ids = [texts.input_ids[i] for i in text_index.tolist()]
-    padded = torch.nn.utils.rnn.pad_sequence(
-        ids, batch_first=True, padding_value=model.tokenizer.pad_token_id
-    )
-    length = torch.tensor([len(i) for i in ids])
-    mask = (torch.arange(padded.shape[1])[None] < length[:, None]).long()
-    batch = TextFeatures(
-        input_ids=padded.to(model.device),
-        attention_mask=mask.to(model.device),
-        embeds=None,
-        feat=texts.feat[text_index.to(texts.feat.device)],
-    )
-    hidden = model.match_hidden(batch, memory, place.to(model.device), frame_feat)
-    return model.apply_head("itm_head", hidden[:, 0])[:, 1]
+def _progress(iterable: Iterable | None, description: str, total: int) -> tqdm:
+    hidden = not is_main_process()
+    return tqdm(iterable, description, total, leave=False, disable=hidden, mininterval=0.5)

@@ -12,17 +12,16 @@ from lavis.models.blip_models.blip_caption import BlipCaption
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter.backbone import build_text_decoder, encode_frames
-from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone import build_text_decoder
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.models.base import TunedBlip
+from lavis_uniadapter.models.generation import GeneratingBlip
 
 logger = logging.getLogger(__name__)
 
 
 @registry.register_model("blip_uniadapter_caption")
-class BlipUniAdapterCaption(TunedBlip, BlipCaption):
+class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
     """BLIP captioning of images and video on a frozen backbone (UniAdapter).
 
     Visual encoder and caption decoder share the adapters; the key/value adapter is on the visual
@@ -42,8 +41,8 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_caption_{name}.yaml")
         for name in ("coco", "msrvtt", "msvd", "shapes")
     }
-    SETTINGS = (*TunedBlip.SETTINGS, "prompt")
-    MODEL_KEYS = (*TunedBlip.MODEL_KEYS, "prompt")
+    SETTINGS = (*GeneratingBlip.SETTINGS, "prompt")
+    MODEL_KEYS = (*GeneratingBlip.MODEL_KEYS, "prompt")
 
     def __init__(
         self,
@@ -57,9 +56,9 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all).
 
         Args:
-            prompt: what every caption begins with, in training and generation.
+            prompt: the beginning of every caption, in training and generation.
         """
-        lavis_versions.init_blip(self)  # BlipCaption's own asks the hub for its tokenizer
+        lavis_versions.init_blip(self)  # BlipCaption's constructor loads its tokenizer from the hub
         self.tokenizer = tokenizer
         self.visual_encoder = image_encoder
         self.text_decoder = text_decoder
@@ -83,23 +82,23 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         if has_questions and not any(key.startswith("vision_proj.") for key in state):
             logger.warning(
                 "'%s' looks like BLIP's VQA weights, whose decoder attends to questions and has "
-                "never seen an image. Captioning starts better from pre-training or captioning.",
+                "never seen an image. For captioning, start from pre-training or captioning "
+                "weights.",
                 self.base_name,
             )
 
     def forward_encoder(self, samples: Mapping[str, Any]) -> Tensor:
-        """Visual tokens (batch, frames * tokens, width) of ``image`` or ``video``."""
-        return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
+        return self.visual_tokens(samples)
 
     def forward_decoder(self, samples: Mapping[str, Any], image_embeds: Tensor):
         """Language modelling loss of the captions (``lavis`` ``BlipCaption.forward_decoder``).
 
         Args:
-            samples: ``text_input``, a list of captions that begin with the prompt, which the
-                text processor puts there.
+            samples: ``text_input``, captions that begin with the prompt (the text processor
+                prepends it).
 
         Raises:
-            ValueError: for a caption without it: its first words would not be learnt.
+            ValueError: for a caption without the prompt, whose first words would not be learnt.
         """
         for text in samples["text_input"]:
             if not text.startswith(self.prompt):
@@ -125,13 +124,13 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
 
         Args:
             samples: ``image`` (batch, 3, H, W) or ``video`` (batch, 3, frames, H, W).
-            use_nucleus_sampling: draw from the likeliest tokens of mass ``top_p`` instead of
+            use_nucleus_sampling: sample from the likeliest tokens of mass ``top_p`` instead of
                 searching with ``num_beams``.
-            max_length, min_length: in tokens, the prompt's included.
-            num_captions: per visual input; of a beam search the best ones.
+            max_length, min_length: in tokens, prompt included.
+            num_captions: per visual input; the best ones of a beam search.
 
-        Sampling differs from LAVIS's, which also cuts at the 50 likeliest tokens and penalises
-        repetition by 1.1 whatever is asked.
+        LAVIS's sampling also keeps only the 50 likeliest tokens and always penalises repetition by
+        1.1; this one does not.
 
         Returns:
             batch * num_captions texts without the prompt.
@@ -139,31 +138,23 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         Raises:
             ValueError: if a beam search is to give more captions than it has beams.
         """
-        if not use_nucleus_sampling and num_captions > num_beams:
+        if use_nucleus_sampling:
+            method = {"do_sample": True, "top_p": top_p, "top_k": 0}
+        elif num_captions <= num_beams:
+            method = {"num_beams": num_beams}
+        else:
             raise ValueError(
-                f"A search with {num_beams} beams has no {num_captions} captions to give. Raise "
-                "num_beams, or draw them by use_nucleus_sampling=True."
+                f"A search with {num_beams} beams cannot give {num_captions} captions. Raise "
+                "num_beams, or set use_nucleus_sampling=True."
             )
-        embeds = self.forward_encoder(samples)
-        prompt = self.tokenizer([self.prompt] * len(embeds), return_tensors="pt").to(self.device)
-        prompt_ids = prompt.input_ids[:, :-1]  # all but [SEP]
-        prompt_ids[:, 0] = self.tokenizer.bos_token_id
-        how = (
-            {"do_sample": True, "top_p": top_p, "top_k": 0}
-            if use_nucleus_sampling
-            else {"num_beams": num_beams}
-        )
-        output = self.text_decoder.generate_from_memory(
-            prompt_ids,
+        embeds = self.visual_tokens(samples)
+        prompts = self.tokens_from([self.prompt] * len(embeds), self.tokenizer.bos_token_id)
+        return self.generate_texts(
+            prompts.input_ids[:, :-1],  # without [SEP]
             self.text_decoder.project(embeds),
             num_return_sequences=num_captions,
             max_length=max_length,
             min_length=min_length,
             repetition_penalty=repetition_penalty,
-            eos_token_id=self.tokenizer.sep_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **how,
-        )
-        return self.tokenizer.batch_decode(
-            output[:, prompt_ids.shape[1] :], skip_special_tokens=True
+            **method,
         )

@@ -1,4 +1,4 @@
-"""LAVIS's own models on this package's runner and tasks: what they need to run there."""
+"""What LAVIS's own models need in order to run with this package's runner and tasks."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation.two_stage import K_TEST
 
 logger = logging.getLogger("lavis_uniadapter")
+
+
+def is_lavis_model(model_cls: type) -> bool:
+    """Whether a registered model is LAVIS's own: this package's check their configuration."""
+    return not hasattr(model_cls, "check_config")
 
 
 def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
@@ -88,8 +93,8 @@ def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset
         )
     for name, splits in datasets.items():
         for split, dataset in splits.items():
-            for what in ("text", "image"):
-                number = len(getattr(dataset, what, ()))
+            for queries in ("text", "image"):
+                number = len(getattr(dataset, queries, ()))
                 share = number // processes + 1
                 if number and (processes - 1) * share >= number:
                     raise ConfigError(
@@ -98,26 +103,18 @@ def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset
                     )
 
 
-def is_lavis_model(model_cls: type) -> bool:
-    """Whether a registered model is LAVIS's own: this package's check their configuration."""
-    return not hasattr(model_cls, "check_config")
-
-
 def lavis_similarities(
     model: BaseModel, loader: DataLoader, run_cfg: DictConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a retrieval split by a LAVIS model's own ``compute_sim_matrix``.
+    """(visuals, texts) and (texts, visuals) scores by a model's own ``compute_sim_matrix``.
 
     In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
-    reranked all have the same score, -100: recalls up to ``k_test`` are exact, and a right
-    candidate that is not reranked counts as the last in median and mean rank.
+    reranked all score -100: recalls up to ``k_test`` are exact, and in median and mean rank a right
+    candidate that is not reranked counts as the last.
 
     Args:
         loader: of a whole split; every process encodes all of it.
         run_cfg: with ``k_test``, which is lowered to the number of candidates.
-
-    Returns:
-        (visuals, texts) and (texts, visuals).
     """
     k_test = min(run_cfg.get("k_test", K_TEST), len(loader.dataset.text), len(loader.dataset.image))
     task_cfg = OmegaConf.merge(run_cfg, {"k_test": k_test})
@@ -126,7 +123,7 @@ def lavis_similarities(
 
 
 class _IndicesFollow(TorchFunctionMode):
-    """Inside, an index tensor is moved to the device of what it indexes.
+    """Inside, an index tensor is moved to the device of the tensor that it indexes.
 
     LAVIS's ALPRO keeps features on the CPU and indexes them on CUDA, which PyTorch refuses.
     """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from lavis.models.blip_models.blip_outputs import (
     BlipSimilarity,
 )
 from torch import Tensor, nn
-from transformers import BertTokenizer
+from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.config import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, encode_frames
@@ -27,18 +26,13 @@ from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, vis
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import (
-    FEATURE_MEMORY,
-    K_TEST,
-    RERANK_BATCH,
-    two_stage_scores,
-)
+from lavis_uniadapter.evaluation.two_stage import Matcher, settings_of, two_stage_scores
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
-# Label of pairs that the matching loss leaves out.
-LEFT_OUT = -100
+# Label of pairs that the matching loss ignores.
+IGNORED = -100
 # (least, most) of each number in the ``model:`` section.
 MODEL_NUMBERS = {
     "queue_size": (0, float("inf")),
@@ -109,6 +103,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         self.text_proj = nn.Linear(text_width, embed_dim)
         self.itm_head = nn.Linear(text_width, 2)
         self.temp = nn.Parameter(0.07 * torch.ones([]))
+        self.embed_dim = embed_dim
         self._init_queue(embed_dim, queue_size)
         self.alpha = alpha
         self.alpha_rampup_epochs = alpha_rampup_epochs
@@ -135,16 +130,14 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     def attach_tuning(self, tuning: str, method_config: MethodConfig, **kwargs) -> None:
         super().attach_tuning(tuning, method_config, **kwargs)
         trained = self.trainable_parameters()
-        self.momentum_average = MomentumAverage(
-            self,
-            [
-                ([name for name in trained if name.startswith(f"{module}.")], decay)
-                for module, decay in self._averaged_modules()
-            ],
+        groups = (
+            ([name for name in trained if name.startswith(f"{module}.")], decay)
+            for module, decay in self._averaged_modules()
         )
+        self.momentum_average = MomentumAverage(self, groups)
 
     def _averaged_modules(self) -> Iterator[tuple[str, float]]:
-        """What contrastive features are computed with, where it trains, and its decay."""
+        """Modules that contrastive features depend on, and their decay in the average."""
         for module in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
             yield module, self.momentum
         if self.adapters.active is not None:
@@ -165,9 +158,9 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
 
     def merge_adapter(self) -> None:
         super().merge_adapter()
-        self.momentum_average = MomentumAverage(self, [])  # of nothing: nothing trains any more
+        self.momentum_average = MomentumAverage(self, [])  # nothing trains any more
 
-    # --- encoding -------------------------------------------------------------------------------
+    # --- encoding and matching ------------------------------------------------------------------
 
     def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
         """Encode images or videos.
@@ -187,7 +180,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             frame_feat=F.normalize(self.apply_head("vision_proj", frame_cls), dim=-1),
         )
 
-    def tokenize(self, texts: list[str], padding: str = "longest"):
+    def tokenize(self, texts: Sequence[str], padding: str = "longest") -> BatchEncoding:
         """Token ids and mask, cut at ``max_txt_len``, on the model's device."""
         tokens = self.tokenizer(
             list(texts),
@@ -198,10 +191,9 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         )
         return self.on_device(tokens)
 
-    def encode_text(self, texts: str | list[str] | Any) -> TextFeatures:
-        """Encode texts (one, a list, or what ``tokenize`` gave) in text mode."""
-        if isinstance(texts, str):
-            texts = [texts]
+    def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
+        """Encode texts (one, several, or the output of ``tokenize``) in text mode."""
+        texts = [texts] if isinstance(texts, str) else texts
         tokens = self.tokenize(texts) if isinstance(texts, list | tuple) else texts
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
         return TextFeatures(
@@ -212,19 +204,15 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         )
 
     def match_hidden(
-        self,
-        texts: TextFeatures,
-        memory: VisualMemory,
-        visual_index: Tensor,
-        frame_feat: Tensor,
+        self, texts: TextFeatures, memory: VisualMemory, visual_index: Tensor, frame_feat: Tensor
     ) -> Tensor:
         """Hidden states (pairs, length, width) of texts attending to one visual input each.
 
         Args:
-            texts: one text a pair.
-            memory: the visual inputs, projected.
-            visual_index: (pairs,) which visual input each text is paired with.
-            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only where the
+            texts: one text per pair.
+            memory: the projected visual inputs.
+            visual_index: (pairs,) the visual input that each text is paired with.
+            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only if the
                 active adapter has frame-aware attention.
         """
         weights = None
@@ -240,22 +228,31 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             return_dict=True,
         ).last_hidden_state
 
+    def matcher(self, visuals: VisualFeatures) -> Matcher:
+        """Project visual inputs once, for any number of calls of the function returned.
+
+        It takes one text per pair and the (pairs,) indices of the visual inputs they are paired
+        with, and returns matching logits (pairs, 2), of which column 1 stands for a match.
+        """
+        memory = self.text_encoder.project(visuals.embeds)
+
+        def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
+            hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
+            return self.apply_head("itm_head", hidden[:, 0])
+
+        return match
+
     def match(
         self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits (pairs, 2); column 1 speaks for a match.
+        """Matching logits (pairs, 2); see ``matcher``.
 
         Args:
-            texts: one text a pair.
-            visuals: the visual inputs.
-            visual_index: (pairs,) which visual input each text is paired with; None: the same
-                position.
+            visual_index: by default each text is paired with the visual input at its position.
         """
         if visual_index is None:
             visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
-        memory = self.text_encoder.project(visuals.embeds)
-        hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
-        return self.apply_head("itm_head", hidden[:, 0])
+        return self.matcher(visuals)(texts, visual_index)
 
     # --- training -------------------------------------------------------------------------------
 
@@ -270,7 +267,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Returns:
             BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
 
-        A loss that is not finite is returned as it is; whoever trains passes over the step.
+        A loss that is not finite is returned as it is; the training loop skips the step.
         """
         if self.training and self.adapters.active and not self._trains(self.adapters.active):
             raise ValueError(
@@ -345,101 +342,68 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         return loss / 2, sims
 
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
-        """Positives, a hard negative visual for each text and a hard negative text for each visual.
+        """Loss of positives, and of a hard negative visual and a hard negative text for each item.
 
         The three groups are one batch of pairs over the batch's own visual memory; only negatives
-        from all ranks add visual inputs to it. An item without any negative has pairs as well, to
-        keep shapes known to the host, and their label leaves them out of the loss.
+        from all ranks add visual inputs to it. An item without any negative also has pairs, so
+        that shapes do not depend on values on the device; the loss ignores them.
         """
-        batch = len(ids)
-        pool = self._negative_pool(visuals, texts, ids)
+        own = torch.arange(len(ids), device=ids.device)
+        from_ranks = self.negative_all_rank and get_world_size() > 1
+        pool = self._gather(visuals, texts, ids) if from_ranks else (visuals, texts, ids)
+        pool_visuals, pool_texts, pool_ids = pool
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-            same = torch.eq(ids, pool.ids.t())
+            same = torch.eq(ids, pool_ids.t())
             negative_visual, has_negative = _sample_negatives(
-                texts.feat @ pool.visuals.feat.t() / self.temp, same
+                texts.feat @ pool_visuals.feat.t() / self.temp, same
             )
             negative_text, _ = _sample_negatives(
-                visuals.feat @ pool.texts.feat.t() / self.temp, same
+                visuals.feat @ pool_texts.feat.t() / self.temp, same
             )
-        own = torch.arange(batch, device=ids.device)
-        text_index = torch.cat([own + pool.offset, own + pool.offset, negative_text])
-        embeds, frame_feat = visuals.embeds, visuals.frame_feat
-        if pool.visuals is not visuals:
-            embeds = torch.cat([embeds, pool.visuals.embeds[negative_visual]])
-            frame_feat = torch.cat([frame_feat, pool.visuals.frame_feat[negative_visual]])
-            negative_visual = batch + own
-        visual_index = torch.cat([own, negative_visual, own])
-
-        memory = self.text_encoder.project(embeds)
+        positive_text = own + get_rank() * len(ids) if from_ranks else own
+        text_index = torch.cat([positive_text, positive_text, negative_text])
         pair_texts = TextFeatures(
-            input_ids=pool.texts.input_ids[text_index],
-            attention_mask=pool.texts.attention_mask[text_index],
+            input_ids=pool_texts.input_ids[text_index],
+            attention_mask=pool_texts.attention_mask[text_index],
             embeds=None,
-            feat=pool.texts.feat[text_index],
+            feat=pool_texts.feat[text_index],
         )
-        hidden = self.match_hidden(pair_texts, memory, visual_index, frame_feat.detach())
-        logits = self.apply_head("itm_head", hidden[:, 0])
-        no_match = torch.where(has_negative, 0, LEFT_OUT)
+        if from_ranks:
+            pairs = zip(vars(visuals).values(), vars(pool_visuals).values(), strict=True)
+            visuals = VisualFeatures(*(torch.cat([x, y[negative_visual]]) for x, y in pairs))
+            negative_visual = len(ids) + own
+        logits = self.match(pair_texts, visuals, torch.cat([own, negative_visual, own]))
+        no_match = torch.where(has_negative, 0, IGNORED)
         labels = torch.cat([torch.ones_like(own), no_match, no_match])
-        return F.cross_entropy(logits, labels, ignore_index=LEFT_OUT), (logits, labels)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED), (logits, labels)
 
-    def _negative_pool(self, visuals, texts, ids) -> _NegativePool:
-        if not self.negative_all_rank or get_world_size() == 1:
-            return _NegativePool(visuals, texts, ids, offset=0)
-        return _NegativePool(
-            visuals=VisualFeatures(
-                embeds=all_gather_with_grad(visuals.embeds.contiguous()),
-                feat=concat_all_gather(visuals.feat.contiguous()),
-                frame_feat=concat_all_gather(visuals.frame_feat.contiguous()),
-            ),
-            texts=TextFeatures(
-                input_ids=concat_all_gather(texts.input_ids),
-                attention_mask=concat_all_gather(texts.attention_mask),
-                embeds=None,
-                feat=concat_all_gather(texts.feat.contiguous()),
-            ),
-            ids=concat_all_gather(ids),
-            offset=get_rank() * len(ids),
+    @staticmethod
+    def _gather(visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
+        """The batches of all ranks; gradients flow through the visual tokens."""
+        embeds = all_gather_with_grad(visuals.embeds.contiguous())
+        others = visuals.feat, visuals.frame_feat, texts.input_ids, texts.attention_mask, texts.feat
+        feat, frame_feat, input_ids, attention_mask, text_feat = (
+            concat_all_gather(x.contiguous()) for x in others
+        )
+        return (
+            VisualFeatures(embeds, feat, frame_feat),
+            TextFeatures(input_ids, attention_mask, None, text_feat),
+            concat_all_gather(ids),
         )
 
     def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
-        """From 0 to 1 over the first ``alpha_rampup_epochs``, of which LAVIS has two."""
+        """From 0 to 1 over the first ``alpha_rampup_epochs`` (two in LAVIS)."""
         steps = self.alpha_rampup_epochs * num_iters_per_epoch
         return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
-    # --- evaluation -----------------------------------------------------------------------------
-
-    @torch.no_grad()
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
-        """Two-stage scores of a gallery, for LAVIS's ``retrieval`` task and ours.
-
-        See ``lavis_uniadapter.evaluation.two_stage.two_stage_scores``.
+        """Scores for LAVIS's ``retrieval`` task; see ``evaluation.two_stage.two_stage_scores``.
 
         Returns:
             (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
         """
-        scores_v2t, scores_t2v = two_stage_scores(
-            self,
-            data_loader,
-            k_test=task_cfg.get("k_test", K_TEST),
-            itc_weight=task_cfg.get("itc_weight", 0.0),
-            rerank_batch=task_cfg.get("rerank_batch", RERANK_BATCH),
-            feature_memory=task_cfg.get("feature_memory", FEATURE_MEMORY),
-        )
-        return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class _NegativePool:
-    """What hard negatives are drawn from: this rank's batch, or every rank's.
-
-    ``offset`` is where this rank's items stand in it.
-    """
-
-    visuals: VisualFeatures
-    texts: TextFeatures
-    ids: Tensor
-    offset: int
+        v2t, t2v = two_stage_scores(self, data_loader, **settings_of(task_cfg))
+        return v2t.cpu().numpy(), t2v.cpu().numpy()
 
 
 def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,13 +414,13 @@ def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         same: (rows, columns) True where the column shows what the row shows.
 
     Returns:
-        (rows,) columns, and (rows,) whether the row has any negative at all. MSR-VTT has 20
-        captions a video, so a small batch may hold one video only.
+        (rows,) columns, and (rows,) whether the row has any negative. MSR-VTT has 20 captions per
+        video, so a small batch may show a single video.
     """
     has_negative = ~same.all(dim=1)
     weights = logits.masked_fill(same, float("-inf")).softmax(dim=1)
-    # Without negatives, or where a similarity is not a number, draw any.
+    # Without negatives, or if a similarity is NaN, draw any column.
     weights = weights.nan_to_num(0.0)
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, torch.ones_like(weights))
-    # As torch.multinomial draws, which in some releases asks the device whether it may.
+    # The draw of torch.multinomial, which in some releases waits for the device.
     return (weights / torch.empty_like(weights).exponential_()).argmax(dim=1), has_negative

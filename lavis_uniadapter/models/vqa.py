@@ -6,30 +6,24 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
-from lavis.models.blip_models.blip_outputs import BlipIntermediateOutput, BlipOutput
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from lavis_uniadapter.backbone import (
-    VisualMemory,
-    build_text_decoder,
-    build_text_encoder,
-    encode_frames,
-)
+from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, build_text_encoder
 from lavis_uniadapter.backbone.features import visual_input
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
-from lavis_uniadapter.models.base import TunedBlip
+from lavis_uniadapter.models.generation import GeneratingBlip
 
 
 @registry.register_model("blip_uniadapter_vqa")
-class BlipUniAdapterVQA(TunedBlip, BlipVQA):
+class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
     """BLIP VQA and VideoQA on a frozen backbone (UniAdapter).
 
     Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
     encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
-    as by LAVIS's ``BlipVQA``, each thing computed once.
+    as by LAVIS's ``BlipVQA``, whose ``forward`` this is, without its repeated computations.
 
     Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
     ``shapes`` (the small model of the embedded example).
@@ -55,13 +49,13 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         max_txt_len: int = 35,
     ):
         """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
-        lavis_versions.init_blip(self)  # BlipVQA's own asks the hub for its tokenizer
+        lavis_versions.init_blip(self)  # BlipVQA's constructor loads its tokenizer from the hub
         self.tokenizer = tokenizer
         self.visual_encoder = image_encoder
         self.text_encoder = text_encoder
         self.text_decoder = text_decoder
         self.max_txt_len = max_txt_len
-        self._candidates: CandidateAnswers | None = None  # the answer list last ranked
+        self._candidates: CandidateAnswers | None = None  # the last answer list, tokenised
         self.load_base(None)
 
     @classmethod
@@ -71,42 +65,21 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             "text_decoder": build_text_decoder(med_config),
         }
 
-    def forward(self, samples: dict[str, Any]) -> BlipOutput:
-        """Weighted answer loss of a batch (``lavis`` ``BlipVQA.forward``).
+    def forward_encoder(self, samples: dict[str, Any]):
+        """States of the questions that attend to their visual inputs, and the visual tokens.
 
         Args:
-            samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W); ``text_input``, B
-                questions; ``answer``, all answers of all questions in turn; ``n_answers`` (B,),
-                how many each question has; ``weight`` (sum of n_answers,).
+            samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W), and ``text_input``, B
+                questions. ``tokenized_text`` is added, as in LAVIS.
         """
-        encoder_output, visual_embeds = self.forward_encoder(samples)
-        loss, decoder_output, labels = self.forward_decoder(samples, encoder_output)
-        return BlipOutput(
-            loss=loss,
-            intermediate_output=BlipIntermediateOutput(
-                image_embeds=visual_embeds,
-                encoder_output=encoder_output,
-                decoder_output=decoder_output,
-                decoder_labels=labels,
-            ),
-        )
-
-    def forward_encoder(self, samples: dict[str, Any]):
-        """Questions that have looked at their visual inputs, and the visual tokens.
-
-        Adds ``tokenized_text`` to samples, as LAVIS's does.
-        """
-        questions = self.tokenizer(
+        questions = self.tokens_from(
             samples["text_input"],
-            padding="longest",
+            self.tokenizer.enc_token_id,
             truncation=True,
             max_length=self.max_txt_len,
-            return_tensors="pt",
         )
-        questions = self.on_device(questions)
-        questions["input_ids"][:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
-        visual_embeds = encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
+        visual_embeds = self.visual_tokens(samples)
         encoder_output = self.text_encoder(
             questions.input_ids,
             attention_mask=questions.attention_mask,
@@ -118,12 +91,14 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
     def forward_decoder(self, samples: dict[str, Any], encoder_out, **kwargs):
         """Loss of the answers given the questions, summed over tokens and averaged over frames.
 
-        Over images, that is, as in LAVIS, or over all frames of all videos, as in the authors'
-        released code; the scale is one that AdamW does not see.
+        For images this is LAVIS's average; for videos, over all frames of the batch, that of the
+        released code. AdamW does not depend on this scale.
+
+        Args:
+            samples: those of ``forward_encoder``; ``answer``, the answers of all questions in
+                order; ``n_answers`` (B,), how many each question has; ``weight`` (answers,).
         """
-        answers = self.tokenizer(samples["answer"], padding="longest", return_tensors="pt")
-        answers = self.on_device(answers)
-        answers["input_ids"][:, 0] = self.tokenizer.bos_token_id
+        answers = self.tokens_from(samples["answer"], self.tokenizer.bos_token_id)
         targets = answers.input_ids.masked_fill(
             answers.input_ids == self.tokenizer.pad_token_id, -100
         )
@@ -145,44 +120,33 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         visual = visual_input(samples)
         num_frames = len(visual) * (1 if visual.ndim == 4 else visual.shape[2])
         weight = lavis_versions.numbers(samples["weight"], self.device)
-        loss = (weight * output.loss).sum() / num_frames
-        return loss, output, targets
+        return (weight * output.loss).sum() / num_frames, output, targets
+
+    def _question_memory(self, samples) -> VisualMemory:
+        """States of the questions, as the answer decoder attends to them."""
+        states = self.forward_encoder(samples)[0].last_hidden_state
+        return self.text_decoder.project(states, samples["tokenized_text"].attention_mask)
 
     def _rank_answers(self, samples, answer_list, num_ans_candidates) -> list[str]:
         """Best answer of a list (``lavis`` ``BlipVQA``); see ``evaluation/answer_ranking.py``."""
         if self._candidates is None or self._candidates.texts != tuple(answer_list):
             self._candidates = CandidateAnswers.tokenise(answer_list, self.tokenizer)
+        memory = self._question_memory(samples)
         scores, candidates = rank_answers(
-            self.text_decoder,
-            self._question_memory(samples),
-            self._candidates,
-            num_ans_candidates,
+            self.text_decoder, memory, self._candidates, num_ans_candidates
         )
         best = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
 
-    def _question_memory(self, samples) -> VisualMemory:
-        """Questions that have looked, as the answer decoder attends to them."""
-        states = self.forward_encoder(samples)[0].last_hidden_state
-        return self.text_decoder.project(states, samples["tokenized_text"].attention_mask)
-
     def _generate_answers(self, samples, num_beams=3, max_length=10, min_length=1) -> list[str]:
-        """Beam search (``lavis`` ``BlipVQA``), blind to a question's padding.
+        """Beam search (``lavis`` ``BlipVQA``) that masks the questions' padding.
 
-        LAVIS lets answers see it, which makes them depend on the batch.
+        In LAVIS answers attend to it, so that they depend on the batch.
         """
         memory = self._question_memory(samples)
-        start = torch.full((len(memory.states), 1), self.tokenizer.bos_token_id)
-        output = self.text_decoder.generate_from_memory(
-            start.to(self.device),
-            memory,
-            num_beams=num_beams,
-            max_length=max_length,
-            min_length=min_length,
-            eos_token_id=self.tokenizer.sep_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        start = torch.full((len(memory.states), 1), self.tokenizer.bos_token_id, device=self.device)
+        lengths = {"max_length": max_length, "min_length": min_length}
+        return self.generate_texts(start, memory, num_beams=num_beams, **lengths)
 
     def predict_answers(self, samples: dict[str, Any], **kwargs) -> list[str]:
         """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
@@ -192,5 +156,5 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             kwargs: ``inference_method`` ("rank", "generate"), ``answer_list``,
                 ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``.
         """
-        # LAVIS's asks samples["image"] for the batch size, which a video has as well.
+        # LAVIS reads the batch size from samples["image"].
         return super().predict_answers({**samples, "image": visual_input(samples)}, **kwargs)

@@ -1,4 +1,4 @@
-"""The captioning task, scored against the data set's own references."""
+"""The captioning task, scored against the references in the annotation of a split."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEval
 from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDataset
 from torch.utils.data import Dataset
 
-from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
-from lavis_uniadapter.runners import stock_runners
-from lavis_uniadapter.tasks.prediction import PredictionTask
+from lavis_uniadapter.tasks.prediction import PredictionTask, visual_kind
 
 CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
 
@@ -23,66 +22,30 @@ CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
 class UniAdapterCaptionTask(PredictionTask):
     """Captioning by beam search, scored against the captions in the annotation of the split.
 
-    LAVIS's ``captioning`` scores against COCO's files, whatever the data set, and downloads them.
+    LAVIS's ``captioning`` downloads COCO's files and scores against them, whatever the dataset.
 
     Settings (``run:``): ``num_beams`` (3), ``max_len`` (30) and ``min_len`` (5) in tokens;
-    ``report_metric`` (True): False for a split without references, whose captions are written and
-    not scored; ``selection_metric`` (cider): what picks the best epoch.
+    ``report_metric`` (True): False for a split without references, whose captions are written but
+    not scored; ``selection_metric`` (cider).
     """
 
-    NOTHING = {"caption": ""}
+    METHOD, MODEL, METRIC = "generate", "blip_uniadapter_caption", "cider"
+    WRONG_PREDICTION = {"caption": ""}
 
-    def __init__(
-        self,
-        *,
-        num_beams: int = 3,
-        max_len: int = 30,
-        min_len: int = 5,
-        report_metric: bool = True,
-        selection_metric: str = "cider",
-    ):
-        super().__init__()
-        self.num_beams = num_beams
-        self.max_len = max_len
-        self.min_len = min_len
-        self.report_metric = report_metric
-        self.selection_metric = selection_metric
-
-    @classmethod
-    def setup_task(cls, cfg):
-        """Build from a configuration.
-
-        Raises:
-            ConfigError: for a model that writes no captions, or an unknown metric.
-        """
-        run = cfg.run_cfg
-        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "generate"):
-            raise ConfigError(
-                f"run.task is uniadapter_captioning, and model.arch '{cfg.model_cfg.arch}' writes "
-                "no captions. Take blip_uniadapter_caption."
-            )
-        stock_runners.check(run)
-        metric = run.get("selection_metric", "cider")
-        if metric not in METRICS:
-            raise ConfigError(
-                f"run.selection_metric is '{metric}'.{nearest(str(metric), METRICS)} "
-                f"Known: {', '.join(METRICS)}."
-            )
-        if metric == "meteor" and not has_java():
-            raise ConfigError("run.selection_metric is meteor, which needs Java; install it.")
-        return cls(
-            selection_metric=metric if run.get("report_metric", True) else "agg_metrics",
-            num_beams=run.get("num_beams", 3),
-            max_len=run.get("max_len", 30),
-            min_len=run.get("min_len", 5),
-            report_metric=run.get("report_metric", True),
-        )
+    def __init__(self, run_cfg):
+        super().__init__(run_cfg)
+        self.check_selection_metric(METRICS)
+        if self.selection_metric == "meteor" and not has_java():
+            raise ConfigError("run.selection_metric is meteor, which needs Java. Install Java.")
+        self.report_metric = run_cfg.get("report_metric", True)
+        if not self.report_metric:
+            self.selection_metric = "agg_metrics"
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets; for evaluation, one record a visual input, with all its captions.
+        """LAVIS's datasets; for evaluation, one record per visual input, with all its captions.
 
         Raises:
-            ConfigError: for a dataset that is none of LAVIS's for captioning, or if training
+            ConfigError: for a dataset that is not one of LAVIS's for captioning, or if training
                 captions do not begin with the model's prompt.
             DatasetError: if a record of an evaluation split has no caption to score against.
         """
@@ -101,7 +64,7 @@ class UniAdapterCaptionTask(PredictionTask):
         return datasets
 
     def _merge_captions(self, dataset: Dataset, where: str) -> None:
-        key = "video" if "video" in dataset.annotation[0] else "image"
+        key = visual_kind(dataset)
         merged: dict[str, dict[str, Any]] = {}
         for record in dataset.annotation:
             caption = record.get("caption") or []
@@ -109,7 +72,7 @@ class UniAdapterCaptionTask(PredictionTask):
             if not captions and self.report_metric:
                 raise DatasetError(
                     f"{where}: {record[key]} has no caption to score against. Add 'caption' to "
-                    "the annotation, or write captions alone by run.report_metric=False."
+                    "the annotation, or set run.report_metric=False to write captions only."
                 )
             first = merged.setdefault(record[key], {**record, "caption": []})
             first["caption"] += captions
@@ -119,30 +82,22 @@ class UniAdapterCaptionTask(PredictionTask):
     def predict(self, model, samples):
         captions = model.generate(
             samples,
-            use_nucleus_sampling=False,
-            num_beams=self.num_beams,
-            max_length=self.max_len,
-            min_length=self.min_len,
+            num_beams=self.cfg.get("num_beams", 3),
+            max_length=self.cfg.get("max_len", 30),
+            min_length=self.cfg.get("min_len", 5),
         )
         ids = samples["image_id"]
         ids = ids.tolist() if torch.is_tensor(ids) else ids
-        return [
-            {"image_id": i, "caption": caption} for i, caption in zip(ids, captions, strict=True)
-        ]
+        return [{"image_id": i, "caption": c} for i, c in zip(ids, captions, strict=True)]
 
     def describe(self, record):
-        return {
-            "file": record.get("video", record.get("image")),
-            "references": record["caption"],
-        }
+        file = record.get("video", record.get("image"))
+        return {"file": file, "references": record["caption"]}
 
     def metrics(self, items):
         if not self.report_metric:
-            return {"agg_metrics": 0.0}
-        metrics = caption_metrics(
-            [item["caption"] for item in items], [item["references"] for item in items]
-        )
-        return {**metrics, "agg_metrics": metrics[self.selection_metric]}
+            return {}
+        return caption_metrics([i["caption"] for i in items], [i["references"] for i in items])
 
 
 def _check_prompt(dataset: Dataset, prompt: str, name: str) -> None:

@@ -1,8 +1,7 @@
-"""What tasks that predict something for each item have in common, on any number of ranks."""
+"""What the tasks have in common: selecting a metric, predicting on any number of ranks, writing."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from abc import ABC, abstractmethod
@@ -10,113 +9,169 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.datasets.data_utils import apply_to_sample
 from lavis.tasks.base_task import BaseTask
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lavis_uniadapter.common.distributed import gather_to_main
+from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.datasets.reading import gather_unreadable
-from lavis_uniadapter.runners import run_folders
+from lavis_uniadapter.runners import run_folders, stock_runners
 
-# Key of the reason with an item, and of the number among the metrics.
+# Key of the reason in an item, and of the number of items among the metrics.
 UNREADABLE = "unreadable"
 
+Outcomes = Mapping[str, Sequence[Sequence[float]]]
 
-class PredictionTask(BaseTask, ABC):
-    """Predicts for every item of a split, gathers over ranks, and scores once.
 
-    LAVIS's tasks pass predictions between ranks through files and recognise repetitions by
-    ``question_id`` or ``image_id``, which may be no numbers. Here a prediction belongs to a record
-    of the dataset's ``annotation``, and every record must have one. Predictions are on file before
-    they are scored.
+class MeasuredTask(BaseTask, ABC):
+    """A task that writes metrics to the run's folder, one of which selects the best epoch.
 
-    A subclass answers ``predict``, ``describe`` and ``metrics``, and has in ``NOTHING`` what stands
-    for the prediction of an item that cannot be read (``allow_missing``): a wrong one.
+    Attributes:
+        METHOD: of the models that can run the task.
+        MODEL: such a model of this package.
+        METRIC: the default of ``run.selection_metric``.
+        LOWER_IS_BETTER: endings of the metrics that are best when they are low.
     """
 
-    NOTHING: Mapping[str, Any]
+    METHOD: str
+    MODEL: str
+    METRIC: str
+    LOWER_IS_BETTER: tuple[str, ...] = ()
+
+    def __init__(self, run_cfg: Mapping[str, Any]):
+        BaseTask.__init__(self)
+        self.cfg = run_cfg
+        self.selection_metric = run_cfg.get("selection_metric") or self.METRIC
+
+    @classmethod
+    def setup_task(cls, cfg):
+        """Build from a configuration.
+
+        Raises:
+            ConfigError: if the model or a setting does not fit the task.
+        """
+        if not cls.fits(registry.get_model_class(cfg.model_cfg.arch)):
+            raise ConfigError(
+                f"run.task is {cfg.run_cfg.task}, and model.arch '{cfg.model_cfg.arch}' has no "
+                f"method '{cls.METHOD}'. Use {cls.MODEL}, or another task."
+            )
+        stock_runners.check(cfg.run_cfg)
+        return cls(cfg.run_cfg)
+
+    @classmethod
+    def fits(cls, model_cls: type) -> bool:
+        return hasattr(model_cls, cls.METHOD)
+
+    def check_selection_metric(self, known: Sequence[str]) -> None:
+        """Raise ConfigError unless ``run.selection_metric`` is one of the task's metrics."""
+        metric = self.selection_metric
+        if metric not in known:
+            raise ConfigError(
+                f"run.selection_metric is '{metric}'.{nearest(str(metric), known)} "
+                f"Known: {', '.join(known)}."
+            )
+
+    def summary(self, metrics: Mapping[str, float], unreadable: int) -> dict[str, float]:
+        """Metrics with ``agg_metrics``, which LAVIS maximises, and the number of unreadable items.
+
+        Without the selection metric, ``agg_metrics`` is 0.
+        """
+        selected = metrics.get(self.selection_metric, 0.0)
+        lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
+        summary = {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
+        return summary | ({UNREADABLE: unreadable} if unreadable else {})
+
+    def write(self, metrics, outcomes: Outcomes, split_name: str, epoch: int | str):
+        """Write a split's metrics and outcomes to the run's ``result`` folder; returns the metrics.
+
+        Args:
+            outcomes: by metric, what each query or item contributes to it, as one list of values
+                per kind of query; the metric is the mean of the lists' means. Comparisons of runs
+                pair them.
+        """
+        write_result(f"metrics_{split_name}_epoch_{epoch}.json", metrics)
+        # To the root logger: LAVIS writes it to the log file, not to the console.
+        logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
+        if outcomes:
+            write_result(run_folders.OUTCOMES.format(split=split_name), outcomes)
+        return metrics
+
+
+class PredictionTask(MeasuredTask):
+    """Predicts for every item of a split, gathers over ranks, and scores once.
+
+    LAVIS's tasks exchange predictions through files and detect repetitions by ``question_id`` or
+    ``image_id``, which need not be numbers. Here a prediction belongs to a record of the dataset's
+    ``annotation``, and every record must have one. Predictions are written before they are scored.
+
+    A subclass implements ``predict``, ``describe`` and ``metrics``. Its ``WRONG_PREDICTION`` stands
+    for the prediction of an unreadable item (``allow_missing``).
+    """
+
+    WRONG_PREDICTION: Mapping[str, Any]
 
     @abstractmethod
-    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-        """What is predicted for each item of a batch, under the names that it is saved under."""
+    def predict(self, model, samples: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        """A prediction for each item of a batch, under the names that it is written under."""
 
     @abstractmethod
     def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What is saved of a record of the annotation, beside its prediction."""
+        """What is written of a record of the annotation, beside its prediction."""
 
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Scores of a split, ``agg_metrics`` among them (more is better)."""
+        """Metrics of a split."""
 
-    def outcomes(self, items: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-        """What each item contributes to metrics that are means over items; see write_outcomes."""
+    def outcomes(self, items: Sequence[Mapping[str, Any]]) -> Outcomes:
+        """What each item contributes to metrics that are means over items; see ``write``."""
         return {}
 
     def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
         """All items of a split with their predictions, on the main process; None on the others.
 
         Raises:
-            RuntimeError: if an item was not predicted exactly once.
+            RuntimeError: if an item was not predicted.
         """
-        predictions: list[tuple[int, Mapping[str, Any]]] = []
+        predictions: dict[int, dict[str, Any]] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
         for samples in progress:
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
-            predictions += zip(indices, self.predict(model, samples), strict=True)
-        # Every rank answers for its share, whether or not its loader is sharded.
-        predictions = [p for p in predictions if p[0] % get_world_size() == get_rank()]
+            predictions.update(zip(indices, self.predict(model, samples), strict=True))
         shares = gather_to_main(predictions)
         unreadable = gather_unreadable(data_loader)
         if shares is None:
             return None
         records = data_loader.dataset.annotation
-        by_index: dict[int, list[Mapping[str, Any]]] = {i: [] for i in range(len(records))}
-        for index, prediction in itertools.chain.from_iterable(shares):
-            by_index[index].append(prediction)
-        wrong = [i for i, found in by_index.items() if len(found) != 1]
-        if wrong:
+        predictions = {index: item for share in shares for index, item in share.items()}
+        if missing := set(range(len(records))).difference(predictions):
             raise RuntimeError(
-                f"{len(wrong)} of {len(records)} items were not predicted exactly once, the first "
-                f"being {records[wrong[0]]}, {len(by_index[wrong[0]])} times. The evaluation "
-                "sampler must cover the split: do not shuffle or pad it."
+                f"{len(missing)} of {len(records)} items were not predicted, the first being "
+                f"{records[min(missing)]}. The evaluation sampler must cover the split."
             )
-        return [
-            {**self.describe(record), **by_index[i][0]}
-            | ({**self.NOTHING, UNREADABLE: unreadable[i].reason} if i in unreadable else {})
-            for i, record in enumerate(records)
-        ]
+        for index, fault in unreadable.items():
+            predictions[index] |= {**self.WRONG_PREDICTION, UNREADABLE: fault.reason}
+        return [{**self.describe(r), **predictions[i]} for i, r in enumerate(records)]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write predictions, then metrics, to the run's ``result`` folder; returns the metrics."""
         if val_result is None:
             return None
-        path = Path(registry.get_path("result_dir")) / f"{split_name}_epoch_{epoch}.json"
-        path.write_text(json.dumps(val_result, indent=1) + "\n")
-        metrics = self.metrics(val_result)
-        if outcomes := self.outcomes(val_result):
-            write_outcomes(outcomes, split_name)
-        if unreadable := sum(UNREADABLE in item for item in val_result):
-            metrics[UNREADABLE] = unreadable
-        write_metrics(metrics, split_name, epoch)
-        return metrics
+        write_result(f"{split_name}_epoch_{epoch}.json", val_result)
+        unreadable = sum(UNREADABLE in item for item in val_result)
+        metrics = self.summary(self.metrics(val_result), unreadable)
+        return self.write(metrics, self.outcomes(val_result), split_name, epoch)
 
 
-def write_metrics(metrics: Mapping[str, float], split_name: str, epoch: int | str) -> None:
-    """Keep a split's metrics in the run's ``result`` folder and log."""
-    path = Path(registry.get_path("result_dir")) / f"metrics_{split_name}_epoch_{epoch}.json"
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
-    # root logger: to the log file, as LAVIS does, and not to the console
-    logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
+def write_result(name: str, content: Any) -> None:
+    path = Path(registry.get_path("result_dir")) / name
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def write_outcomes(outcomes: Mapping[str, Sequence[Sequence[float]]], split_name: str) -> None:
-    """Keep what each query of a split contributes to its metrics, for paired comparisons.
-
-    Args:
-        outcomes: by metric, values for each kind of query; the metric is the mean of their means.
-    """
-    path = Path(registry.get_path("result_dir")) / run_folders.OUTCOMES.format(split=split_name)
-    path.write_text(json.dumps(outcomes) + "\n")
+def visual_kind(dataset: Dataset) -> str:
+    """``video`` or ``image``: what a LAVIS dataset shows, by its annotation."""
+    return "video" if "video" in dataset.annotation[0] else "image"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,80 +12,60 @@ from lavis.datasets.datasets.multimodal_classification_datasets import (
     MultimodalClassificationDataset,
 )
 from lavis.models.alpro_models.alpro_qa import AlproQA
-from lavis.tasks.base_task import BaseTask
-from lavis.tasks.vqa import VQATask
 
 from lavis_uniadapter.common import lavis_versions
-from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation.answer_metrics import (
-    OTHER,
-    QUESTION_TYPES,
+    METRICS,
     answer_metrics,
     is_correct,
     question_type,
 )
-from lavis_uniadapter.runners import stock_runners
 from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")
 
+SETTINGS = ("inference_method", "num_ans_candidates", "num_beams", "max_len", "min_len")
+
 
 @registry.register_task("video_qa")
-class VideoQATask(PredictionTask, VQATask):
+class VideoQATask(PredictionTask):
     """VideoQA by ranking the training answers or by generation, scored by exact match.
 
-    LAVIS's ``msrvtt_qa`` and ``msvd_qa`` give an answer as a class index, and one index for all
-    answers that are no class. Here the datasets' class labels are extended by those answers, so
-    that an index stands for one answer: the model learns every training answer, ranks those that
+    LAVIS's ``msrvtt_qa`` and ``msvd_qa`` give an answer as a class index, with a single index for
+    all answers that are not a class. Here the datasets' class labels are extended by those answers,
+    so that an index stands for one answer: the model learns every training answer, ranks those that
     are classes, and is scored on all. LAVIS's ``alpro_qa``, a classifier, is trained and tested on
-    the same classes; training questions whose answer is none of them are left out.
+    the same classes; training questions whose answer is not a class are left out.
 
     Settings (``run:``), as in LAVIS's ``vqa``: ``inference_method`` (rank | generate),
     ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``; and ``selection_metric``
-    (accuracy), which picks the best epoch.
+    (accuracy).
     """
 
-    selection_metric = "accuracy"
+    METHOD, MODEL, METRIC = "predict_answers", "blip_uniadapter_vqa", "accuracy"
+    WRONG_PREDICTION = {"prediction": ""}
     num_classes: int | None = None  # of a classifier
-    NOTHING = {"prediction": ""}
 
-    @classmethod
-    def setup_task(cls, cfg):
-        """Build from a configuration.
-
-        Raises:
-            ConfigError: for a model that answers no questions, or an unknown method or metric.
-        """
-        model_cls = registry.get_model_class(cfg.model_cfg.arch)
-        classifies = issubclass(model_cls, AlproQA)
-        if not classifies and not hasattr(model_cls, "predict_answers"):
-            raise ConfigError(
-                f"run.task is video_qa, and model.arch '{cfg.model_cfg.arch}' answers no "
-                "questions. Take blip_uniadapter_vqa."
-            )
-        stock_runners.check(cfg.run_cfg)
-        method = cfg.run_cfg.get("inference_method", "rank")
+    def __init__(self, run_cfg):
+        super().__init__(run_cfg)
+        self.check_selection_metric(METRICS)
+        method = run_cfg.get("inference_method") or "rank"
         if method not in ("rank", "generate"):
             raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
-        task = super().setup_task(cfg)
-        task.num_classes = cfg.model_cfg.num_classes if classifies else None
-        task.selection_metric = cfg.run_cfg.get("selection_metric", cls.selection_metric)
-        known = ["accuracy", *(f"accuracy_{kind}" for kind in (*QUESTION_TYPES, OTHER))]
-        if task.selection_metric not in known:
-            raise ConfigError(
-                f"run.selection_metric is '{task.selection_metric}'."
-                f"{nearest(str(task.selection_metric), known)} Known: {', '.join(known)}."
-            )
-        return task
+
+    @classmethod
+    def fits(cls, model_cls):
+        return super().fits(model_cls) or issubclass(model_cls, AlproQA)
 
     def build_datasets(self, cfg):
         """LAVIS's datasets, with class labels for every answer in them.
 
         Raises:
             ConfigError: for a dataset that has no class labels, or a validation split without
-                questions of the kind that the selection metric is about.
+                questions of the type that the selection metric is about.
         """
-        datasets = BaseTask.build_datasets(self, cfg)  # VQATask's looks for COCO's question files
+        datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
         every = [(name, d) for name, splits in datasets.items() for d in splits.values()]
         for name, dataset in every:
@@ -93,12 +73,13 @@ class VideoQATask(PredictionTask, VQATask):
                 raise ConfigError(
                     f"run.task is video_qa, and the dataset '{name}' is a "
                     f"{type(dataset).__name__}, which has no answer classes. For COCO's and "
-                    "Visual Genome's questions take run.task: vqa."
+                    "Visual Genome's questions set run.task: vqa."
                 )
             for answer in sorted(dataset.class_labels, key=dataset.class_labels.get):
                 labels.setdefault(answer, len(labels))
         self.answer_list = list(labels)
-        if self.num_classes is not None:
+        if issubclass(registry.get_model_class(cfg.model_cfg.arch), AlproQA):
+            self.num_classes = cfg.model_cfg.num_classes
             self._prepare_for_classifier(datasets)
         for _, dataset in every:
             for record in dataset.annotation:
@@ -106,16 +87,16 @@ class VideoQATask(PredictionTask, VQATask):
         for _, dataset in every:
             dataset.class_labels = labels
         self._answers = list(labels)
-        self._check_selection_metric(datasets, cfg.run_cfg.get("valid_splits") or ())
+        self._check_question_types(datasets, cfg.run_cfg.get("valid_splits") or ())
         return datasets
 
     def _prepare_for_classifier(self, datasets) -> None:
-        """Leave out training questions whose answer is no class: a classifier fails on them."""
+        """Leave out training questions whose answer is not a class: a classifier fails on them."""
         if self.num_classes != len(self.answer_list):
             raise ConfigError(
                 f"model.num_classes is {self.num_classes}, and the datasets "
                 f"{', '.join(datasets)} have {len(self.answer_list)} answer classes (ans2label). "
-                "Give both the same number."
+                "Make them equal."
             )
         for name, splits in datasets.items():
             if (train := splits.get("train")) is None:
@@ -125,11 +106,11 @@ class VideoQATask(PredictionTask, VQATask):
             train._add_instance_ids()
             if len(train) < number:
                 logger.warning(
-                    "%s, train: %d of %d questions left out, as their answers are no classes.",
+                    "%s, train: %d of %d questions left out: their answers are not classes.",
                     *(name, number - len(train), number),
                 )
 
-    def _check_selection_metric(self, datasets, valid_splits: Sequence[str]) -> None:
+    def _check_question_types(self, datasets, valid_splits: Iterable[str]) -> None:
         kind = self.selection_metric.removeprefix("accuracy").removeprefix("_")
         for name, splits in datasets.items():
             for split in set(valid_splits).intersection(splits if kind else ()):
@@ -137,33 +118,27 @@ class VideoQATask(PredictionTask, VQATask):
                 if kind not in map(question_type, questions):
                     raise ConfigError(
                         f"run.selection_metric is '{self.selection_metric}', and {name}, {split} "
-                        f"has no question of that kind. Take accuracy."
+                        f"has no question of that type. Use accuracy."
                     )
 
     def train_step(self, model, samples: Mapping[str, Any]):
-        """Loss of a batch of LAVIS's ``VideoQADataset``: one answer a question, of weight 1."""
+        """Loss of a batch of LAVIS's ``VideoQADataset``: one answer per question, of weight 1."""
         if self.num_classes is not None:
             indices = lavis_versions.numbers(samples["answers"], samples["video"].device)
-            output = model({**samples, "answers": indices})
-            return lavis_versions.train_step_result(output["loss"])
-        answers = [self._answers[int(index)] for index in samples["answers"]]
-        ones = torch.ones(len(answers))
-        output = model({**samples, "answer": answers, "n_answers": ones.long(), "weight": ones})
-        return lavis_versions.train_step_result(output["loss"])
+            answers = {"answers": indices}
+        else:
+            ones = torch.ones(len(samples["answers"]))
+            texts = [self._answers[int(index)] for index in samples["answers"]]
+            answers = {"answer": texts, "n_answers": ones.long(), "weight": ones}
+        return lavis_versions.train_step_result(model({**samples, **answers})["loss"])
 
     def predict(self, model, samples):
         if self.num_classes is not None:
             best = model.predict(samples)["predictions"].argmax(dim=1)
-            return [{"prediction": self.answer_list[i]} for i in best.tolist()]
-        answers = model.predict_answers(
-            samples=samples,
-            answer_list=self.answer_list,
-            inference_method=self.inference_method,
-            num_beams=self.num_beams,
-            max_len=self.max_len,
-            min_len=self.min_len,
-            num_ans_candidates=self.num_ans_candidates,
-        )
+            answers = [self.answer_list[i] for i in best.tolist()]
+        else:
+            settings = {key: self.cfg[key] for key in SETTINGS if self.cfg.get(key) is not None}
+            answers = model.predict_answers(samples, answer_list=self.answer_list, **settings)
         return [{"prediction": answer} for answer in answers]
 
     def evaluation(self, model, data_loader, **kwargs):
@@ -180,8 +155,7 @@ class VideoQATask(PredictionTask, VQATask):
         }
 
     def metrics(self, items):
-        metrics = answer_metrics(items, self.answer_list)
-        return {**metrics, "agg_metrics": metrics[self.selection_metric]}
+        return answer_metrics(items, self.answer_list)
 
     def outcomes(self, items):
         return {"accuracy": [[100.0 * item["correct"] for item in items]]}

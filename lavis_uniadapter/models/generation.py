@@ -1,0 +1,42 @@
+"""What the BLIP models that answer in words have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import BatchEncoding
+
+from lavis_uniadapter.backbone import VisualMemory, encode_frames
+from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.models.base import TunedBlip
+
+
+class GeneratingBlip(TunedBlip):
+    """A tuned BLIP with a ``text_decoder``."""
+
+    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
+
+    def visual_tokens(self, samples: Mapping[str, Any]) -> Tensor:
+        """(batch, frames * tokens, width) of ``image`` or ``video``; see ``visual_input``."""
+        return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
+
+    def tokens_from(self, texts: Sequence[str], first_token: int, **options) -> BatchEncoding:
+        """Token ids and mask on the model's device, with ``first_token`` in place of [CLS]."""
+        tokens = self.tokenizer(list(texts), padding="longest", return_tensors="pt", **options)
+        tokens = self.on_device(tokens)
+        tokens["input_ids"][:, 0] = first_token
+        return tokens
+
+    def generate_texts(self, prompt_ids: Tensor, memory: VisualMemory, **options) -> list[str]:
+        """Continuations of (items, length) prompts; see ``generate_from_memory``."""
+        output = self.text_decoder.generate_from_memory(
+            prompt_ids,
+            memory,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        continuations = output[:, prompt_ids.shape[1] :]
+        return self.tokenizer.batch_decode(continuations, skip_special_tokens=True)
