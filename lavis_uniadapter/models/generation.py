@@ -16,8 +16,6 @@ from lavis_uniadapter.models.base import TunedBlip
 class GeneratingBlip(TunedBlip):
     """A tuned BLIP with a ``text_decoder``."""
 
-    OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
-
     def visual_tokens(self, samples: Mapping[str, Any]) -> Tensor:
         """(batch, frames * tokens, width) of ``image`` or ``video``; see ``visual_input``."""
         return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
