@@ -10,6 +10,7 @@ import yaml
 from lavis.common.registry import registry
 from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN
 
+from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import launch
 from lavis_uniadapter.tools import recipes
@@ -93,6 +94,12 @@ def test_a_copied_comparison_runs_the_same_recipes(name, tmp_path):
     copy = recipes.copy(f"compare/{name}", tmp_path / "my.yaml")
     ours, original = read_plan(copy), read_plan(recipes.comparisons()[name])
     assert ours == original
+
+
+@pytest.mark.parametrize("options", [[], ["run.evaluate=True"]], ids=["train", "evaluate"])
+@pytest.mark.parametrize("name", recipes.runs())
+def test_every_recipe_is_accepted(name, options):
+    assert load_config(recipes.runs()[name], options).run_cfg.device in ("cpu", "cuda")
 
 
 @pytest.fixture
