@@ -11,7 +11,7 @@ from pathlib import Path
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.tools import recipes
 from lavis_uniadapter.tools.compare.plan import read_plan
-from uniadapter_cli.runs import add_options, names_and_options
+from uniadapter_cli.runs import add_options, import_launch, names_and_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not (args.add and args.metrics and args.output_dir):
         raise ConfigError("Give a PLAN, or --add, --metrics and --output-dir.")
 
-    from lavis_uniadapter.runners import launch
+    launch = import_launch()
     from lavis_uniadapter.tools.compare.report import added_lines, write_report
     from lavis_uniadapter.tools.compare.running import Comparison
 

@@ -1,4 +1,4 @@
-"""``uniadapter train``, ``uniadapter evaluate`` and ``uniadapter demo``.
+"""``uniadapter train``, ``evaluate``, ``demo`` and ``prepare``.
 
 A module of commands parses arguments and finds files first, and imports LAVIS after that.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from types import ModuleType
 
 from lavis_uniadapter.tools import recipes
 
@@ -40,10 +41,26 @@ def demo(argv: Sequence[str] | None = None) -> int:
     add_options(parser)
     args = parser.parse_args(argv)
 
-    from lavis_uniadapter.runners import launch
+    launch = import_launch()
     from lavis_uniadapter.tools.demo import run_demo
 
     return launch.exit_status(lambda: run_demo(args.task, args.seed, args.output_dir, args.options))
+
+
+def prepare(argv: Sequence[str] | None = None) -> int:
+    """Prepare or check data; returns the exit status."""
+    import_launch()
+    from lavis_uniadapter.tools.prepare.__main__ import main
+
+    return main(argv)
+
+
+def import_launch() -> ModuleType:
+    """Register everything with LAVIS; returns the module that starts runs."""
+    import lavis_uniadapter.registration  # noqa: F401
+    from lavis_uniadapter.runners import launch
+
+    return launch
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +102,6 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, evaluate: 
         parser.error(f"give one recipe, and values as section.key=value; recipes given: {given}")
     path = recipes.find(names[0], recipes.runs())
 
-    from lavis_uniadapter.runners import launch
-
+    launch = import_launch()
     work = launch.check if args.dry_run else launch.run_and_report
     return launch.exit_status(lambda: work(path, options, evaluate))

@@ -32,7 +32,6 @@ from lavis.tasks.retrieval import RetrievalTask
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import lavis_uniadapter.registration  # noqa: F401  (whatever a configuration names)
 from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import (

@@ -198,5 +198,5 @@ def _draw_descriptions(result: launch.RunResult, picture: Path) -> None:
 
 
 def _answer(item: Mapping) -> str:
-    truth = "" if item["correct"] else f"  (right: {item['answer']})"
+    truth = "" if item["correct"] else f"  (correct: {item['answer']})"
     return f"{item['question']}  {item['prediction']}{truth}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -152,7 +153,7 @@ def test_torchrun_starts_the_command(tiny, tmp_path):
     command += ["--nproc_per_node=2", "-m", "uniadapter_cli", "train", "shapes_retrieval"]
     done = subprocess.run(
         [*command, *tiny, "run.batch_size_train=2", "run.job_id=two", "run.max_epoch=1"],
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
