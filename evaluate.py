@@ -1,8 +1,8 @@
-"""Evaluate a model: ``python evaluate.py --cfg-path projects/uniadapter/eval/<name>.yaml``."""
+"""Evaluate a model: ``python evaluate.py --cfg-path FILE``, as ``uniadapter evaluate FILE``."""
 
 import sys
 
-from lavis_uniadapter.runners.launch import main
+from uniadapter_cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(evaluate=True))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Train a model: ``python train.py --cfg-path projects/uniadapter/train/<name>.yaml``."""
+"""Train a model: ``python train.py --cfg-path FILE``, as ``uniadapter train FILE``."""
 
 import sys
 
-from lavis_uniadapter.runners.launch import main
+from uniadapter_cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""``python -m lavis_uniadapter.compare``."""
+"""``python -m lavis_uniadapter.compare``, the same as ``uniadapter compare``."""
 
 import sys
 
-from lavis_uniadapter.tools.compare.__main__ import main
+from uniadapter_cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""``python -m lavis_uniadapter.demo``."""
+"""``python -m lavis_uniadapter.demo``, the same as ``uniadapter demo``."""
 
 import sys
 
-from lavis_uniadapter.tools.demo import main
+from uniadapter_cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["demo", *sys.argv[1:]]))

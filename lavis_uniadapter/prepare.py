@@ -1,8 +1,8 @@
-"""``python -m lavis_uniadapter.prepare``."""
+"""``python -m lavis_uniadapter.prepare``, the same as ``uniadapter prepare``."""
 
 import sys
 
-from lavis_uniadapter.tools.prepare.__main__ import main
+from uniadapter_cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["prepare", *sys.argv[1:]]))

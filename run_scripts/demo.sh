@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Train a small BLIP on stills, adapt it to video by UniAdapter, show what it cost and gained.
+# Train a small BLIP on stills, adapt it to video by UniAdapter: demo.sh [retrieval|qa|caption].
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec python -m lavis_uniadapter.demo "$@"
+exec uniadapter demo "$@"

@@ -4,7 +4,7 @@ import os
 import sys
 
 from lavis_uniadapter.datasets.reading import TrainingItems
-from lavis_uniadapter.runners.launch import main
+from uniadapter_cli.main import main
 
 read = TrainingItems._read
 
@@ -17,4 +17,4 @@ def fail_in_the_second_epoch(items, index):
 
 
 TrainingItems._read = fail_in_the_second_epoch
-sys.exit(main())
+sys.exit(main(["train", *sys.argv[1:]]))

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-from lavis_uniadapter.runners.launch import main
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
+from uniadapter_cli.main import main
 
 losses = RunnerUniAdapter._losses
 steps = []
@@ -19,4 +19,4 @@ def losses_and_signal(runner, samples):
 
 
 RunnerUniAdapter._losses = losses_and_signal
-sys.exit(main())
+sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""LAVIS's own models with small encoders and without the hub; as a script, ``train.py`` with them.
+"""LAVIS's own models with small encoders and without the hub; as a script, the command with them.
 
 Their code stays LAVIS's. Only sizes that it fixes are changed, and where BERT's tokenizer is from.
 """
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from transformers import BertTokenizer
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
-from lavis_uniadapter.runners import launch
+from uniadapter_cli.main import main
 
 WIDTH = 32
 SIZE = {"embed_dim": WIDTH, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
@@ -132,4 +132,4 @@ def write_weights(path: Path, options: list[str], weights: Path) -> None:
 
 if __name__ == "__main__":
     shrink()
-    sys.exit(launch.main())
+    sys.exit(main())

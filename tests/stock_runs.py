@@ -27,7 +27,7 @@ from tiny_runs import TRAIN, options_of
 
 from lavis_uniadapter.checkpoints import blip_files
 from lavis_uniadapter.common.config import load_config
-from lavis_uniadapter.runners import launch
+from uniadapter_cli.main import main as uniadapter
 
 CONFIG = TRAIN / "shapes_retrieval.yaml"
 OPTIONS = (
@@ -85,7 +85,7 @@ def _be_a_rank(do, folder: Path, environment: dict[str, object], kill_at: int | 
 
 def through_launcher(*options: str, evaluate: bool = False) -> Callable[[], None]:
     def do() -> None:
-        if launch.main(["--cfg-path", str(CONFIG), "--options", *options], evaluate=evaluate):
+        if uniadapter(["evaluate" if evaluate else "train", str(CONFIG), *options]):
             raise RuntimeError("the run failed")
 
     return do

@@ -29,8 +29,8 @@ from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.tasks import retrieval
 from lavis_uniadapter.tools.compare import running
-from lavis_uniadapter.tools.compare.__main__ import main as compare
 from lavis_uniadapter.tools.prepare.__main__ import main as prepare
+from uniadapter_cli.compare import main as compare
 
 BASELINES = ROOT / "projects/baselines"
 # By a file's name: the miniature that it reads, a metric of it, and LAVIS's project file.
@@ -383,9 +383,7 @@ def children(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def start_small(command, **kwargs):
-        command = " ".join(command).replace(
-            "-m lavis_uniadapter.runners.launch", small_lavis.__file__
-        )
+        command = " ".join(command).replace("-m uniadapter_cli", small_lavis.__file__)
         return popen(command.split(" "), **kwargs)
 
     monkeypatch.setattr(running.subprocess, "Popen", start_small)
@@ -411,11 +409,9 @@ def test_two_processes_train_and_test_as_one(start, options_of, tmp_path):
     for split in ("val", "test"):  # three images of three colours, so that nothing ties
         change(annotations / f"{split}.json", lambda _: records[:3])
     command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    command += ["--nproc_per_node=2", small_lavis.__file__, "--cfg-path", str(path_of(name))]
+    command += ["--nproc_per_node=2", small_lavis.__file__, "train", str(path_of(name))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--options", *small], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *small], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "output/baselines/blip_retrieval_flickr/two"
     weights = ("model.load_finetuned=True", f"model.finetuned={folder / BEST}")

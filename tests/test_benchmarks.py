@@ -74,7 +74,7 @@ def start(tmp_path, small_med_config, monkeypatch):
     base = tmp_path / "blip.pth"
 
     def run(name, *options, evaluate=False):
-        path = PROJECTS / ("eval" if evaluate else "train") / f"{name}.yaml"
+        path = PROJECTS / f"train/{name}.yaml"
         small = small_options(path, small_med_config)
         if not cache.exists():
             BENCHMARKS[name](cache)
@@ -226,9 +226,9 @@ def test_wrong_rows_of_own_data_are_named_by_line(start, tmp_path):
         start("custom_qa")
 
 
-def test_the_training_configuration_evaluates_as_well(start):
+def test_evaluation_builds_no_training_data(start):
     """Visual Genome has training questions alone, and is then not asked for."""
-    evaluated = start("vqav2", "run.evaluate=True")
+    evaluated = start("vqav2", evaluate=True)
     assert set(evaluated.runner.datasets) == {"test"}
     assert list(evaluated.runner.config.datasets_cfg) == ["coco_vqa"]
 
@@ -539,7 +539,7 @@ def test_processes_evaluate_as_one(start, name, processes, small_med_config, tmp
 
     change(start.cache / f"msrvtt/annotations/{kind}_test.json", grow)
     alone = start(name, evaluate=True)
-    path = PROJECTS / "eval" / f"{name}.yaml"
+    path = PROJECTS / f"train/{name}.yaml"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(
@@ -562,28 +562,3 @@ def test_processes_evaluate_as_one(start, name, processes, small_med_config, tmp
         one, two = (json.loads((folder / written).read_text()) for folder in files)
         assert one == two
     assert len(one) == (7 if kind == "qa" else 3)
-
-
-# --- launchers ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_launcher_starts_its_configuration(name, tmp_path):
-    """With a Python that only writes down what it is asked to do."""
-    python = tmp_path / "bin/python"
-    python.parent.mkdir()
-    python.write_text('#!/bin/bash\necho "$@" >> "$ASKED"\necho 3.11\n')
-    python.chmod(0o755)
-    asked = tmp_path / "asked"
-    command = ["bash", str(ROOT / f"run_scripts/{name}.sh"), "--options", "run.seed=7"]
-    environment = {**os.environ, "VIRTUAL_ENV": str(tmp_path), "ASKED": str(asked), "NPROC": "3"}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
-    last = asked.read_text().splitlines()[-1].split()
-    assert last[:2] == ["-m", "torch.distributed.run"]
-    assert "--nproc_per_node=3" in last
-    assert last[-2:] == ["--options", "run.seed=7"]
-    alone = {**environment, "NPROC": "1"}
-    subprocess.run(command, check=True, cwd=tmp_path, env=alone, capture_output=True)
-    assert asked.read_text().splitlines()[-1].startswith("train.py --cfg-path")
-    path = ROOT / last[last.index("--cfg-path") + 1]
-    assert path == PROJECTS / "train" / f"{name}.yaml" and path.is_file()

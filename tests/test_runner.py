@@ -20,6 +20,7 @@ from lavis_uniadapter.datasets.reading import BatchReport
 from lavis_uniadapter.runners import launch, runner
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER, EpochProgress
+from uniadapter_cli.main import main
 
 
 def trained_state(path):
@@ -381,12 +382,9 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def attempt(*options, cache=tiny_cache, name="shapes_retrieval"):
-        status = launch.main(
-            [
-                *("--cfg-path", str(TRAIN / f"{name}.yaml"), "--options"),
-                *(*TINY_CLIPS, *TINY_RUN, f"run.cache_root={cache}", *options),
-            ]
-        )
+        tiny = (*TINY_CLIPS, *TINY_RUN, f"run.cache_root={cache}")
+        path = str(TRAIN / f"{name}.yaml")
+        status = main(["train", "--cfg-path", path, "--options", *tiny, *options])
         captured = capsys.readouterr()
         assert status == 2
         assert "Traceback" not in captured.err
@@ -496,7 +494,7 @@ def test_broken_data_end_in_one_clear_error(own_data, harm, capsys):
         video = sorted((data / "videos").iterdir())[0]
         video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
         expected = video.name
-    status = launch.main(["--cfg-path", str(own_data / "own.yaml")])
+    status = main(["train", str(own_data / "own.yaml")])
     captured = capsys.readouterr()
     assert status == 2
     assert expected in captured.err

@@ -1,8 +1,7 @@
-"""Start runs: what ``train.py`` and ``evaluate.py`` call, and what Python code may call."""
+"""Start runs: from the command line (``exit_status``) and from Python (``run``)."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import logging
@@ -14,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,8 +29,10 @@ from lavis.runners.runner_base import RunnerBase
 from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import (
     destroy_process_group,
@@ -41,7 +42,7 @@ from lavis_uniadapter.common.distributed import (
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.models.lavis_models import check_lavis_model
+from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors.video import VideoDecodeError
 from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
@@ -138,12 +139,7 @@ def _build_and_run(
     # Alike on every rank while the model is built; apart when batches and negatives are drawn.
     seed_everything(seed)
     precision.set_matmul_precision(config.run_cfg.get("matmul_precision") or "highest")
-    task = setup_task(config)
-    _check_allow_missing(config, task)
-    make_buildable(config.datasets_cfg, _splits_of(config))
-    datasets = task.build_datasets(config)
-    check_splits(config.run_cfg, task, datasets)
-    check_lavis_model(config, datasets)
+    task, datasets = _build_datasets(config)
     model = task.build_model(config)
     # last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
@@ -161,6 +157,44 @@ def _build_and_run(
     if config.run_cfg.get("resume_ckpt_path"):
         model.load_checkpoint(config.run_cfg.resume_ckpt_path)
     return runner, runner.evaluate(skip_reload=True)
+
+
+def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Dataset]]]:
+    task = setup_task(config)
+    _check_allow_missing(config, task)
+    make_buildable(config.datasets_cfg, _splits_of(config))
+    datasets = task.build_datasets(config)
+    check_splits(config.run_cfg, task, datasets)
+    check_lavis_model(config, datasets)
+    return task, datasets
+
+
+def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False) -> None:
+    """Check the configuration and every data file of a run, and log what it would use.
+
+    Builds no model and writes no run folder.
+
+    Args:
+        cfg_path: YAML file.
+        options: ``section.key=value`` strings over it.
+        evaluate: check what an evaluation needs.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError: as ``run`` raises them.
+    """
+    config = load_config(cfg_path, [*options, "run.evaluate=True"] if evaluate else options)
+    set_cache_root(config)
+    base = str(config.model_cfg.get("pretrained") or "")
+    ours = not is_lavis_model(registry.get_model_class(config.model_cfg.arch))
+    if ours and base and "://" not in base and paths.find(base) is None:
+        raise CheckpointError(f"No checkpoint at '{base}' (model.pretrained).")
+    _, datasets = _build_datasets(config)
+    check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
+    logger.info("model: %s, %s", config.model_cfg.arch, config.model_cfg.model_type)
+    for name, by_split in datasets.items():
+        sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in by_split.items())
+        logger.info("dataset: %s, items: %s", name, sizes)
+    logger.info("The configuration and the data files are valid.")
 
 
 @main_process
@@ -360,37 +394,33 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
-    """The command line of ``train.py`` and ``evaluate.py``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate a model." if evaluate else "Train a model, then test it.",
-    )
-    parser.add_argument("--cfg-path", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--options",
-        nargs="+",
-        default=[],
-        metavar="section.key=value",
-        help="override the file, e.g. run.init_lr=1e-4 model.tuning=full",
-    )
-    if evaluate:
-        parser.add_argument("--adapter", help="folder written by save_adapter to evaluate")
-    args = parser.parse_args(argv)
-    options = list(args.options)
-    if evaluate and args.adapter:
-        options.append(f"model.adapter_ckpt={args.adapter}")
+def run_and_report(
+    cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
+) -> None:
+    """``run``, and log the metrics. Keeps no reference to the run, so the process group can end."""
+    result = run(cfg_path, options, evaluate)
+    if result.metrics is not None:
+        logger.info("%s", metrics_table(result.metrics))
+        logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Do the work of a command; returns its exit status.
+
+    Messages go to the console, and errors that a user can fix are printed in one line.
+    """
     log_to_console()
+    rank = int(os.environ.get("RANK", 0))
     status = 0
     try:
-        _run_and_report(args.cfg_path, options, evaluate)
+        work()
     except USER_ERRORS as error:
         # Configurations fail alike on every rank; data and numbers on one.
-        rank = int(os.environ.get("RANK", 0))
         if rank == 0 or isinstance(error, RANK_ERRORS):
             tqdm.write(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         status = 2
     except Interrupted as interrupted:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             tqdm.write(str(interrupted), file=sys.stderr)
         status = EXIT_INTERRUPTED
     except AnotherRankFailed:
@@ -407,15 +437,3 @@ def main(argv: Sequence[str] | None = None, *, evaluate: bool = False) -> int:
         os._exit(status)
     destroy_process_group()
     return status
-
-
-def _run_and_report(cfg_path: str, options: Sequence[str], evaluate: bool) -> None:
-    """Keeps nothing of the run, so that the process group can end with it."""
-    result = run(cfg_path, options, evaluate)
-    if result.metrics is not None:
-        logger.info("%s", metrics_table(result.metrics))
-        logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.tools.compare.intervals import paired_difference
 from lavis_uniadapter.tools.compare.running import Line
@@ -109,20 +110,31 @@ def write_report(
         writer.writeheader()
         writer.writerows(rows)
     run_folders.write_json(folder / "comparison.json", rows)
+    first = metrics[0]
     points = {
-        row["method"]: (
-            row["trained parameters"],
-            row[metrics[0]],
-            row[f"{metrics[0]} std"] or 0.0,
-        )
+        row["method"]: (row["trained parameters"], row[first], row[f"{first} std"] or 0.0)
         for row in rows
-        if row[metrics[0]] is not None and row["trained parameters"] is not None
+        if row[first] is not None and row["trained parameters"] is not None
     }
     if points:
-        plot_comparison(
-            points,
-            metrics[0],
-            folder / "comparison.png",
-            "mean ± standard deviation over seeds",
-        )
+        plot_comparison(points, first, folder / "comparison.png")
     return table
+
+
+def added_lines(added: Sequence[str]) -> list[Line]:
+    """Lines of finished runs' folders, given as NAME=FOLDER; of one name, seeds of one line.
+
+    Raises:
+        ConfigError: naming what is no such pair, or a folder without a finished run.
+    """
+    lines: dict[str, Line] = {}
+    for item in added:
+        name, equals, folder = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--add {item!r} is not NAME=FOLDER.")
+        try:
+            summary = run_folders.read(Path(folder))
+        except FileNotFoundError as error:
+            raise ConfigError(str(error)) from error
+        lines.setdefault(name, Line(name)).runs.append(summary)
+    return list(lines.values())

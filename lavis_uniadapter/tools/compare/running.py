@@ -1,4 +1,4 @@
-"""Carries a comparison out: runs in processes of their own, learning rates chosen, resumed."""
+"""Runs a comparison: each run in its own process, learning rates chosen, resumable."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.tools.compare.plan import Entry, Plan, slug
+from lavis_uniadapter.tools.compare.progress import Progress
 
 logger = logging.getLogger("lavis_uniadapter")
 
@@ -36,7 +37,7 @@ class Line:
 
 
 class Comparison:
-    """Carries a plan out; what has finished before is not run again.
+    """Runs a plan; runs that have finished before are not repeated.
 
     Args:
         plan: what to run.
@@ -48,23 +49,24 @@ class Comparison:
         self.plan = plan
         self.jobs = jobs
         self.processes = processes
+        self._progress = Progress()
         self._children: set[subprocess.Popen] = set()
         self._base_identity: str | None = None
 
     def run(self) -> list[Line]:
-        """All runs of the plan; a failed one is a failure of its line, and the others go on.
+        """All runs of the plan; a failed one is a failure of its line, and the others continue.
 
         Raises:
-            RuntimeError: if the base, on which all stand, cannot be trained, or another comparison
-                works in the same folder.
+            RuntimeError: if the base, from which all start, cannot be trained, or another
+                comparison works in the same folder.
         """
         try:
-            with run_folders.sole_user(self.plan.output_dir):
+            with run_folders.sole_user(self.plan.output_dir), self._progress:
                 return self._run_all()
         except run_folders.FolderInUse:
             raise RuntimeError(
                 f"Another comparison works in '{self.plan.output_dir}'. Wait for it, end it, or "
-                "take another --output-dir."
+                "choose another --output-dir."
             ) from None
 
     def _run_all(self) -> list[Line]:
@@ -95,50 +97,31 @@ class Comparison:
 
     def _tune(self, pool, lines: dict[str, Line], common: tuple[str, ...]) -> None:
         """Give each line the learning rate whose run is best on validation."""
-        attempts = {
-            (entry.name, rate): self._folder(entry, f"lr{rate:g}-seed{self.plan.tuning_seed}")
-            for entry in self.plan.entries
-            if len(entry.learning_rates) > 1
-            for rate in entry.learning_rates
-        }
-        by_name = {entry.name: entry for entry in self.plan.entries}
-        futures = {
-            (name, rate): pool.submit(
-                self._run,
-                by_name[name],
-                folder,
-                self.plan.tuning_seed,
-                (
-                    *common,
-                    f"run.init_lr={rate}",
-                    "run.test_splits=[]",
-                    *self.plan.tuning_options,
-                ),
-            )
-            for (name, rate), folder in attempts.items()
-        }
+        seed = self.plan.tuning_seed
+        attempts = []
+        for entry in self.plan.entries:
+            for rate in entry.learning_rates if len(entry.learning_rates) > 1 else ():
+                folder = self._folder(entry, f"lr{rate:g}-seed{seed}")
+                options = (*common, f"run.init_lr={rate}", "run.test_splits=[]")
+                options += self.plan.tuning_options
+                future = pool.submit(self._run, entry, folder, seed, options)
+                attempts.append((entry.name, rate, folder, future))
         scores: dict[str, dict[float, float]] = {}
-        for (name, rate), future in futures.items():
-            if failure := future.result():
-                lines[name].failures.append(f"learning rate {rate:g}: {failure}")
-                continue
-            best = run_folders.read(attempts[name, rate]).best
+        for name, rate, folder, future in attempts:
+            failure = future.result()
+            best = None if failure else run_folders.read(folder).best
             if best is None:
-                lines[name].failures.append(
-                    f"learning rate {rate:g}: nothing was validated, set run.valid_splits"
-                )
+                failure = failure or "nothing was validated, set run.valid_splits"
+                lines[name].failures.append(f"learning rate {rate:g}: {failure}")
             else:
                 scores.setdefault(name, {})[rate] = best
         for entry in self.plan.entries:
-            line = lines[entry.name]
-            if len(entry.learning_rates) == 1:
-                line.learning_rate = entry.learning_rates[0]
+            line, rates = lines[entry.name], entry.learning_rates
+            if len(rates) == 1:
+                line.learning_rate = rates[0]
             elif entry.name in scores:
                 line.learning_rate = max(scores[entry.name], key=scores[entry.name].get)
-                line.at_edge = line.learning_rate in (
-                    min(entry.learning_rates),
-                    max(entry.learning_rates),
-                )
+                line.at_edge = line.learning_rate in (min(rates), max(rates))
         for entry in self.plan.entries:
             if entry.learning_rate_of:
                 source = lines[entry.learning_rate_of]
@@ -157,9 +140,8 @@ class Comparison:
             seeds = (_seed_of(entry.options),) if entry.evaluate else self.plan.seeds
             for seed in seeds:
                 folder = self._folder(entry, f"seed{seed}")
-                futures.append(
-                    (line, folder, pool.submit(self._run, entry, folder, seed, (*common, *rate)))
-                )
+                future = pool.submit(self._run, entry, folder, seed, (*common, *rate))
+                futures.append((line, folder, future))
         for line, folder, future in futures:
             if failure := future.result():
                 line.failures.append(failure)
@@ -182,12 +164,25 @@ class Comparison:
         options: tuple[str, ...] = (),
         beside: int | None = None,
     ) -> str | None:
-        """Run one configuration in its folder, or go on with it; what went wrong, or None.
+        """Run one configuration in its folder, or resume it; what went wrong, or None.
 
         Args:
             beside: how many runs share the processor, this one included; None: ``jobs``.
         """
         options = (*entry.options, *options, f"run.seed={seed}")
+        failure = self._claim(entry, folder, options)
+        if failure is None and run_folders.is_finished(folder):
+            logger.info("%s: finished before", folder.name)
+        elif failure is None:
+            resumes = _has_checkpoint(folder) and not entry.evaluate
+            logger.info("%s: %s", folder.name, "resumes" if resumes else "starts")
+            self._progress.start(folder)
+            failure = self._execute(self._command(entry, folder, options), folder, beside)
+        self._progress.end(folder, failed=failure is not None)
+        return failure
+
+    def _claim(self, entry: Entry, folder: Path, options: Sequence[str]) -> str | None:
+        """Note in a folder what is run there; why that cannot be, or None."""
         request = {
             "cfg": entry.cfg_path.read_text(),
             "options": list(options),
@@ -199,29 +194,24 @@ class Comparison:
         holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
             return (
-                f"'{folder}' holds a run of another configuration. Delete it, or take another "
+                f"'{folder}' holds a run of another configuration. Delete it, or choose another "
                 "--output-dir."
             )
         run_folders.write_json(folder / REQUEST, request)
-        if run_folders.is_finished(folder):
-            logger.info("%s: finished before", folder.name)
-            return None
-        resumed = _has_checkpoint(folder) and not entry.evaluate
-        logger.info("%s: %s", folder.name, "goes on" if resumed else "starts")
+        return None
+
+    def _command(self, entry: Entry, folder: Path, options: Sequence[str]) -> list[str]:
         command = [sys.executable, "-m"]
         if self.processes > 1:
             command += ["torch.distributed.run", "--standalone"]
             command += [f"--nproc_per_node={self.processes}", "-m"]
-        command += [
-            "lavis_uniadapter.runners.launch",
-            "--cfg-path",
-            str(entry.cfg_path),
-            "--options",
-        ]
-        command += [*options, f"run.output_dir={folder.parent.resolve()}"]
-        command += [f"run.job_id={folder.name}"]
-        command += ["run.evaluate=True"] if entry.evaluate else []
-        command += [] if entry.evaluate else ["run.resume=auto"]
+        command += ["uniadapter_cli", "evaluate" if entry.evaluate else "train"]
+        command += [str(entry.cfg_path), *options]
+        command += [f"run.output_dir={folder.parent.resolve()}", f"run.job_id={folder.name}"]
+        return command + ([] if entry.evaluate else ["run.resume=auto"])
+
+    def _execute(self, command: list[str], folder: Path, beside: int | None) -> str | None:
+        """Wait for a run's process; what went wrong, or None."""
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
             child = subprocess.Popen(
@@ -242,7 +232,7 @@ class Comparison:
         with open(folder / CONSOLE, "rb") as console:
             console.seek(start)
             said = console.read().decode(errors="replace").strip().splitlines()
-        last = said[-1] if said else "it said nothing"
+        last = said[-1] if said else "no message"
         reason = next((text for text in said if text.startswith("error: ")), last)
         logger.info("%s: FAILED (exit %s), see %s", folder.name, status, folder / CONSOLE)
         return f"{folder.name}: exit {status}: {reason}"

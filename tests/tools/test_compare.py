@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
@@ -20,10 +22,10 @@ from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
-from lavis_uniadapter.tools.compare import report, running
-from lavis_uniadapter.tools.compare.__main__ import main
+from lavis_uniadapter.tools.compare import progress, report, running
 from lavis_uniadapter.tools.compare.plan import read_plan
 from lavis_uniadapter.tools.compare.running import Comparison, Line
+from uniadapter_cli.compare import main
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_interrupting_starts_nothing_more(plan_file, monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(started) <= 3
-    assert "goes on from here" in capsys.readouterr().err
+    assert "continues from here" in capsys.readouterr().err
 
 
 def test_two_comparisons_never_share_a_folder(plan_file, stub_runs):
@@ -412,7 +414,7 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
     del runs["impossible"]
     assert main([str(plan_file(options=tiny, runs=runs))]) == 0
     said = capsys.readouterr().out
-    assert "zero-shot-seed42: finished before" in said and "linear-seed1: goes on" in said
+    assert "zero-shot-seed42: finished before" in said and "linear-seed1: resumes" in said
     log = (tmp_path / "out/linear-seed1/log.txt").read_text()
     assert log.count('"train_epoch"') == 2  # no epoch trained again
     again = json.loads((tmp_path / "out/linear-seed1/summary.json").read_text())
@@ -435,3 +437,37 @@ def test_a_new_run_in_an_old_folder_is_not_taken_for_finished(tmp_path, tiny_cac
         launch.run(path, [*options, "run.max_epoch=9", "run.init_lr=1e30"])
     assert not run_folders.is_finished(folder)
     launch.destroy_process_group()
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_shows_running_runs_and_the_time_left(tmp_path):
+    folders = [tmp_path / name for name in ("linear-seed1", "lora-seed1")]
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress.Progress(console) as shown:
+        for folder in folders:
+            folder.mkdir()
+            shown.start(folder)
+        config = {"run": {"max_epoch": 5}}
+        (folders[0] / "config.json").write_text(json.dumps(config))
+        lines = [{"train_epoch": n, "train_seconds": 50.0} for n in range(2)]
+        lines += [{"val_epoch": 1, "val_seconds": 20.0}]
+        log = "".join(json.dumps(line) + "\n" for line in lines)
+        (folders[0] / run_folders.LOG).write_text(log)
+        table = shown.table()
+        columns = [list(column.cells) for column in table.columns]
+        assert columns[0] == ["linear-seed1", "lora-seed1"]
+        assert columns[1] == ["2/5", "0/?"]
+        assert columns[3] == ["3:00", ""]
+        shown.end(folders[0], failed=False)
+        shown.end(folders[1], failed=True)
+        assert shown.table().row_count == 0
+    assert "1 finished, 1 failed" in console.file.getvalue()
+
+
+def test_progress_draws_on_terminals_only(tmp_path):
+    console = Console(file=io.StringIO())
+    with progress.Progress(console) as shown:
+        shown.start(tmp_path)
+    assert not console.file.getvalue()

@@ -1,0 +1,95 @@
+"""The recipes of ``projects/``, found by name. Imports neither PyTorch nor LAVIS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from lavis_uniadapter.common.errors import ConfigError, nearest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def folder() -> Path:
+    """``projects/``: inside an installed package, beside it in a checkout."""
+    inside = PACKAGE / "projects"
+    return inside if inside.is_dir() else PACKAGE.parent / "projects"
+
+
+def runs() -> dict[str, Path]:
+    """What ``train`` and ``evaluate`` take, by name."""
+    return _by_name("uniadapter/train") | _by_name("baselines")
+
+
+def comparisons() -> dict[str, Path]:
+    """What ``compare`` takes, by name."""
+    return _by_name("uniadapter/compare")
+
+
+def _by_name(subfolder: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((folder() / subfolder).glob("*.yaml"))}
+
+
+def find(name: str, known: Mapping[str, Path]) -> Path:
+    """The file of a recipe, given its name or the path of a file.
+
+    Raises:
+        ConfigError: if it is neither; names the nearest recipe.
+    """
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise ConfigError(
+            f"No configuration file or recipe '{name}'.{nearest(name, known)} "
+            "'uniadapter ls' lists the recipes."
+        )
+    return path
+
+
+def copy(name: str, target: Path) -> Path:
+    """Copy a recipe, or a comparison given as ``compare/NAME``; returns the new file.
+
+    Paths relative to the recipe's folder become absolute.
+
+    Raises:
+        ConfigError: if there is no such recipe, or the target exists.
+    """
+    known = runs() | {f"compare/{name}": path for name, path in comparisons().items()}
+    source = find(name, known)
+    if target.exists():
+        raise ConfigError(f"'{target}' exists. Name another file or delete it.")
+    if not target.parent.is_dir():
+        raise ConfigError(f"No folder '{target.parent}'. Make it, or name another file.")
+    text = re.sub(
+        r"(?<=cfg_path: )\.\.?/[^\s,}]+",
+        lambda path: str((source.parent / path[0]).resolve()),
+        source.read_text(),
+    )
+    target.write_text(text)
+    return target
+
+
+def description(path: Path) -> str:
+    """The first part of the comment at the top of a recipe."""
+    comment = re.match(r"(?:#.*\n)*", path.read_text())[0].replace("\n#", "").lstrip("# ")
+    return re.split(r"[:;]\s|\.\s", comment)[0].strip(" .\n")
+
+
+def model_types() -> dict[str, list[str]]:
+    """The values of ``model.model_type`` of each of this package's ``model.arch``."""
+    types: dict[str, list[str]] = {}
+    for path in sorted((PACKAGE / "configs/models").glob("blip_uniadapter_*_*.yaml")):
+        *arch, model_type = path.stem.split("_", 3)
+        types.setdefault("_".join(arch), []).append(model_type)
+    return types
+
+
+def datasets(files: Mapping[str, Path]) -> dict[str, list[str]]:
+    """The names of the recipes that use each dataset, by dataset."""
+    used: dict[str, list[str]] = {}
+    for name, path in files.items():
+        for dataset in yaml.safe_load(path.read_text())["datasets"]:
+            used.setdefault(dataset, []).append(name)
+    return dict(sorted(used.items()))

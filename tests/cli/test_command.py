@@ -1,0 +1,162 @@
+"""The command ``uniadapter``: what is quick, what it lists and copies, how it runs a recipe."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from lavis.common.registry import registry
+from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN
+
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.runners import launch
+from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.tools.compare.plan import read_plan
+from uniadapter_cli.main import COMMANDS, main
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "lavis", "transformers", "numpy", "matplotlib")))
+from uniadapter_cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def light(tmp_path):
+    """Run the command where PyTorch and LAVIS cannot be imported, in an empty folder."""
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments, status, expected",
+    [
+        ([], 2, "COMMAND"),
+        (["--help"], 0, "copy a recipe"),
+        *(([name, "--help"], 0, f"uniadapter {name}") for name in COMMANDS if name != "prepare"),
+        (["ls"], 0, "MSR-VTT text-video retrieval"),
+        (["cp", "msrvtt_retrieval", "my.yaml"], 0, "written: my.yaml"),
+        (["cp", "msrvtt_retrieval", "no/my.yaml"], 2, "No folder 'no'"),
+        (["trian"], 2, "trian"),
+        (["train"], 2, "give one recipe"),
+        (["train", "msrvtt_retrieval", "didemo_retrieval"], 2, "give one recipe"),
+        (["train", "msrvtt_retreival"], 2, "Did you mean 'msrvtt_retrieval'?"),
+        (["evaluate", "none.yaml"], 2, "No configuration file or recipe 'none.yaml'"),
+        (["compare", "vqa"], 2, "Did you mean 'vqav2'?"),
+        (["compare"], 2, "Give a PLAN"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_answers_without_torch_and_lavis(light, arguments, status, expected):
+    done = light(*arguments)
+    assert done.returncode == status, done.stderr
+    assert expected in (done.stderr if status else done.stdout)
+    assert "Traceback" not in done.stderr
+
+
+def test_lists_what_lavis_knows(capsys):
+    assert main(["ls"]) == 0
+    printed = capsys.readouterr().out
+    for arch, types in recipes.model_types().items():
+        cls = registry.get_model_class(arch)
+        assert set(types) == set(cls.PRETRAINED_MODEL_CONFIG_DICT)
+        assert f"{arch}" in printed
+    ours = [name for name in registry.list_models() if name.startswith("blip_uniadapter")]
+    assert set(recipes.model_types()) == set(ours)
+    used = recipes.datasets(recipes.runs())
+    assert set(used) <= set(registry.list_datasets())
+    assert used["flickr30k"][0] == "flickr_retrieval"
+    assert all(recipes.description(path) for path in recipes.runs().values())
+
+
+def test_a_copied_recipe_is_the_recipe(tmp_path):
+    copy = recipes.copy("msrvtt_retrieval", tmp_path / "my.yaml")
+    assert copy.read_text() == (TRAIN / "msrvtt_retrieval.yaml").read_text()
+    with pytest.raises(ConfigError, match="my.yaml' exists"):
+        recipes.copy("msrvtt_retrieval", copy)
+
+
+@pytest.mark.parametrize("name", recipes.comparisons())
+def test_a_copied_comparison_runs_the_same_recipes(name, tmp_path):
+    copy = recipes.copy(f"compare/{name}", tmp_path / "my.yaml")
+    ours, original = read_plan(copy), read_plan(recipes.comparisons()[name])
+    assert ours == original
+
+
+@pytest.mark.parametrize("options", [[], ["run.evaluate=True"]], ids=["train", "evaluate"])
+@pytest.mark.parametrize("name", recipes.runs())
+def test_every_recipe_is_accepted(name, options):
+    assert load_config(recipes.runs()[name], options).run_cfg.device in ("cpu", "cuda")
+
+
+@pytest.fixture
+def tiny(tmp_path, tiny_cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]
+    launch.destroy_process_group()
+
+
+def test_trains_a_recipe_by_name_and_evaluates_its_adapter(tiny, tmp_path, capsys):
+    """Options between the flags, and in both spellings."""
+    recipe = "shapes_retrieval"
+    assert main(["train", recipe, *tiny, "run.job_id=one", "run.max_epoch=1"]) == 0
+    folder = tmp_path / "output/shapes_retrieval"
+    adapter = str(folder / "one/adapter_best")
+    capsys.readouterr()
+    options = [*tiny, "--options", "run.job_id=two"]
+    assert main(["evaluate", "run.k_test=4", "--adapter", adapter, recipe, *options]) == 0
+    printed = capsys.readouterr().out
+    assert f"adapter: {adapter}" in printed and "test t2v: r1" in printed
+    assert (folder / "two/summary.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "command, option, expected",
+    [
+        ("train", "", "dataset: shapes_retrieval, items: train 12, val 4, test 5"),
+        ("evaluate", "", "dataset: shapes_retrieval, items: test 5"),
+        ("train", "model.pretrained=none.pth", "No checkpoint at 'none.pth'"),
+        ("train", "run.test_splits=[tset]", "run.test_splits names 'tset'"),
+        ("train", "model.tunning=full", "Did you mean 'tuning'?"),
+    ],
+)
+def test_dry_run_checks_and_leaves_no_run(tiny, tmp_path, capsys, command, option, expected):
+    arguments = [command, "shapes_retrieval", "--dry-run", *tiny, *filter(None, [option])]
+    assert main(arguments) == (2 if option else 0)
+    captured = capsys.readouterr()
+    assert expected in (captured.err if option else captured.out)
+    assert not (tmp_path / "output").exists()
+
+
+def test_dry_run_names_missing_files(tiny, capsys):
+    assert main(["train", "msrvtt_retrieval", "--dry-run", "run.cache_root=empty"]) == 2
+    assert "msrvtt" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_torchrun_starts_the_command(tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "uniadapter_cli", "train", "shapes_retrieval"]
+    done = subprocess.run(
+        [*command, *tiny, "run.batch_size_train=2", "run.job_id=two", "run.max_epoch=1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = tmp_path / "output/shapes_retrieval/two/summary.json"
+    assert yaml.safe_load(summary.read_text())["processes"] == 2

@@ -1,0 +1,53 @@
+"""The command ``uniadapter``: find the subcommand, import its module, run it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.version import __version__
+
+# Subcommand: function that takes its arguments and returns the exit status, and its help.
+COMMANDS = {
+    "train": ("uniadapter_cli.runs:train", "train a recipe, then test it"),
+    "evaluate": ("uniadapter_cli.runs:evaluate", "test a recipe with a trained adapter"),
+    "compare": ("uniadapter_cli.compare:main", "compare tuning methods"),
+    "prepare": ("uniadapter_cli.runs:prepare", "prepare and check data"),
+    "doctor": ("uniadapter_cli.doctor:main", "check this environment"),
+    "demo": ("uniadapter_cli.runs:demo", "adapt a small BLIP to video in minutes"),
+    "ls": ("uniadapter_cli.listing:ls", "list recipes, model types and datasets"),
+    "cp": ("uniadapter_cli.listing:cp", "copy a recipe to edit it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns its exit status, 2 for bad input."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="uniadapter",
+        usage="%(prog)s COMMAND ...",
+        description="UniAdapter for BLIP: adapt a frozen backbone to images and video.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n'uniadapter COMMAND --help' explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    module, function = COMMANDS[args.command][0].split(":")
+    try:
+        return getattr(import_module(module), function)(args.arguments)
+    except ConfigError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

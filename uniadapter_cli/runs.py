@@ -1,0 +1,107 @@
+"""``uniadapter train``, ``evaluate``, ``demo`` and ``prepare``.
+
+A module of commands parses arguments and finds files first, and imports LAVIS after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from types import ModuleType
+
+from lavis_uniadapter.tools import recipes
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Train a recipe, then test it; returns the exit status."""
+    parser = _parser("train", "Train a recipe, then test it.")
+    return _start(parser, parser.parse_intermixed_args(argv), evaluate=False)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Test a recipe; returns the exit status."""
+    parser = _parser("evaluate", "Test a recipe with a trained adapter.", "[--adapter FOLDER] ")
+    parser.add_argument("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
+    args = parser.parse_intermixed_args(argv)
+    if args.adapter:
+        args.options.append(f"model.adapter_ckpt={args.adapter}")
+    return _start(parser, args, evaluate=True)
+
+
+def demo(argv: Sequence[str] | None = None) -> int:
+    """Run the demo of a task; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="uniadapter demo",
+        description="A small BLIP, trained on stills and frozen, adapts to video by UniAdapter.",
+    )
+    tasks = ("retrieval", "qa", "caption")
+    parser.add_argument("task", nargs="?", choices=tasks, default="retrieval")
+    parser.add_argument("--seed", type=int, default=42, help="of weights and order of training")
+    parser.add_argument("--output-dir", metavar="DIR", default="output/demo")
+    add_options(parser)
+    args = parser.parse_args(argv)
+
+    launch = import_launch()
+    from lavis_uniadapter.tools.demo import run_demo
+
+    return launch.exit_status(lambda: run_demo(args.task, args.seed, args.output_dir, args.options))
+
+
+def prepare(argv: Sequence[str] | None = None) -> int:
+    """Prepare or check data; returns the exit status."""
+    import_launch()
+    from lavis_uniadapter.tools.prepare.__main__ import main
+
+    return main(argv)
+
+
+def import_launch() -> ModuleType:
+    """Register everything with LAVIS; returns the module that starts runs."""
+    import lavis_uniadapter.registration  # noqa: F401
+    from lavis_uniadapter.runners import launch
+
+    return launch
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--options``, as LAVIS's train.py has it."""
+    text = "values that replace the recipe's"
+    parser.add_argument("--options", nargs="+", default=[], metavar="section.key=value", help=text)
+
+
+def names_and_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """What is given before and among the options: names, and ``section.key=value``."""
+    names = [argument for argument in args.arguments if "=" not in argument]
+    return names, [argument for argument in args.arguments if "=" in argument] + args.options
+
+
+def _parser(command: str, description: str, more_usage: str = "") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"uniadapter {command}",
+        usage=f"%(prog)s RECIPE {more_usage}[--dry-run] [section.key=value ...]",
+        description=description,
+        epilog="RECIPE is a name from 'uniadapter ls' or a YAML file. On several GPUs: torchrun "
+        f"--nproc_per_node=8 -m uniadapter_cli {command} RECIPE ...",
+    )
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the configuration and the data files, and stop before the model is built",
+    )
+    parser.add_argument("--cfg-path", metavar="FILE", help="the recipe, as in LAVIS's train.py")
+    add_options(parser)
+    return parser
+
+
+def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, evaluate: bool) -> int:
+    names, options = names_and_options(args)
+    names += [args.cfg_path] if args.cfg_path else []
+    if len(names) != 1:
+        given = ", ".join(names) or "none"
+        parser.error(f"give one recipe, and values as section.key=value; recipes given: {given}")
+    path = recipes.find(names[0], recipes.runs())
+
+    launch = import_launch()
+    work = launch.check if args.dry_run else launch.run_and_report
+    return launch.exit_status(lambda: work(path, options, evaluate))
