@@ -16,6 +16,7 @@ import yaml
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import launch, run_folders
@@ -46,7 +47,7 @@ def plan_file(tmp_path):
 
 def write_summary(folder: Path, score: float, r1: float, trained: int = 10) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    run_folders.write_json(
+    write_json(
         folder / run_folders.SUMMARY,
         {
             "metrics": {"test": {"t2v_r1": r1, "v2t_r1": r1 / 2}},

@@ -1,4 +1,4 @@
-"""Which items a rank reads, and in what order."""
+"""Which items a rank reads, and in which order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils.data import DistributedSampler, Sampler
 class TrainingShard(DistributedSampler):
     """A rank's items of an epoch in random order, from the start or from further on.
 
-    The order depends on the seed and the epoch alone. What does not fill all ranks alike is left
-    out of the epoch, as in LAVIS.
+    The order depends on the seed and the epoch alone. Items that do not fill all ranks alike are
+    left out of the epoch, as in LAVIS.
 
     Args:
         dataset: whose length counts.
@@ -25,7 +25,7 @@ class TrainingShard(DistributedSampler):
         self.first = 0
 
     def start(self, epoch: int, first: int = 0) -> None:
-        """The next iteration is over an epoch's order, without the rank's ``first`` items."""
+        """Make the next iteration one over an epoch's order, without the rank's first items."""
         self.set_epoch(epoch)
         self.first = first
 
@@ -34,7 +34,7 @@ class TrainingShard(DistributedSampler):
 
 
 class EvaluationShard(Sampler[int]):
-    """Every ``world``-th item from the ``rank``-th on: each item falls to just one rank.
+    """Every ``world``-th item from the ``rank``-th on: each item belongs to exactly one rank.
 
     (PyTorch's ``DistributedSampler`` repeats items to give every rank as many.)
     """

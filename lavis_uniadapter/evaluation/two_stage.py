@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from lavis_uniadapter.backbone.features import TextFeatures
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.reading import unreadable_mask
+from lavis_uniadapter.datasets.loading import gather_unreadable, samples_of
+from lavis_uniadapter.datasets.reading import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class _Visuals:
     embeds: VisualStore
     frame_feat: dict[int, Tensor]
     feat: Tensor
+    unreadable: dict[int, Unreadable]  # of all ranks
 
 
 def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
@@ -126,8 +128,13 @@ def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) ->
         )
 
 
+def two_stage_scores(model, data_loader, **settings) -> tuple[Tensor, Tensor]:
+    """The scores of `score_gallery`."""
+    return score_gallery(model, data_loader, **settings)[:2]
+
+
 @torch.no_grad()
-def two_stage_scores(
+def score_gallery(
     model,
     data_loader,
     *,
@@ -135,7 +142,7 @@ def two_stage_scores(
     itc_weight: float,
     rerank_batch: int,
     feature_memory: float = FEATURE_MEMORY,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, dict[int, Unreadable]]:
     """Score a gallery both ways.
 
     Args:
@@ -151,7 +158,7 @@ def two_stage_scores(
     Returns:
         (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank. A
         visual input that could not be read (``allow_missing``) scores lowest of all for its texts,
-        and its texts for it: it counts as wrong both ways.
+        and its texts for it: it counts as wrong both ways. Third, what could not be read, by index.
 
     Raises:
         ConfigError: for a negative k_test or a rerank_batch below 1.
@@ -171,20 +178,23 @@ def two_stage_scores(
                 "The model's features are not finite: its weights are spoiled, or overflow in "
                 "run.amp. Evaluate an earlier checkpoint, or set run.amp to null."
             )
-        unreadable = unreadable_mask(data_loader, sims.device)
+        unreadable = torch.zeros(len(sims), dtype=torch.bool, device=sims.device)
+        unreadable[list(visuals.unreadable)] = True
         if k_test == 0:
-            return _count_as_wrong(sims, sims.t(), unreadable, data_loader.dataset)
+            scores = _count_as_wrong(sims, sims.t(), unreadable, data_loader.dataset)
+            return *scores, visuals.unreadable
         chosen_v2t = _shortlist(sims, k_test, "texts")
         chosen_t2v = _shortlist(sims.t(), k_test, "visual inputs").t()
         matching = _rerank(model, texts, visuals, chosen_v2t | chosen_t2v, rerank_batch)
         matching += itc_weight * sims
         outside = OUTSIDE_SHORTLIST + sims
-        return _count_as_wrong(
+        scores = _count_as_wrong(
             torch.where(chosen_v2t, matching, outside),
             torch.where(chosen_t2v, matching, outside).t(),
             unreadable,
             data_loader.dataset,
         )
+        return *scores, visuals.unreadable
     finally:
         model.train(was_training)
 
@@ -248,7 +258,9 @@ def _encode_visuals(model, data_loader, feature_memory: float) -> _Visuals:
     times_seen = torch.zeros(number, dtype=torch.long, device=model.device)
     embeds = VisualStore(len(range(rank, number, world)), feature_memory)
     frame_feat: dict[int, Tensor] = {}
-    for samples in _progress(data_loader, "encode visual inputs", len(data_loader)):
+    unreadable: dict[int, Unreadable] = {}
+    batches = _progress(data_loader, "encode visual inputs", len(data_loader))
+    for samples in samples_of(batches, unreadable):
         x = samples["video"] if "video" in samples else samples["image"]
         index = torch.as_tensor(samples["index"]).cpu()
         mine = [
@@ -270,7 +282,8 @@ def _encode_visuals(model, data_loader, feature_memory: float) -> _Visuals:
             f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
             f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
         )
-    return _Visuals(embeds, frame_feat, _sum_over_ranks(feat))
+    unreadable = gather_unreadable(unreadable)
+    return _Visuals(embeds, frame_feat, _sum_over_ranks(feat), unreadable)
 
 
 def _shortlist(sims: Tensor, k_test: int, what: str) -> Tensor:

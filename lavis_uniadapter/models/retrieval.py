@@ -31,7 +31,7 @@ from lavis_uniadapter.evaluation.two_stage import (
     FEATURE_MEMORY,
     K_TEST,
     RERANK_BATCH,
-    two_stage_scores,
+    score_gallery,
 )
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
@@ -437,12 +437,17 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
         """Two-stage scores of a gallery, for LAVIS's ``retrieval`` task and ours.
 
-        See ``lavis_uniadapter.evaluation.two_stage.two_stage_scores``.
-
         Returns:
             (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
         """
-        scores_v2t, scores_t2v = two_stage_scores(
+        return self.score_gallery(data_loader, task_cfg)[:2]
+
+    def score_gallery(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray, dict]:
+        """Scores as of ``compute_sim_matrix``, and what could not be read.
+
+        See ``lavis_uniadapter.evaluation.two_stage.score_gallery``.
+        """
+        scores_v2t, scores_t2v, unreadable = score_gallery(
             self,
             data_loader,
             k_test=task_cfg.get("k_test", K_TEST),
@@ -450,7 +455,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             rerank_batch=task_cfg.get("rerank_batch", RERANK_BATCH),
             feature_memory=task_cfg.get("feature_memory", FEATURE_MEMORY),
         )
-        return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
+        return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy(), unreadable
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,13 @@ from lavis.datasets.data_utils import apply_to_sample
 from lavis.tasks.base_task import BaseTask
 from tqdm import tqdm
 
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.distributed import gather_to_main
-from lavis_uniadapter.datasets.reading import gather_unreadable
+from lavis_uniadapter.datasets.loading import samples_of
+from lavis_uniadapter.datasets.reading import Unreadable
 from lavis_uniadapter.runners import run_folders
+
+logger = logging.getLogger(__name__)
 
 # Key of the reason with an item, and of the number among the metrics.
 UNREADABLE = "unreadable"
@@ -37,6 +41,7 @@ class PredictionTask(BaseTask, ABC):
     """
 
     NOTHING: Mapping[str, Any]
+    reads_batches = True
 
     @abstractmethod
     def predict(self, model, samples: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -61,20 +66,21 @@ class PredictionTask(BaseTask, ABC):
             RuntimeError: if an item was not predicted exactly once.
         """
         predictions: list[tuple[int, Mapping[str, Any]]] = []
+        found: dict[int, Unreadable] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
-        for samples in progress:
+        for samples in samples_of(progress, found):
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
             predictions += zip(indices, self.predict(model, samples), strict=True)
         # Every rank answers for its share, whether or not its loader is sharded.
         predictions = [p for p in predictions if p[0] % get_world_size() == get_rank()]
-        shares = gather_to_main(predictions)
-        unreadable = gather_unreadable(data_loader)
+        shares = gather_to_main((predictions, found))
         if shares is None:
             return None
+        unreadable = {i: fault for _, share in shares for i, fault in share.items()}
         records = data_loader.dataset.annotation
         by_index: dict[int, list[Mapping[str, Any]]] = {i: [] for i in range(len(records))}
-        for index, prediction in itertools.chain.from_iterable(shares):
+        for index, prediction in itertools.chain.from_iterable(share for share, _ in shares):
             by_index[index].append(prediction)
         wrong = [i for i, found in by_index.items() if len(found) != 1]
         if wrong:
@@ -98,8 +104,14 @@ class PredictionTask(BaseTask, ABC):
         metrics = self.metrics(val_result)
         if outcomes := self.outcomes(val_result):
             write_outcomes(outcomes, split_name)
-        if unreadable := sum(UNREADABLE in item for item in val_result):
-            metrics[UNREADABLE] = unreadable
+        unreadable = [
+            {"index": i, "file": item["file"], "reason": item[UNREADABLE]}
+            for i, item in enumerate(val_result)
+            if UNREADABLE in item
+        ]
+        if unreadable:
+            metrics[UNREADABLE] = len(unreadable)
+        write_unreadable(unreadable, split_name)
         write_metrics(metrics, split_name, epoch)
         return metrics
 
@@ -110,6 +122,17 @@ def write_metrics(metrics: Mapping[str, float], split_name: str, epoch: int | st
     path.write_text(json.dumps(metrics, indent=2) + "\n")
     # root logger: to the log file, as LAVIS does, and not to the console
     logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
+
+
+def write_unreadable(items: Sequence[Mapping[str, Any]], split_name: str) -> None:
+    """Keep a list of what was scored as wrong because it could not be read."""
+    if items:
+        path = Path(registry.get_path("result_dir")) / f"unreadable_{split_name}.json"
+        write_json(path, items)
+        logger.warning(
+            "%s: %d unreadable items are scored as wrong (allow_missing): %s",
+            *(split_name, len(items), path),
+        )
 
 
 def write_outcomes(outcomes: Mapping[str, Sequence[Sequence[float]]], split_name: str) -> None:

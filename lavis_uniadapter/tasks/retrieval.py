@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_uniadapter.common.errors import ConfigError, nearest
-from lavis_uniadapter.datasets.reading import gather_unreadable
+from lavis_uniadapter.datasets.loading import SamplesView
 from lavis_uniadapter.evaluation.ranking_metrics import (
     retrieval_metrics,
     retrieval_outcomes,
@@ -16,7 +18,12 @@ from lavis_uniadapter.evaluation.ranking_metrics import (
 from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
 from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.runners import stock_runners
-from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics, write_outcomes
+from lavis_uniadapter.tasks.prediction import (
+    UNREADABLE,
+    write_metrics,
+    write_outcomes,
+    write_unreadable,
+)
 
 
 @registry.register_task("uniadapter_retrieval")
@@ -29,6 +36,7 @@ class UniAdapterRetrievalTask(RetrievalTask):
     """
 
     LOWER_IS_BETTER = ("medr", "meanr")
+    reads_batches = True
 
     @classmethod
     def setup_task(cls, cfg):
@@ -65,12 +73,12 @@ class UniAdapterRetrievalTask(RetrievalTask):
             )
 
     def evaluation(self, model, data_loader, **kwargs):
-        """Metrics and outcomes of a split, on the main process; None on the others."""
+        """Metrics, outcomes and what was unreadable of a split (main process; else None)."""
         if is_lavis_model(type(model)):
-            scores_v2t, scores_t2v = lavis_similarities(model, data_loader, self.cfg)
+            samples, unreadable = SamplesView(data_loader), {}
+            scores_v2t, scores_t2v = lavis_similarities(model, samples, self.cfg)
         else:
-            scores_v2t, scores_t2v = model.compute_sim_matrix(data_loader, task_cfg=self.cfg)
-        unreadable = gather_unreadable(data_loader)
+            scores_v2t, scores_t2v, unreadable = model.score_gallery(data_loader, self.cfg)
         if not is_main_process():
             return None
         dataset = data_loader.dataset
@@ -84,13 +92,14 @@ class UniAdapterRetrievalTask(RetrievalTask):
         # LAVIS's runners keep the epoch with the highest agg_metrics above 0.
         lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
         metrics["agg_metrics"] = 1 / selected if lower_is_better else selected
-        return metrics, retrieval_outcomes(ranks)
+        return metrics, retrieval_outcomes(ranks), list(unreadable.values())
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""
         if val_result is None:
             return None
-        metrics, outcomes = val_result
+        metrics, outcomes, unreadable = val_result
+        write_unreadable([asdict(fault) for fault in unreadable], split_name)
         write_metrics(metrics, split_name, epoch)
         write_outcomes(outcomes, split_name)
         return metrics

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from lavis_uniadapter.checkpoints import adapter_files
 from lavis_uniadapter.common.distributed import destroy_process_group
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
-from lavis_uniadapter.runners import launch, run_checkpoints
+from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
@@ -96,7 +96,7 @@ def train_anew(
 ) -> launch.RunResult:
     """Train a stage of a demo; what the same demo left there before makes way."""
     before = Path(output_dir) / job_id
-    if (before / run_checkpoints.CONFIG).is_file():
+    if (before / run_folders.CONFIG).is_file():
         shutil.rmtree(before)
     return launch.run(cfg_path, [*options, f"run.job_id={job_id}"])
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_uniadapter.runners import run_folders
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.tools.compare.intervals import paired_difference
 from lavis_uniadapter.tools.compare.running import Line
 from lavis_uniadapter.tools.figures import plot_comparison
@@ -108,7 +108,7 @@ def write_report(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    run_folders.write_json(folder / "comparison.json", rows)
+    write_json(folder / "comparison.json", rows)
     points = {
         row["method"]: (
             row["trained parameters"],
