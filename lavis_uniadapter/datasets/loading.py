@@ -20,7 +20,7 @@ from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
-from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
+from lavis_uniadapter.datasets.sampling import TrainingShard
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
 PINNING = "in pin memory thread"  # in PyTorch's messages
@@ -47,7 +47,7 @@ class BatchLoader:
 
     Args:
         items: what to read.
-        sampler: in which order.
+        sampler: in which order; a `TrainingShard` for `start`.
         num_workers: processes that read; 0: this one.
         collate_fn: makes samples of items; None: PyTorch's default.
         timeout: seconds that the workers may take for a batch; 0: any.
@@ -57,7 +57,7 @@ class BatchLoader:
     def __init__(
         self,
         items: TrainingItems,
-        sampler: TrainingShard | EvaluationShard,
+        sampler: TrainingShard | range,
         *,
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,

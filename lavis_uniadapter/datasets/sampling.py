@@ -1,11 +1,11 @@
-"""Which items a rank reads, and in which order."""
+"""Which training items a rank reads, and in which order."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sized
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DistributedSampler
 
 
 class TrainingShard(DistributedSampler):
@@ -31,19 +31,3 @@ class TrainingShard(DistributedSampler):
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.first, None)
-
-
-class EvaluationShard(Sampler[int]):
-    """Every ``world``-th item from the ``rank``-th on: each item belongs to exactly one rank.
-
-    (PyTorch's ``DistributedSampler`` repeats items to give every rank as many.)
-    """
-
-    def __init__(self, dataset: Sized, rank: int, world: int):
-        self._indices = range(rank, len(dataset), world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)

@@ -26,7 +26,7 @@ from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, TrainingItems
-from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
+from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.runners import run_checkpoints, training_state
 from lavis_uniadapter.runners.epoch import EpochProgress, TrainingEpoch
@@ -176,8 +176,9 @@ class RunnerUniAdapter(RunnerBase):
                 )
         else:
             items = EvaluationItems(dataset, monitor, allow_missing)
-            shard = (rank, world) if self._shards_evaluation() else (0, 1)
-            sampler = EvaluationShard(dataset, *shard)
+            # (DistributedSampler would repeat items to give every rank as many.)
+            first, step = (rank, world) if self._shards_evaluation() else (0, 1)
+            sampler = range(first, len(dataset), step)
         return BatchLoader(
             items,
             sampler,
