@@ -69,28 +69,24 @@ def destroy_process_group() -> None:
         gc.collect()
 
 
-def from_main_process(value: T) -> T:
-    """The main process's value, on every rank; without a group, this process's own."""
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=_patient_group)
-    return holder[0]
-
-
 def on_main_process(do: Callable[..., T], *args: Any, errors: tuple[type[Exception], ...]) -> T:
     """Call a function on the main process; every rank gets its result, or its error.
+
+    Other ranks wait for up to `MAIN_PROCESS_TIMEOUT`. Without a group, this process calls it.
 
     Args:
         errors: kinds of errors that every rank raises; others end the main process alone.
     """
-    result = error = None
-    if not dist.is_initialized() or is_main_process():
+    if not dist.is_initialized():
+        return do(*args)
+    outcome: list[Any] = [None, None]  # the result and the error
+    if is_main_process():
         try:
-            result = do(*args)
+            outcome[0] = do(*args)
         except errors as raised:
-            error = raised
-    result, error = from_main_process((result, error))
+            outcome[1] = raised
+    dist.broadcast_object_list(outcome, src=0, group=_patient_group)
+    result, error = outcome
     if error is not None:
         raise error
     return result
