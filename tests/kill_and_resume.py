@@ -11,6 +11,7 @@ numbers that it ends with must be those of a run that nobody killed, bit for bit
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -46,16 +47,18 @@ def train(folder: Path, job_id: str) -> None:
     sys.stdout = sys.stderr = open(folder / f"{job_id}.log", "a")
     torch.set_num_threads(1)
     # told apart from outside: whether a checkpoint is being written
-    write = run_checkpoints._write_beside
+    atomic = run_checkpoints.atomic
 
-    def write_and_say(content, path):
+    @contextlib.contextmanager
+    def atomic_and_marked(path):
         (folder / "writing").touch()
         try:
-            return write(content, path)
+            with atomic(path) as temporary:
+                yield temporary
         finally:
             (folder / "writing").unlink(missing_ok=True)
 
-    run_checkpoints._write_beside = write_and_say
+    run_checkpoints.atomic = atomic_and_marked
     launch.log_to_console()
     cache = f"run.cache_root={folder / 'cache'}"
     launch.run(CONFIG, [*OPTIONS, cache, f"run.job_id={job_id}"])

@@ -13,6 +13,8 @@ from lavis.models.base_model import BaseModel
 from lavis.runners import runner_base
 from torch.nn.parallel import DistributedDataParallel
 
+from lavis_uniadapter.runners import stock_runners
+
 
 class _Torch:
     """``torch``, whose CUDA stream does nothing and whose new tensors are on the CPU."""
@@ -39,14 +41,15 @@ def _on_cpu(module, device_ids):
 
 
 def stand_in_for_cuda(replace=setattr) -> None:
-    """Replace the CUDA stream of ``PrefetchLoader``, DDP's ``device_ids`` and two CUDA devices.
+    """Replace the CUDA stream of ``PrefetchLoader``, DDP's ``device_ids`` and CUDA devices.
 
-    These are the device of the loss log's tensors and, as ``RunnerBase`` wraps a model only when
-    it moves it to another device, that of the model.
+    These are the device that this package checks for, that of the loss log's tensors and, as
+    ``RunnerBase`` wraps a model only when it moves it to another device, that of the model.
 
     Args:
         replace: sets an attribute, as ``monkeypatch.setattr`` does.
     """
+    replace(stock_runners, "DEVICE", "cpu")
     replace(dataloader_utils, "torch", _Torch())
     replace(dataloader_utils, "move_to_cuda", lambda sample: sample)
     replace(dataloader_utils, "record_cuda_stream", lambda batch: None)

@@ -3,10 +3,12 @@
 import os
 import sys
 
+from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.reading import TrainingItems
 from uniadapter_cli.main import main
 
-read = TrainingItems._read
+read = TrainingItems.read
+reading.RETRY_AFTER = 0.0
 
 
 def fail_in_the_second_epoch(items, index):
@@ -16,5 +18,5 @@ def fail_in_the_second_epoch(items, index):
     return read(items, index)
 
 
-TrainingItems._read = fail_in_the_second_epoch
+TrainingItems.read = fail_in_the_second_epoch
 sys.exit(main(["train", *sys.argv[1:]]))

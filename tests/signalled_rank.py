@@ -7,7 +7,7 @@ import sys
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
 from uniadapter_cli.main import main
 
-losses = RunnerUniAdapter._losses
+losses = RunnerUniAdapter.losses
 steps = []
 
 
@@ -18,5 +18,5 @@ def losses_and_signal(runner, samples):
     return losses(runner, samples)
 
 
-RunnerUniAdapter._losses = losses_and_signal
+RunnerUniAdapter.losses = losses_and_signal
 sys.exit(main(["train", *sys.argv[1:]]))

@@ -9,7 +9,7 @@ from test_vqa_model import questions, vqa_config  # noqa: F401
 from torch.profiler import ProfilerActivity, profile
 
 from lavis_uniadapter.common.host_copy import HostCopy
-from lavis_uniadapter.runners.runner import EpochProgress
+from lavis_uniadapter.runners.epoch import EpochProgress
 
 # Operations whose result, or its shape, PyTorch hands to the host.
 READS = (

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from lavis_uniadapter.runners import run_checkpoints, run_folders
+from lavis_uniadapter.runners import resuming, run_folders
 from lavis_uniadapter.runners.precision import choose_amp, describe
 
 
@@ -50,11 +50,11 @@ def test_auto_is_kept_as_what_was_used(run, processor, caplog):
     assert caplog.text.count("precision bf16") == 1
     folder = result.output_dir
     assert run_folders.read(folder).precision == "bf16"
-    config = json.loads((folder / run_checkpoints.CONFIG).read_text())
+    config = json.loads((folder / run_folders.CONFIG).read_text())
     assert config["run"]["amp"] == "bf16"
 
     (folder / run_folders.SUMMARY).unlink()  # as if it had been stopped
-    assert run_checkpoints.find_unfinished_run(folder.parent, config) == folder.name
+    assert resuming.find_unfinished_run(folder.parent, config) == folder.name
     processor()
     with caplog.at_level("INFO"):
         other = run("shapes_retrieval", *options, "run.resume=auto")

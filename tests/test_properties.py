@@ -21,7 +21,7 @@ import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedul
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
-from lavis_uniadapter.datasets.sampling import EvaluationShard, TrainingShard
+from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
     query_ranks,
@@ -200,15 +200,6 @@ def test_ranks_do_not_depend_on_the_order_of_queries_and_candidates(gallery, dat
 
 
 # --- sharding -----------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 200), st.integers(1, 9))
-def test_every_item_is_evaluated_by_just_one_rank(number, world):
-    shards = [EvaluationShard(range(number), rank, world) for rank in range(world)]
-    shares = [list(shard) for shard in shards]
-    assert sorted(index for share in shares for index in share) == list(range(number))
-    assert [len(shard) for shard in shards] == [len(share) for share in shares]
-    assert all(index % world == rank for rank, share in enumerate(shares) for index in share)
 
 
 @given(

@@ -189,8 +189,8 @@ def test_no_epoch_that_lavis_would_save_is_named(stock, monkeypatch):
     evaluation = UniAdapterRetrievalTask.evaluation
 
     def nothing_found(*args, **kwargs):
-        metrics, outcomes = evaluation(*args, **kwargs)
-        return {**metrics, "agg_metrics": 0.0}, outcomes
+        metrics, *rest = evaluation(*args, **kwargs)
+        return {**metrics, "agg_metrics": 0.0}, *rest
 
     monkeypatch.setattr(UniAdapterRetrievalTask, "evaluation", nothing_found)
     with pytest.raises(CheckpointError, match="run.valid_splits="):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from lavis.tasks import setup_task
 from test_golden import Case, GivenTokens, assert_close
@@ -12,8 +10,9 @@ from tiny_runs import TRAIN
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
-from lavis_uniadapter.datasets.reading import BatchReport
-from lavis_uniadapter.runners.runner import EpochProgress, RunnerUniAdapter
+from lavis_uniadapter.datasets.loading import Batch
+from lavis_uniadapter.runners.epoch import EpochProgress
+from lavis_uniadapter.runners.runner import RunnerUniAdapter
 
 
 class Trajectory(Case):
@@ -60,8 +59,7 @@ class Batches:
 
     def __init__(self, case: Trajectory):
         self._case = case
-        self.report = BatchReport([], [])
-        self.dataset = SimpleNamespace(dataset=())  # that faults would be noted of
+        self.dataset = ()  # that faults would be logged with
 
     def __len__(self):
         return self._case.about["steps"]
@@ -70,7 +68,7 @@ class Batches:
         self._first = epoch * len(self)
 
     def __iter__(self):
-        return (self._case.batch(self._first + i) for i in range(len(self)))
+        return (Batch(self._case.batch(self._first + i), []) for i in range(len(self)))
 
 
 @pytest.fixture(params=["trajectory_image", "trajectory_image_released"])
@@ -102,14 +100,14 @@ def runner(trajectory, tmp_path, monkeypatch):
 def test_losses_and_weights_after_six_steps(trajectory, runner, monkeypatch):
     """Optimizer, learning rates and the ramp of alpha are the runner's own."""
     steps = []
-    original = runner._losses
+    original = runner.losses
 
     def losses(samples):
         values = original(samples)
         steps.append((runner.optimizer.param_groups[0]["lr"], values))
         return values
 
-    monkeypatch.setattr(runner, "_losses", losses)
+    monkeypatch.setattr(runner, "losses", losses)
     for epoch in range(trajectory.about["epochs"]):
         runner.train_epoch(EpochProgress(epoch))
 

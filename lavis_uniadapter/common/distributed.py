@@ -1,7 +1,7 @@
 """Process groups: one process or many, on CPU (gloo) or CUDA (NCCL).
 
-LAVIS's ``init_distributed_mode`` knows NCCL alone, and parts of LAVIS call collectives even in
-one process; so there is always a group here, if need be of size 1.
+LAVIS's ``init_distributed_mode`` supports NCCL alone, and parts of LAVIS call collectives even in
+one process. So there is always a group here, of size 1 if need be.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
 
 from lavis_uniadapter.common.errors import ConfigError
 
-# How long ranks wait for each other: in what all of them do at once, and while the main process
-# works for all (it may download weights or open every file).
+# How long ranks wait for each other in a collective, and while the main process works for all of
+# them (it may download weights or open every file).
 TIMEOUT = datetime.timedelta(minutes=30)
-PATIENCE = datetime.timedelta(hours=24)
+MAIN_PROCESS_TIMEOUT = datetime.timedelta(hours=24)
 T = TypeVar("T")
 
 _patient_group: dist.ProcessGroup | None = None  # None: the default group
 
 
-def launched_by_torchrun() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def choose_device(requested: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` takes CUDA where there is any.
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA where it is available.
 
     Raises:
-        ConfigError: for another word, or CUDA where there is none.
+        ConfigError: for another word, or for CUDA where there is none.
     """
     if requested not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"run.device is '{requested}'; it must be auto, cpu or cuda.")
@@ -51,20 +47,20 @@ def init_process_group(device: str) -> None:
     if dist.is_initialized():
         return
     backend = "nccl" if device == "cuda" else "gloo"
-    if launched_by_torchrun():
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(backend, timeout=TIMEOUT)
-        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient_group = dist.new_group(backend="gloo", timeout=MAIN_PROCESS_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def destroy_process_group() -> None:
-    """Leave the group, and end its threads.
+    """Leave the group and end its threads.
 
-    A distributed model holds the group in a reference cycle. Were it left to the interpreter's
-    shutdown, gloo's threads could outlive the object that joins them, which aborts the process.
+    A distributed model holds the group in a reference cycle. Without the collection, gloo's threads
+    could outlive the object that joins them, which aborts the interpreter at its exit.
     """
     global _patient_group
     if dist.is_initialized():
@@ -73,49 +69,40 @@ def destroy_process_group() -> None:
         gc.collect()
 
 
-def from_main_process(value: T) -> T:
-    """The main process's value, on every rank; without a group, this process's own.
-
-    Ranks wait up to ``PATIENCE`` for the main process. If that ends, they notice at once.
-    """
-    if not dist.is_initialized():
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=_patient_group)
-    return holder[0]
-
-
 def on_main_process(do: Callable[..., T], *args: Any, errors: tuple[type[Exception], ...]) -> T:
-    """Do something once for all ranks: its result, or its error, reaches every one of them.
+    """Call a function on the main process; every rank gets its result, or its error.
+
+    Other ranks wait for up to `MAIN_PROCESS_TIMEOUT`. Without a group, this process calls it.
 
     Args:
-        errors: kinds that all ranks raise; another kind ends the main process alone.
+        errors: kinds of errors that every rank raises; others end the main process alone.
     """
-    result = error = None
-    if not dist.is_initialized() or is_main_process():
+    if not dist.is_initialized():
+        return do(*args)
+    outcome: list[Any] = [None, None]  # the result and the error
+    if is_main_process():
         try:
-            result = do(*args)
+            outcome[0] = do(*args)
         except errors as raised:
-            error = raised
-    result, error = from_main_process((result, error))
+            outcome[1] = raised
+    dist.broadcast_object_list(outcome, src=0, group=_patient_group)
+    result, error = outcome
     if error is not None:
         raise error
     return result
 
 
 class Votes:
-    """Numbers that ranks give, of which every one learns the largest; between CPUs alone.
-
-    Cheap enough for every training step: nothing waits for a GPU.
-    """
+    """The largest of the ranks' numbers, exchanged between CPUs so that nothing waits for a GPU."""
 
     def __init__(self) -> None:
-        alone = get_world_size() == 1
+        self._alone = get_world_size() == 1
         on_cpu = dist.is_initialized() and dist.get_backend() == "gloo"
-        self._alone = alone
-        self._group = None if alone or on_cpu else dist.new_group(backend="gloo", timeout=TIMEOUT)
+        needs_group = not self._alone and not on_cpu
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if needs_group else None
 
     def largest(self, number: int) -> int:
+        """Every rank must call it."""
         if self._alone:
             return number
         vote = torch.tensor(number)
@@ -125,8 +112,14 @@ class Votes:
 
 def gather_to_main(value: T) -> list[T] | None:
     """Every rank's value, by rank, on the main process; None on the others."""
+    values = gather(value)
+    return values if get_rank() == 0 else None
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
     if get_world_size() == 1:
         return [value]
     values: list = [None] * get_world_size()
     dist.all_gather_object(values, value)
-    return values if get_rank() == 0 else None
+    return values

@@ -1,4 +1,4 @@
-"""Numbers of the device that the host needs, read without holding the device up."""
+"""Read numbers of the device on the host without stalling the device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a tensor that the device sends to the host when it gets there.
+    """An asynchronous copy of a tensor to the host.
 
-    ``tensor.item()`` waits until the device has done everything that it was given, and the device
-    then waits for the host. Here the host waits for this one tensor, and only when it asks for it;
-    what it has given to the device since goes on meanwhile.
+    ``tensor.item()`` waits until the device has finished all queued work, and the device then waits
+    for the host. This waits for one tensor alone, and only when its numbers are read.
     """
 
     def __init__(self, tensor: Tensor):
@@ -22,7 +21,7 @@ class HostCopy:
             self._arrived.record()
 
     def tolist(self) -> list[float]:
-        """The numbers of the tensor, as ``Tensor.tolist`` gives them."""
+        """The numbers, as ``Tensor.tolist`` gives them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy.tolist()

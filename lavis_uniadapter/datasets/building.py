@@ -106,8 +106,6 @@ def check_built(
             tolerant = skip_missing if split == "train" else allow_missing
             unusable = _on_main_process(check_dataset, dataset, split, tolerant, files)
             if split != "train":
-                # read by the runner's loaders
-                dataset.allow_missing = allow_missing
                 if unusable.paths():
                     logger.warning(
                         "%s, %s: %d files are missing and %d cannot be decoded; their items are "

@@ -1,18 +1,18 @@
-"""Which items a rank reads, and in what order."""
+"""Which training items a rank reads, and in which order."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sized
 
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DistributedSampler
 
 
 class TrainingShard(DistributedSampler):
     """A rank's items of an epoch in random order, from the start or from further on.
 
-    The order depends on the seed and the epoch alone. What does not fill all ranks alike is left
-    out of the epoch, as in LAVIS.
+    The order depends on the seed and the epoch alone. Items that do not fill all ranks alike are
+    left out of the epoch, as in LAVIS.
 
     Args:
         dataset: whose length counts.
@@ -25,25 +25,9 @@ class TrainingShard(DistributedSampler):
         self.first = 0
 
     def start(self, epoch: int, first: int = 0) -> None:
-        """The next iteration is over an epoch's order, without the rank's ``first`` items."""
+        """Make the next iteration one over an epoch's order, without the rank's first items."""
         self.set_epoch(epoch)
         self.first = first
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.first, None)
-
-
-class EvaluationShard(Sampler[int]):
-    """Every ``world``-th item from the ``rank``-th on: each item falls to just one rank.
-
-    (PyTorch's ``DistributedSampler`` repeats items to give every rank as many.)
-    """
-
-    def __init__(self, dataset: Sized, rank: int, world: int):
-        self._indices = range(rank, len(dataset), world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.reading import unreadable_mask
+from lavis_uniadapter.datasets.loading import gather_unreadable, samples_of
+from lavis_uniadapter.datasets.reading import Unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class _Gallery:
         embeds: (share, tokens, width) of this rank's visual inputs, which are those of index
             ``rank``, ``rank + world`` and so on; None if it has none.
         frame_feat: (share, frames, embed_dim) unit vectors; likewise.
+        unreadable: what no rank could read, by index.
     """
 
     texts: TextFeatures
@@ -81,6 +83,7 @@ class _Gallery:
     feat: Tensor
     embeds: Tensor | None
     frame_feat: Tensor | None
+    unreadable: Mapping[int, Unreadable]
 
 
 def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +101,16 @@ def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) ->
         )
 
 
-@torch.no_grad()
 def two_stage_scores(
+    scorer: PairScorer, data_loader: DataLoader, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """The scores of ``score_gallery``."""
+    v2t, t2v, _ = score_gallery(scorer, data_loader, **settings)
+    return v2t, t2v
+
+
+@torch.no_grad()
+def score_gallery(
     scorer: PairScorer,
     data_loader: DataLoader,
     *,
@@ -107,7 +118,7 @@ def two_stage_scores(
     itc_weight: float = 0.0,
     rerank_batch: int = RERANK_BATCH,
     feature_memory: float = FEATURE_MEMORY,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Mapping[int, Unreadable]]:
     """Score a gallery in both directions.
 
     Args:
@@ -124,7 +135,7 @@ def two_stage_scores(
     Returns:
         (visuals, texts) and (texts, visuals) scores on the scorer's device, equal on every rank. An
         unreadable visual input (``allow_missing``) scores lowest for its texts, and they for it: it
-        counts as wrong in both directions.
+        counts as wrong in both directions. Third, what was unreadable, by index.
 
     Raises:
         ConfigError: for a negative k_test or a rerank_batch below 1.
@@ -139,12 +150,11 @@ def two_stage_scores(
         v2t, t2v = _score(scorer, gallery, k_test, itc_weight, rerank_batch)
     finally:
         scorer.train(was_training)
-    unreadable = unreadable_mask(data_loader, v2t.device)
-    for index in unreadable.nonzero().flatten().tolist():
+    for index in gallery.unreadable:
         v2t[index] = 0
         v2t[index, data_loader.dataset.img2txt[index]] = float("-inf")
         t2v[:, index] = float("-inf")
-    return v2t, t2v
+    return v2t, t2v, gallery.unreadable
 
 
 def _score(
@@ -160,7 +170,9 @@ def _score(
     if k_test == 0:
         return sims, sims.t().clone()
     chosen_v2t = _shortlist(sims, k_test, "texts")
-    chosen_t2v = _shortlist(sims.t(), k_test, "visual inputs").t()
+    readable = sims.clone()  # an unreadable input takes nobody's place in a shortlist
+    readable[list(gallery.unreadable)] = float("-inf")
+    chosen_t2v = _shortlist(readable.t(), k_test, "visual inputs").t()
     matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, rerank_batch)
     matching += itc_weight * sims
     outside = OUTSIDE_SHORTLIST + sims
@@ -189,8 +201,8 @@ def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, T
 
 def _encode_visuals(
     scorer: PairScorer, data_loader: DataLoader, feature_memory: float
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``feat``, ``embeds`` and ``frame_feat`` of a ``_Gallery``.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Mapping[int, Unreadable]]:
+    """``feat``, ``embeds``, ``frame_feat`` and ``unreadable`` of a ``_Gallery``.
 
     A rank encodes the items whose index falls to it, whether or not the loader is sharded, so an
     item that a sampler repeats to even out the ranks still counts once.
@@ -200,7 +212,9 @@ def _encode_visuals(
     feat = torch.zeros(number, scorer.embed_dim, device=scorer.device)
     times_seen = torch.zeros(number, dtype=torch.long)
     embeds = frame_feat = None
-    for samples in _progress(data_loader, "encode visual inputs", len(data_loader)):
+    unreadable: dict[int, Unreadable] = {}
+    batches = _progress(data_loader, "encode visual inputs", len(data_loader))
+    for samples in samples_of(batches, unreadable):
         index = torch.as_tensor(samples["index"]).cpu()
         mine = (index % world == rank) & (times_seen[index] == 0)
         if not mine.any():
@@ -221,7 +235,7 @@ def _encode_visuals(
             f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
             f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
         )
-    return _sum_over_ranks(feat), embeds, frame_feat
+    return _sum_over_ranks(feat), embeds, frame_feat, gather_unreadable(unreadable)
 
 
 def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:

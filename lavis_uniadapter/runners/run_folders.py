@@ -1,31 +1,29 @@
-"""What a finished run left in its folder: of this package's runner, or of LAVIS's own."""
+"""Run folders: who works in one, and what a finished run left in it."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
-import os
-import resource
-import tempfile
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+CONFIG = "config.json"
 SUMMARY = "summary.json"
 LOCK = ".lock"
 LOG = "log.txt"
-# What each query contributes to the metrics of a split, below the run's folder ``result``.
+# What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
-# Where LAVIS's name or unit of a metric is another: its name, and how many of ours its one is.
+# Where LAVIS's name or unit of a metric differs: its name, and how many of ours its one is.
 LAVIS_METRICS = {
     "accuracy": ("agg_metrics", 1),
     "cider": ("CIDEr", 100),
@@ -33,25 +31,38 @@ LAVIS_METRICS = {
     "meteor": ("METEOR", 100),
     "rouge_l": ("ROUGE_L", 100),
 }
-# This task's accuracy, "acc", is a fraction; that of LAVIS's tasks of question answering is not.
+# This task's accuracy, "acc", is a fraction; that of LAVIS's question answering is in percent.
 CLASSIFICATION = "multimodal_classification"
-# LAVIS calls retrieval by what is found: images for a text, texts for an image.
+# LAVIS names retrieval by what is found: images for a text, texts for an image.
 LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
+
+
+@dataclass
+class BestEpoch:
+    """The best epoch so far, by the first validation split.
+
+    Attributes:
+        metric: ``agg_metrics``, of which more is better.
+        value: the selection metric itself, where it has another name.
+        epoch: counted from 0; None before the first validation.
+    """
+
+    metric: float = float("-inf")
+    value: float | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a comparison asks of a run.
+    """What a comparison needs of a run; None where the folder does not tell.
 
     Attributes:
-        seed: of the run; None where the folder does not tell.
         metrics: of the test split.
-        best: the best validation score (``agg_metrics``, of which more is better), or None.
-        trained_parameters, total_parameters: numbers; None where the folder does not tell.
-        seconds: of training and evaluation, all sessions of the run together; None likewise.
+        best: the best validation score (``agg_metrics``, of which more is better).
+        seconds: of training and evaluation, earlier processes of the run included.
+        peak_bytes: most memory of the main process; on CUDA, of the device.
         outcomes: by metric, what each query contributes; see ``tasks.prediction.write_outcomes``.
-        peak_bytes: most memory of the main process, on CUDA of the device; None likewise.
-        precision: the number format, such as float32 or bf16; None likewise.
+        precision: the number format, such as float32 or bf16.
     """
 
     seed: int | None
@@ -78,18 +89,14 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory that this process has used so far; on CUDA, of its device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "win32":
+        import psutil
 
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows does not have
 
-def write_json(path: Path, content: Any) -> None:
-    """The file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class FolderInUse(RuntimeError):
@@ -98,20 +105,17 @@ class FolderInUse(RuntimeError):
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone, until the end or the process's own.
+    """Lock a folder for this process, until the end of the block or of the process.
 
     Raises:
         FolderInUse: if another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as lock:
-        try:
-            # by process, so that data workers which outlive a killed one don't hold it
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise FolderInUse(f"Another process works in '{folder}'.") from None
+    try:
+        lock = FileLock(folder / LOCK, blocking=False).acquire()
+    except Timeout:
+        raise FolderInUse(f"Another process works in '{folder}'.") from None
+    with lock:
         yield
 
 
@@ -125,57 +129,50 @@ def is_in_use(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether this package's runner has done all that its configuration asked for."""
+    """Whether a run of this package has done all that its configuration asked for."""
     return (folder / SUMMARY).is_file()
 
 
 def read(folder: Path, split: str = "test") -> RunSummary:
-    """Read a run's folder.
+    """Read a run folder.
 
     Raises:
-        FileNotFoundError: if there is no result of a finished run in it.
+        FileNotFoundError: if it holds no result of a finished run.
     """
     if is_finished(folder):
-        summary = json.loads((folder / SUMMARY).read_text())
-        measured = (summary["metrics"] or {}).get(split, {})
-        if summary.get("task") == CLASSIFICATION:
-            measured = _in_percent(measured)
-        return RunSummary(
-            seed=summary.get("seed"),
-            metrics=measured,
-            best=summary["best"]["score"],
-            trained_parameters=summary["parameters"]["trained"],
-            total_parameters=summary["parameters"]["total"],
-            seconds=_logged_seconds(folder) or summary["seconds"],
-            peak_bytes=summary["peak_bytes"],
-            outcomes=_outcomes(folder, split),
-            precision=summary.get("precision"),
-        )
+        return _read_summary(folder, split)
     if not (folder / LAVIS_RESULTS).is_file():
         raise FileNotFoundError(
             f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
             "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
         )
+    metrics = _lavis_results(folder, split)
+    return RunSummary(None, metrics, None, _trained_by_lavis(folder), None, None, None)
+
+
+def _read_summary(folder: Path, split: str) -> RunSummary:
+    summary = json.loads((folder / SUMMARY).read_text())
+    measured = (summary["metrics"] or {}).get(split, {})
+    if summary.get("task") == CLASSIFICATION:
+        measured = _in_percent(measured)
+    outcomes = folder / "result" / OUTCOMES.format(split=split)
     return RunSummary(
-        seed=None,
-        metrics=_lavis_results(folder, split),
-        best=None,
-        trained_parameters=_trained_by_lavis(folder),
-        total_parameters=None,
-        seconds=None,
-        peak_bytes=None,
+        seed=summary.get("seed"),
+        metrics=measured,
+        best=summary["best"]["score"],
+        trained_parameters=summary["parameters"]["trained"],
+        total_parameters=summary["parameters"]["total"],
+        seconds=_logged_seconds(folder) or summary["seconds"],
+        peak_bytes=summary["peak_bytes"],
+        outcomes=json.loads(outcomes.read_text()) if outcomes.is_file() else {},
+        precision=summary.get("precision"),
     )
-
-
-def _outcomes(folder: Path, split: str) -> dict[str, list[list[float]]]:
-    path = folder / "result" / OUTCOMES.format(split=split)
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _lavis_results(folder: Path, split: str) -> dict[str, float]:
     """The last result that a LAVIS task wrote."""
     last = list(_json_values((folder / LAVIS_RESULTS).read_text()))[-1]
-    if split in last:  # captioning and classification note the split
+    if split in last:  # captioning and classification name the split
         last = _in_percent(last[split])
     return {k: v for k, v in last.items() if isinstance(v, int | float)}
 
@@ -195,7 +192,7 @@ def _logged_seconds(folder: Path) -> float | None:
 
 
 def _json_values(text: str) -> Iterator[dict[str, Any]]:
-    """JSON objects one after another, over one line or several."""
+    """JSON objects one after another, on one line or several."""
     decoder, at = json.JSONDecoder(), 0
     while text[at:].strip():
         at += len(text[at:]) - len(text[at:].lstrip())

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: how schedulers and people end a run that is to go on later."""
+"""SIGTERM and SIGINT: how schedulers and people stop a run that will continue later."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import time
 from collections.abc import Iterator
 
-# sysexits.h: a temporary failure, try again. Told from errors by schedulers' requeue rules.
+# sysexits.h: a temporary failure, try again. Schedulers' requeue rules can tell it from an error.
 EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """The run was asked to end before it was done. The message says where it can go on."""
+    """The run was stopped before its end. The message says how to continue."""
 
 
 class InterruptionWatch:
-    """Turns the signals into an `Interrupted`: at once, or where the run can save itself.
+    """Raises `Interrupted` at a signal, or notes it where the run can save its state first.
 
-    As a context manager it holds the signals; outside they do what they did before. A second
-    SIGINT ends the run at once.
+    As a context manager it replaces the handlers of the signals. A second SIGINT raises
+    KeyboardInterrupt.
 
     Attributes:
-        requested: name of the first signal that came, or None.
+        requested: name of the first signal that arrived, or None.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class InterruptionWatch:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted; whoever looks at ``requested`` acts on it."""
+        """Inside, a signal is only noted in ``requested``."""
         self._deferring += 1
         try:
             yield
@@ -60,7 +60,7 @@ class InterruptionWatch:
             self._deferring -= 1
 
     def requested_within(self, seconds: float) -> bool:
-        """Whether a signal has come, or comes soon: one to a whole group reaches workers first."""
+        """Wait for a signal: one to a whole process group may end the data workers first."""
         until = time.monotonic() + seconds
         while self.requested is None and time.monotonic() < until:
             time.sleep(0.05)

@@ -1,6 +1,6 @@
 """LAVIS's own runners, ``runner_base`` and ``runner_iter``, in runs of this package.
 
-They run unchanged. They need settings that LAVIS's ``train.py`` makes, skip settings that they do
+They run unchanged. They need settings that LAVIS's ``train.py`` makes, ignore settings that they do
 not know, and do not return what they measured.
 """
 
@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from lavis.common.dist_utils import get_rank, is_main_process, main_process
+from lavis.common.dist_utils import get_rank, is_main_process
 from lavis.common.registry import registry
-from lavis.runners import runner_base
 from lavis.runners.runner_base import RunnerBase
 from omegaconf import DictConfig
 
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
-from lavis_uniadapter.runners import run_checkpoints, run_folders
+from lavis_uniadapter.runners.run_checkpoints import BEST
+from lavis_uniadapter.runners.run_folders import BestEpoch
 
 OURS = "runner_uniadapter"
+DEVICE = "cuda"  # to which LAVIS's PrefetchLoader moves batches, whatever run.device says
 # What runner_uniadapter alone reads of the ``run:`` section.
 OUR_KEYS = (
     "max_grad_norm",
@@ -40,7 +40,7 @@ def is_stock(run: Mapping[str, Any]) -> bool:
 
 
 def check(run: Mapping[str, Any]) -> None:
-    """Check the ``run:`` section for what one of LAVIS's runners would skip or misread.
+    """Check a ``run:`` section for what one of LAVIS's runners would ignore or misread.
 
     Does nothing for a run of this package's runner.
 
@@ -70,46 +70,35 @@ def check(run: Mapping[str, Any]) -> None:
 
 
 def prepare(run: DictConfig) -> None:
-    """Set what LAVIS's ``train.py`` sets, once the process group is there; changes ``run``.
+    """Set what LAVIS's ``train.py`` sets, once the process group exists; changes ``run``.
 
     Raises:
         ConfigError: if LAVIS's loader does not put batches on the run's device.
     """
-    _check_loader(run)
+    if run.device != DEVICE:
+        raise ConfigError(
+            f"run.runner is {run.runner}, whose loader needs CUDA, and run.device is {run.device}. "
+            f"Set run.runner: {OURS}."
+        )
     run.rank = get_rank()
     run.gpu = int(os.environ.get("LOCAL_RANK", 0))
     # A relative folder would be below the installed LAVIS.
     run.output_dir = str(Path.cwd() / run.output_dir)
     for kind in ("train_splits", "valid_splits", "test_splits"):
         run[kind] = run.get(kind) or []
-    for name in ("output_dir", "result_dir"):  # which LAVIS registers once in a process
+    for name in ("output_dir", "result_dir"):  # which LAVIS registers only once in a process
         registry.mapping["paths"].pop(name, None)
-
-
-def _check_loader(run: DictConfig) -> None:
-    """LAVIS's loader moves its batches to CUDA, whatever ``run.device`` says."""
-    try:
-        place = next(iter(runner_base.PrefetchLoader([torch.zeros(1)]))).device.type
-    except (RuntimeError, AssertionError):  # no CUDA, or a PyTorch without it
-        place = "nothing"
-    if place != run.device:
-        raise ConfigError(
-            f"run.runner is {run.runner}, whose loader needs CUDA, and run.device is {run.device}. "
-            f"Set run.runner: {OURS}."
-        )
 
 
 def recording(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
     """One of LAVIS's runners that returns what it measured.
 
     Its ``train`` and ``evaluate`` return the metrics by test split on the main process and None on
-    the others; ``best_metric`` and ``best_epoch`` are those of the best checkpoint that it saved.
-    It notes its configuration in the run's folder.
+    the others; ``best`` describes the best checkpoint that it saved.
     """
 
     class Recording(runner_cls):
-        best_metric: float | None = None
-        best_epoch: int | None = None
+        best = BestEpoch()
 
         def train(self):
             super().train()
@@ -128,7 +117,7 @@ def recording(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
         def _save_checkpoint(self, epoch, is_best=False):
             super()._save_checkpoint(epoch, is_best)
             if is_best:
-                self.best_metric, self.best_epoch = self._log["agg_metrics"], epoch
+                self.best = BestEpoch(self._log["agg_metrics"], epoch=epoch)
 
         def _load_checkpoint(self, path):
             super()._load_checkpoint(path)
@@ -139,16 +128,11 @@ def recording(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
                 )
 
         def _reload_best_model(self, model):
-            if not (self.output_dir / run_checkpoints.BEST).is_file():
+            if not (self.output_dir / BEST).is_file():
                 raise CheckpointError(
-                    f"'{self.output_dir}' has no {run_checkpoints.BEST}: LAVIS saves an epoch only "
-                    "if agg_metrics of 'val' is above 0. Set run.valid_splits=[] to save every one."
+                    f"'{self.output_dir}' has no {BEST}: LAVIS saves an epoch only if agg_metrics "
+                    "of 'val' is above 0. Set run.valid_splits=[] to save every one."
                 )
             return super()._reload_best_model(model)
-
-        @main_process
-        def log_config(self):
-            super().log_config()
-            run_folders.write_json(self.output_dir / run_checkpoints.CONFIG, self.config.as_asked)
 
     return Recording

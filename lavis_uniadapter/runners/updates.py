@@ -1,39 +1,36 @@
-"""Optimizer steps, of which the device leaves out those without finite numbers."""
+"""Optimizer steps, of which the device skips those without finite numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lavis_uniadapter.common.host_copy import HostCopy
-from lavis_uniadapter.datasets.reading import BatchReport
-from lavis_uniadapter.runners.faults import FaultLog
 
 if TYPE_CHECKING:
-    from lavis_uniadapter.runners.runner import EpochProgress
+    from lavis_uniadapter.runners.epoch import EpochProgress
 
 
 def take_step(
     optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler | None,
+    max_norm: float,
     loss: Tensor,
-    scaler: torch.amp.GradScaler | None = None,
-    max_norm: float | None = None,
 ) -> HostCopy:
-    """Take an optimizer step, unless the loss or the gradient is not finite, on any rank.
+    """Take an optimizer step, unless the loss or the gradient is not finite on some rank.
 
     The device decides, and the host does not wait for it.
 
     Args:
         optimizer: a fused AdamW, which changes nothing where its ``found_inf`` is 1.
+        scaler: that the gradient is scaled with, if it is.
+        max_norm: to which the gradient is clipped; 0: not at all.
         loss: sum of the losses of the step's batches, not scaled.
-        scaler: that the gradient is scaled with.
-        max_norm: to which the gradient is clipped.
 
     Returns:
         Three numbers, the same on all ranks: whether the gradient is finite, whether the loss is,
@@ -44,7 +41,7 @@ def take_step(
     if scaler is not None:
         scaler.unscale_(optimizer)
         scale = scaler.scale(scale)
-    if max_norm is not None:
+    if max_norm:
         norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
@@ -58,90 +55,68 @@ def take_step(
     return HostCopy(found)
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A step whose outcome the host has not looked at yet."""
-
-    found: HostCopy
-    number: int
-    losses: Mapping[str, Tensor]
-    reports: Sequence[BatchReport]
-
-
 class Updates:
-    """The optimizer steps of an epoch. Skipped ones are counted, and noted with their items.
+    """The optimizer steps of an epoch; counts skipped ones and logs them with their items.
 
     Args:
-        optimizer, scaler, max_norm: see ``take_step``.
-        faults: where skipped steps are noted.
-        dataset: that the reports of batches are about.
-        most_in_a_row: so many skipped steps end the run.
+        step: `take_step`, given all but the loss.
+        log_skipped: `FaultLog.skipped_step`, given the dataset.
+        max_skipped: so many skipped steps in a row end the run.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.AdamW,
-        scaler: torch.amp.GradScaler | None,
-        max_norm: float | None,
-        *,
-        faults: FaultLog,
-        dataset: Dataset,
-        most_in_a_row: int,
+        step: Callable[..., HostCopy],
+        log_skipped: Callable[..., Path],
+        max_skipped: int,
     ):
-        self._optimizer = optimizer
-        self._scaler = scaler
-        self._max_norm = max_norm
-        self._faults = faults
-        self._dataset = dataset
-        self._most_in_a_row = most_in_a_row
-        self._pending: _Pending | None = None
+        self._step = step
+        self._log_skipped = log_skipped
+        self._max_skipped = max_skipped
+        self._pending: tuple[HostCopy, int, Mapping[str, Tensor], Sequence[int]] | None = None
 
     def take(
         self,
         progress: EpochProgress,
         loss: Tensor,
         losses: Mapping[str, Tensor],
-        reports: Sequence[BatchReport],
+        indices: Sequence[int],
     ) -> None:
-        """Take a step, and settle the one before, which the device has done by now.
+        """Take a step and settle the one before, which the device has finished by now.
 
         Args:
             progress: of the epoch, the step's batches included.
-            loss: see ``take_step``.
+            loss: see `take_step`.
             losses: of the last batch, by name.
-            reports: of the step's batches.
+            indices: of the items in the step's batches.
         """
-        found = take_step(self._optimizer, loss, self._scaler, self._max_norm)
+        found = self._step(loss)
         self.settle(progress)
         losses = {name: value.detach() for name, value in losses.items()}
-        self._pending = _Pending(found, progress.step - 1, losses, reports)
+        self._pending = (found, progress.step - 1, losses, indices)
 
     def settle(self, progress: EpochProgress) -> None:
-        """Count and note the last step if it was skipped. Call it before progress is saved.
+        """Count and log the last step if it was skipped. Call it before progress is saved.
 
         Raises:
-            FloatingPointError: after too many in a row, naming where their items are noted.
+            FloatingPointError: after too many in a row, naming the file that lists their items.
         """
-        step, self._pending = self._pending, None
-        if step is None:
+        if self._pending is None:
             return
-        finite_gradient, finite_loss, scale = step.found.tolist()
+        (found, step, losses, indices), self._pending = self._pending, None
+        finite_gradient, finite_loss, scale = found.tolist()
         if finite_gradient and finite_loss:
             progress.skipped_in_a_row = 0
             return
         if finite_loss and scale > 1:
-            # The loss was scaled too much for float16, and the scaler has lowered its scale.
-            return
+            return  # the scale was too large for float16, and the scaler has lowered it
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        losses = {name: float(value) for name, value in step.losses.items()}
-        path = self._faults.skipped_step(
-            progress.epoch, step.number, losses, step.reports, self._dataset
-        )
-        if progress.skipped_in_a_row >= self._most_in_a_row:
+        path = self._log_skipped(progress.epoch, step, losses, indices)
+        if progress.skipped_in_a_row >= self._max_skipped:
             raise FloatingPointError(
                 f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
-                f"finite (run.max_skipped_steps), the last at step {step.number} of epoch "
+                f"finite (run.max_skipped_steps), the last at step {step} of epoch "
                 f"{progress.epoch + 1}. Their items are in {path}. Lower run.init_lr, set "
                 "run.max_grad_norm, or set run.amp to null."
             )

@@ -16,10 +16,14 @@ from lavis.tasks.base_task import BaseTask
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.distributed import gather_to_main
 from lavis_uniadapter.common.errors import ConfigError, nearest
-from lavis_uniadapter.datasets.reading import gather_unreadable
+from lavis_uniadapter.datasets.loading import samples_of
+from lavis_uniadapter.datasets.reading import Unreadable
 from lavis_uniadapter.runners import run_folders, stock_runners
+
+logger = logging.getLogger(__name__)
 
 # Key of the reason in an item, and of the number of items among the metrics.
 UNREADABLE = "unreadable"
@@ -41,6 +45,7 @@ class MeasuredTask(BaseTask, ABC):
     MODEL: str
     METRIC: str
     LOWER_IS_BETTER: tuple[str, ...] = ()
+    reads_batches = True  # of runner_uniadapter's loaders; LAVIS's tasks read samples
 
     def __init__(self, run_cfg: Mapping[str, Any]):
         BaseTask.__init__(self)
@@ -85,19 +90,33 @@ class MeasuredTask(BaseTask, ABC):
         summary = {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
         return summary | ({UNREADABLE: unreadable} if unreadable else {})
 
-    def write(self, metrics, outcomes: Outcomes, split_name: str, epoch: int | str):
-        """Write a split's metrics and outcomes to the run's ``result`` folder; returns the metrics.
+    def write(
+        self,
+        metrics: dict[str, float],
+        outcomes: Outcomes,
+        unreadable: Sequence[Mapping[str, Any]],
+        split_name: str,
+        epoch: int | str,
+    ) -> dict[str, float]:
+        """Write what a split gave to the run's ``result`` folder; returns the metrics.
 
         Args:
             outcomes: by metric, what each query or item contributes to it, as one list of values
                 per kind of query; the metric is the mean of the lists' means. Comparisons of runs
                 pair them.
+            unreadable: ``index``, ``file`` and ``reason`` of what was scored as wrong.
         """
         write_result(f"metrics_{split_name}_epoch_{epoch}.json", metrics)
         # To the root logger: LAVIS writes it to the log file, not to the console.
         logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
         if outcomes:
             write_result(run_folders.OUTCOMES.format(split=split_name), outcomes)
+        if unreadable:
+            path = write_result(f"unreadable_{split_name}.json", unreadable)
+            logger.warning(
+                "%s: %d unreadable items are scored as wrong (allow_missing): %s",
+                *(split_name, len(unreadable), path),
+            )
         return metrics
 
 
@@ -137,17 +156,18 @@ class PredictionTask(MeasuredTask):
             RuntimeError: if an item was not predicted.
         """
         predictions: dict[int, dict[str, Any]] = {}
+        found: dict[int, Unreadable] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
-        for samples in progress:
+        for samples in samples_of(progress, found):
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
             predictions.update(zip(indices, self.predict(model, samples), strict=True))
-        shares = gather_to_main(predictions)
-        unreadable = gather_unreadable(data_loader)
+        shares = gather_to_main((predictions, found))
         if shares is None:
             return None
         records = data_loader.dataset.annotation
-        predictions = {index: item for share in shares for index, item in share.items()}
+        predictions = {index: item for share, _ in shares for index, item in share.items()}
+        unreadable = {index: fault for _, share in shares for index, fault in share.items()}
         if missing := set(range(len(records))).difference(predictions):
             raise RuntimeError(
                 f"{len(missing)} of {len(records)} items were not predicted, the first being "
@@ -162,14 +182,20 @@ class PredictionTask(MeasuredTask):
         if val_result is None:
             return None
         write_result(f"{split_name}_epoch_{epoch}.json", val_result)
-        unreadable = sum(UNREADABLE in item for item in val_result)
-        metrics = self.summary(self.metrics(val_result), unreadable)
-        return self.write(metrics, self.outcomes(val_result), split_name, epoch)
+        unreadable = [
+            {"index": index, "file": item["file"], "reason": item[UNREADABLE]}
+            for index, item in enumerate(val_result)
+            if UNREADABLE in item
+        ]
+        metrics = self.summary(self.metrics(val_result), len(unreadable))
+        return self.write(metrics, self.outcomes(val_result), unreadable, split_name, epoch)
 
 
-def write_result(name: str, content: Any) -> None:
+def write_result(name: str, content: Any) -> Path:
+    """Write a JSON file of the run's ``result`` folder; returns its path."""
     path = Path(registry.get_path("result_dir")) / name
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
+    return path
 
 
 def visual_kind(dataset: Dataset) -> str:

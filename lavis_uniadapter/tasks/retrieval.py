@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+
 from lavis.common.dist_utils import is_main_process
 from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_uniadapter.datasets.reading import gather_unreadable
+from lavis_uniadapter.datasets.loading import SamplesView
+from lavis_uniadapter.datasets.reading import Unreadable
 from lavis_uniadapter.evaluation.ranking_metrics import (
     MEAN_RECALL,
     RANKS,
@@ -19,8 +23,8 @@ from lavis_uniadapter.evaluation.two_stage import (
     K_TEST,
     RERANK_BATCH,
     check_settings,
+    score_gallery,
     settings_of,
-    two_stage_scores,
 )
 from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.tasks.prediction import MeasuredTask, visual_kind
@@ -60,18 +64,18 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
         return datasets
 
     def evaluation(self, model, data_loader, **kwargs):
-        """Metrics and outcomes of a split, on the main process; None on the others."""
+        """Metrics, outcomes and unreadable items of a split (main process; None on the others)."""
         if is_lavis_model(type(model)):
-            scores = lavis_similarities(model, data_loader, self.cfg)
+            scores = lavis_similarities(model, SamplesView(data_loader), self.cfg)
+            unreadable: Mapping[int, Unreadable] = {}
         else:
-            scores = two_stage_scores(model, data_loader, **settings_of(self.cfg))
-        unreadable = gather_unreadable(data_loader)
+            *scores, unreadable = score_gallery(model, data_loader, **settings_of(self.cfg))
         if not is_main_process():
             return None
         data = data_loader.dataset
         ranks = retrieval_ranks(*scores, data.txt2img, data.img2txt, visual_kind(data))
         metrics = self.summary(retrieval_metrics(ranks), len(unreadable))
-        return metrics, retrieval_outcomes(ranks)
+        return metrics, retrieval_outcomes(ranks), [asdict(fault) for fault in unreadable.values()]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""

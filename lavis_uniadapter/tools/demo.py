@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lavis_uniadapter.checkpoints import adapter_files
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.evaluation.answer_metrics import answer_metrics, majority_answers
-from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
+from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
 from lavis_uniadapter.runners.signals import Interrupted
@@ -86,7 +87,7 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
             "all": time.perf_counter() - started,
         },
     }
-    run_folders.write_json(folder / "demo.json", report)
+    write_json(folder / "demo.json", report)
     plot_curves(folder / run_folders.LOG, METRICS[task][:1], folder / "curves.png")
     draw = _draw_matches if task == "retrieval" else _draw_descriptions
     draw(adapted, folder / "clips.png")
@@ -99,7 +100,7 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
 def _train(recipe: str, options: Sequence[str], output_dir: str, job_id: str) -> launch.RunResult:
     """Train one stage anew; an earlier demo's run of that stage is deleted."""
     before = Path(output_dir) / job_id
-    if (before / run_checkpoints.CONFIG).is_file():
+    if (before / run_folders.CONFIG).is_file():
         shutil.rmtree(before)
     try:
         return launch.run(recipes.runs()[recipe], [*options, f"run.job_id={job_id}"])

@@ -18,6 +18,7 @@ from rich.console import Console
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import launch, run_folders
@@ -48,7 +49,7 @@ def plan_file(tmp_path):
 
 def write_summary(folder: Path, score: float, r1: float, trained: int = 10) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    run_folders.write_json(
+    write_json(
         folder / run_folders.SUMMARY,
         {
             "metrics": {"test": {"t2v_r1": r1, "v2t_r1": r1 / 2}},
@@ -289,7 +290,7 @@ def test_differences_from_the_reference_have_a_column(tmp_path):
         write_summary(folder, 0.0, sum(recalls) / 3)
         (folder / "result").mkdir()
         outcomes = {"t2v_r1": [recalls]}
-        run_folders.write_json(folder / "result/outcomes_test.json", outcomes)
+        write_json(folder / "result/outcomes_test.json", outcomes)
         line.runs.append(run_folders.read(folder))
 
     def table(reference):

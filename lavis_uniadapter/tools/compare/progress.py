@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lavis_uniadapter.runners import run_checkpoints, run_folders
+from lavis_uniadapter.runners import run_folders
 
 
 class Progress:
@@ -60,7 +60,7 @@ class Progress:
 def logged(folder: Path) -> tuple[int, int | None, float]:
     """Epochs done, epochs in all (None while unknown), and seconds so far, by a run's files."""
     epochs, total, seconds = 0, None, 0.0
-    config, log = folder / run_checkpoints.CONFIG, folder / run_folders.LOG
+    config, log = folder / run_folders.CONFIG, folder / run_folders.LOG
     if config.is_file():
         total = json.loads(config.read_text())["run"].get("max_epoch")
     for line in log.read_text().splitlines() if log.is_file() else ():

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.tools.compare.intervals import paired_difference
@@ -109,7 +110,7 @@ def write_report(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    run_folders.write_json(folder / "comparison.json", rows)
+    write_json(folder / "comparison.json", rows)
     first = metrics[0]
     points = {
         row["method"]: (row["trained parameters"], row[first], row[f"{first} std"] or 0.0)

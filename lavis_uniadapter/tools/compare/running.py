@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.tools.compare.plan import Entry, Plan, slug
@@ -197,7 +198,7 @@ class Comparison:
                 f"'{folder}' holds a run of another configuration. Delete it, or choose another "
                 "--output-dir."
             )
-        run_folders.write_json(folder / REQUEST, request)
+        write_json(folder / REQUEST, request)
         return None
 
     def _command(self, entry: Entry, folder: Path, options: Sequence[str]) -> list[str]:

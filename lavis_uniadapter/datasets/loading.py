@@ -1,0 +1,203 @@
+"""Batches of items, read by worker processes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import default_collate
+
+from lavis_uniadapter.common.distributed import gather
+from lavis_uniadapter.common.errors import name_some
+from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
+from lavis_uniadapter.datasets.sampling import TrainingShard
+
+POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
+PINNING = "in pin memory thread"  # in PyTorch's messages
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loader yields.
+
+    Attributes:
+        samples: collated items, as LAVIS's models take them.
+        indices: of the items in their dataset, in the order of the batch.
+        unreadable: items that could not be read. In training others are in their place; in
+            evaluation they show another item's picture or clip, and count as wrong.
+    """
+
+    samples: dict[str, Any]
+    indices: Sequence[int]
+    unreadable: Sequence[Unreadable] = ()
+
+
+class BatchLoader:
+    """Yields a `Batch` at a time.
+
+    Args:
+        items: what to read.
+        sampler: in which order; a `TrainingShard` for `start`.
+        num_workers: processes that read; 0: this one.
+        collate_fn: makes samples of items; None: PyTorch's default.
+        timeout: seconds that the workers may take for a batch; 0: any.
+        options: ``batch_size``, ``drop_last``, ``pin_memory`` of ``torch.utils.data.DataLoader``.
+    """
+
+    def __init__(
+        self,
+        items: TrainingItems,
+        sampler: TrainingShard | range,
+        *,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        timeout: float = 0,
+        **options: Any,
+    ):
+        self.dataset = items.dataset
+        self._items = items
+        self._timeout = timeout or float("inf")
+        self._loader = DataLoader(
+            items,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=partial(_collate, collate_fn or default_collate),
+            # its own, so that the run's random numbers do not depend on how often data are read
+            generator=torch.Generator().manual_seed(0),
+            worker_init_fn=_ignore_interrupts,
+            timeout=min(POLL, self._timeout) if num_workers else 0,
+            **options,
+        )
+        self.batch_size = self._loader.batch_size
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def start(self, epoch: int, first_step: int = 0) -> None:
+        """Make the next pass one over a training epoch, from a step on."""
+        self._items.epoch = epoch
+        self._loader.sampler.start(epoch, first_step * self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches.
+
+        Raises:
+            DatasetError: if nothing can be read; naming an unreadable evaluation item, unless its
+                dataset allows it; naming what a worker was reading when it hung or died; or naming
+                the items of a batch that PyTorch could not pin in memory.
+        """
+        batches = self._start_workers()
+        for number in itertools.count():
+            try:
+                read = self._await(batches)
+            except StopIteration:
+                return
+            except DatasetError as error:
+                # PyTorch puts the traceback of a worker before the message
+                raise DatasetError(str(error).rpartition("DatasetError: ")[2].strip()) from None
+            except (RuntimeError, OSError, EOFError) as error:
+                # "Caught" by a worker: an error in the code that reads
+                of_a_worker = str(error).startswith("Caught") and PINNING not in str(error)
+                if of_a_worker or not self._loader.num_workers:
+                    raise
+                raise DatasetError(self._describe(error, number)) from error
+            yield Batch(*read)
+
+    def _start_workers(self) -> Iterator[Any]:
+        """PyTorch's iterator, without its handler of SIGCHLD.
+
+        The handler raises a worker's death wherever this process happens to be, in an optimizer
+        step too. Without it, PyTorch notices the death while a batch is awaited.
+        """
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not in_main_thread or not hasattr(signal, "SIGCHLD"):
+            return iter(self._loader)
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
+        signal.signal(signal.SIGCHLD, handler)
+        return batches
+
+    def _await(self, batches: Iterator[Any]) -> Any:
+        """The next batch; PyTorch looks for dead workers each time that its timeout ends."""
+        until = time.monotonic() + self._timeout
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                timed_out = str(error).startswith("DataLoader timed out")
+                if not timed_out or time.monotonic() >= until:
+                    raise
+
+    def _describe(self, error: Exception, number: int) -> str:
+        """The failure of a batch, by its number in this pass."""
+        if PINNING in str(error):
+            indices = next(itertools.islice(self._loader.batch_sampler, number, None))
+            files = name_some(f"'{file_of(self.dataset, index)}'" for index in indices)
+            said = re.findall(r"^[\w.]+: .*", str(error), re.MULTILINE) or [str(error)]
+            return f"A batch could not be pinned in memory ({said[-1]}). Its items: {files}."
+        reading = ", ".join(
+            f"'{file_of(self.dataset, index)}' (for {seconds:.0f} s)"
+            for index, seconds in self._items.monitor.in_progress()
+        )
+        if "timed out" in str(error):
+            what = f"A data worker gave nothing for {self._timeout:g} s (run.data_timeout)"
+        else:
+            said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            what = f"A data worker died ({said})"
+        return (
+            f"{what}. Being read: {reading or 'nothing'}. Check such a file with python -m "
+            "lavis_uniadapter.prepare check; if it fails again, remove it from the annotations."
+        )
+
+
+def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadable]]) -> tuple:
+    items, indices, unreadable = read
+    return collate(items), indices, unreadable
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main process decides what follows."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def samples_of(
+    batches: Iterable[Batch | dict[str, Any]], unreadable: dict[int, Unreadable]
+) -> Iterator[dict[str, Any]]:
+    """The samples of batches; adds what could not be read to ``unreadable``, by index.
+
+    Samples pass as they are: LAVIS's own loaders yield nothing else.
+    """
+    for batch in batches:
+        if isinstance(batch, Batch):
+            unreadable.update({fault.index: fault for fault in batch.unreadable})
+            batch = batch.samples
+        yield batch
+
+
+def gather_unreadable(unreadable: dict[int, Unreadable]) -> dict[int, Unreadable]:
+    """What no rank could read, by index, on every rank; every rank must call it."""
+    return {i: fault for share in gather(unreadable) for i, fault in share.items()}
+
+
+class SamplesView:
+    """A loader as LAVIS's tasks and models use it: an iterable of samples."""
+
+    def __init__(self, loader: BatchLoader):
+        self.dataset = loader.dataset
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return samples_of(self._loader, {})

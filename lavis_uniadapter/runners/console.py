@@ -1,0 +1,92 @@
+"""What a run prints and logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from lavis.common.config import Config
+from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
+from lavis.runners.runner_base import RunnerBase
+from tqdm import tqdm
+
+from lavis_uniadapter.runners import precision
+
+logger = logging.getLogger("lavis_uniadapter")
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def log_to_console() -> None:
+    """Print this package's messages on the main process; LAVIS's go to the log file."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    # LAVIS calls logging.info, which would otherwise give the root logger a console handler
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def log_to_file(folder: Path) -> None:
+    """Log all messages of LAVIS and this package to ``run.log`` (``run.rankN.log``)."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+    name = "run.log" if is_main_process() else f"run.rank{get_rank()}.log"
+    handler = logging.FileHandler(folder / name)
+    handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(message)s"))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+@main_process
+def describe_start(runner: RunnerBase, config: Config) -> None:
+    """Log where a run goes, and what it computes with."""
+    model, run = runner._model, config.run_cfg
+    lines = [f"run folder {runner.output_dir}"]
+    if not run.evaluate:
+        world = get_world_size()
+        batch = run.batch_size_train * world * int(run.get("accum_grad_iters", 1))
+        lines.append(
+            f"{run.device}, {world} process(es), global batch {batch}, "
+            f"queue {getattr(model, 'queue_size', 'none')}"
+        )
+    lines.append(f"precision {precision.describe(run)}")
+    if hasattr(model, "base_name"):  # this package's own
+        lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
+        if config.model_cfg.get("adapter_ckpt"):
+            lines.append(f"adapter: {config.model_cfg.adapter_ckpt}")
+        if model.randomly_initialised:
+            lines.append(f"randomly initialised: {', '.join(model.randomly_initialised)}")
+        lines.extend(model.adapter_summary().splitlines())
+    for line in lines:
+        logger.info("%s", line)
+
+
+def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
+    """The metrics of each split, a line each; for retrieval a line per direction."""
+    lines = []
+    for split, values in metrics.items():
+        rows: dict[str, list[str]] = {}
+        for name, value in values.items():
+            if name == "agg_metrics" and len(values) > 1:
+                continue
+            found = re.match(r"([tvi]2[tvi])_(.+)", name)
+            direction, metric = found.groups() if found else ("", name)
+            rows.setdefault(direction, []).append(f"{metric} {value:.2f}")
+        if not rows:
+            lines.append(f"{split}: not measured; the predictions are in the folder result")
+        lines += [f"{split} {row}".strip() + f": {'  '.join(rows[row])}" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""All that a run needs to continue as if it had not stopped."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lavis.common.dist_utils import get_rank, get_world_size
+from torch import Tensor, nn
+
+from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
+from lavis_uniadapter.common.distributed import gather_to_main
+from lavis_uniadapter.common.errors import CheckpointError
+from lavis_uniadapter.runners import run_checkpoints
+from lavis_uniadapter.runners.epoch import EpochProgress
+from lavis_uniadapter.runners.run_folders import BestEpoch
+
+if TYPE_CHECKING:
+    from lavis_uniadapter.runners.runner import RunnerUniAdapter
+
+logger = logging.getLogger(__name__)
+
+
+def collect(runner: RunnerUniAdapter, progress: EpochProgress) -> dict[str, Any] | None:
+    """The state of a run, on the main process; None on the others. Every rank must call it.
+
+    None there too if the weights are not finite.
+    """
+    ranks = gather_to_main({"rng": rng_state(runner.device), "progress": _to_cpu(asdict(progress))})
+    if ranks is None:
+        return None
+    model = runner.unwrap_dist_model(runner.model)
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        logger.warning("The weights are not finite; the states on disk are kept as they are.")
+        return None
+    # what training does not change is not saved: all that is frozen, but for momentum encoders
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    unchanged = frozen - momentum_parameters(model)
+    return {
+        "model": {k: v for k, v in model.state_dict().items() if k not in unchanged},
+        "optimizer": runner.optimizer.state_dict(),
+        "scaler": runner.scaler.state_dict() if runner.scaler else None,
+        "config": runner.config.to_dict(),
+        # LAVIS's meaning: the last epoch that is done
+        "epoch": progress.epoch - 1,
+        "steps_per_epoch": len(runner.train_loader),
+        "best": asdict(runner.best),
+        "ranks": ranks,
+    }
+
+
+def restore(runner: RunnerUniAdapter, path: str | Path) -> EpochProgress:
+    """Load a state: weights, averages, queues, optimizer, scaler, random numbers, best epoch.
+
+    Checkpoints of LAVIS's runner, which lack some of it, are accepted.
+
+    Returns:
+        How far this rank is.
+
+    Raises:
+        CheckpointError: if the file is damaged, or of a run that this one cannot continue.
+    """
+    content = run_checkpoints.read(path)
+    theirs, ours = (
+        section.get("model", {}).get("tuning")
+        for section in (content.get("config") or {}, runner.config.to_dict())
+    )
+    if theirs != ours:
+        raise CheckpointError(
+            f"'{path}' is of a run with model.tuning '{theirs}', and this one has '{ours}'. Set "
+            f"model.tuning: {theirs} to continue it."
+        )
+    progress = _restore_rank(runner, content, path)
+    load_model_state(runner.unwrap_dist_model(runner.model), content["model"], path)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = True  # LAVIS's optimizer is not
+    runner.optimizer.load_state_dict(content["optimizer"])
+    if runner.scaler and content.get("scaler"):
+        runner.scaler.load_state_dict(content["scaler"])
+    runner.best = BestEpoch(**content.get("best") or {})
+    where = f"step {progress.step} of epoch" if progress.step else "epoch"
+    logger.info("Resumed from %s: %s %d follows.", path, where, progress.epoch + 1)
+    return progress
+
+
+def _restore_rank(runner, content: Mapping[str, Any], path: str | Path) -> EpochProgress:
+    """This rank's progress; its random numbers are restored."""
+    ranks, world = content.get("ranks") or [], get_world_size()
+    steps, ours = content.get("steps_per_epoch"), len(runner.train_loader)
+    in_the_middle = any(state["progress"]["step"] for state in ranks)
+    if in_the_middle and (len(ranks) != world or steps != ours):
+        raise CheckpointError(
+            f"'{path}' is of the middle of an epoch of {steps} steps on {len(ranks)} process(es), "
+            f"and this run has {ours} on {world}. Start it with the same number of processes, "
+            "run.batch_size_train and data."
+        )
+    if len(ranks) != world:
+        logger.warning(
+            "'%s' has the random numbers of %d process(es), not of %d: they start anew.",
+            *(path, len(ranks), world),
+        )
+        return EpochProgress(content["epoch"] + 1)
+    state = ranks[get_rank()]
+    progress = EpochProgress(**state["progress"])
+    for tensors in (progress.sums, progress.counts):
+        tensors.update({k: v.to(runner.device) for k, v in tensors.items()})
+    restore_rng(state["rng"], runner.device)
+    return progress
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load what a runner saved of a model.
+
+    Raises:
+        CheckpointError: if anything but frozen parameters is missing, unexpected or misshapen.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    own = {k: v for k, v in model.state_dict().items() if k not in frozen or k in state}
+    if problems := describe_mismatch(own, state):
+        raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
+    model.load_state_dict(state, strict=False)
+    # LAVIS's own models have momentum encoders, which its runner does not save.
+    if missing := momentum_parameters(model).difference(state):
+        model.copy_params()
+        logger.warning(
+            "'%s' holds no momentum encoders (%d tensors): they start from the model.",
+            *(source, len(missing)),
+        )
+
+
+def momentum_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of momentum encoders, which LAVIS's own models have."""
+    momentum = {id(p) for pair in getattr(model, "model_pairs", ()) for p in pair[1].parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in momentum}
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    return value.cpu() if torch.is_tensor(value) else value
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of all generators of this process, as tensors and plain containers."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set all generators of this process to what `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
