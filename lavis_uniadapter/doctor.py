@@ -290,7 +290,7 @@ def probe_package() -> Iterator[str | tuple]:
                 "python -m pip install --force-reinstall --no-deps opencv-python-headless",
             )
         else:
-            from lavis_uniadapter.processors.video import decode_frames
+            from lavis_uniadapter.processors.decoding import decode_frames
 
             frames = decode_frames(path, lambda number: [0, number - 1], 32)
             colour = frames.float().mean(dim=(0, 1, 2)).round().int().tolist()

@@ -28,15 +28,16 @@ import torch
 import torch.distributed as dist
 from decord import DECORDError
 from lavis.common.dist_utils import get_world_size
-from PIL import Image, ImageFile
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.layouts import layout_of
-from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.processors.video.extracted_frames import (
+from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.processors.decoding import images_read_whole
+from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     write_extracted_frames,
 )
@@ -104,17 +105,6 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-@contextlib.contextmanager
-def images_read_whole() -> Iterator[None]:
-    """Inside, a truncated image is an error. (LAVIS lets Pillow fill it up with grey.)"""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 class ReadingMonitor:

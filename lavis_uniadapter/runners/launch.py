@@ -43,7 +43,7 @@ from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
-from lavis_uniadapter.processors.video import VideoDecodeError
+from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.runners.runner import (
     SPLIT_KINDS,

@@ -7,15 +7,15 @@ import errno
 import fcntl
 import json
 import logging
-import os
 import resource
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lavis_uniadapter.common.atomic import write_json as write_json
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +79,6 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_json(path: Path, content: Any) -> None:
-    """The file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
 
 
 class FolderInUse(RuntimeError):
