@@ -331,7 +331,7 @@ def test_unchecked_files_are_not_opened_before_training(run, clips):
     bad.write_bytes(b"")
     result = run("shapes_retrieval", *options, "run.check_files=False")
     assert (result.output_dir / UNREADABLE).is_file()
-    with pytest.raises(ConfigError, match="skip_missing is True and run.check_files False"):
+    with pytest.raises(ConfigError, match="skip_missing is True, and run.check_files is False"):
         run("shapes_retrieval", *options, "run.check_files=False", f"{DATASET}.skip_missing=True")
 
 

@@ -121,7 +121,7 @@ def test_impossible_frame_counts_are_refused(num_frames, n_frms):
         sample_frame_indices(num_frames, n_frms)
 
 
-@pytest.mark.parametrize("num_frames", range(1, 41))
+@pytest.mark.parametrize("num_frames", [1, 2, 7, 8, 9, 17, 40])
 def test_clips_of_any_length_give_exactly_t_frames(tmp_path, num_frames):
     path = write_clip(tmp_path / "clip.mp4", grey_frames(num_frames))
     for processor in (BlipVideoTrainProcessor, BlipVideoEvalProcessor):

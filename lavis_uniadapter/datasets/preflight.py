@@ -261,8 +261,8 @@ def _absent_folder(path: str) -> Iterator[str]:
         )
 
 
-# What is wrong with an annotation file, by its path.
-_CheckFile = Callable[[str], list[Problem]]
+# What is wrong with the content of an annotation file, given its path too.
+_CheckContent = Callable[[object, str], list[Problem]]
 
 
 def _split_faults(split: str, info: Mapping, layout: type[VisualRecord]) -> Iterator[str]:
@@ -270,14 +270,14 @@ def _split_faults(split: str, info: Mapping, layout: type[VisualRecord]) -> Iter
         partial(_side_file_problems, what=what, problem_of=problem_of)
         for what, problem_of in layout.side_files
     ]
-    checks: list[_CheckFile] = [partial(_record_file_problems, layout=layout), *sides]
+    checks: list[_CheckContent] = [partial(_record_problems, layout=layout), *sides]
     if sides and len(_as_list(info.get("storage"))) == 1:
         what = layout.side_files[0][0]
         yield f"build_info.annotations.{split}.storage names one file; add the {what} after it."
     yield from _annotation_faults(split, info, checks)
 
 
-def _annotation_faults(key: str, info: Mapping, checks: Sequence[_CheckFile]) -> Iterator[str]:
+def _annotation_faults(key: str, info: Mapping, checks: Sequence[_CheckContent]) -> Iterator[str]:
     """Check the files under a key; the last of the checks is for all files that are left."""
     where = f"build_info.annotations.{key}"
     storages, urls = _as_list(info.get("storage")), _as_list(info.get("url"))
@@ -298,7 +298,13 @@ def _annotation_faults(key: str, info: Mapping, checks: Sequence[_CheckFile]) ->
                 if urlparse(urls[number]).scheme:  # LAVIS will fetch it
                     continue
                 path = urls[number]
-            wrong += checks[min(number, len(checks) - 1)](path)
+            try:
+                # without a byte-order mark, at which LAVIS fails
+                content = load_json(path, encoding="utf-8")
+            except UnusableFile as error:
+                wrong.append(error.problem)
+            else:
+                wrong += checks[min(number, len(checks) - 1)](content, path)
         if wrong:
             yield annotation_fault(key, wrong)
 
@@ -311,21 +317,14 @@ def annotation_fault(key: str, wrong: Sequence[Problem]) -> str:
     )
 
 
-def _record_file_problems(path: str, layout: type[VisualRecord]) -> list[Problem]:
-    try:
-        # without a byte-order mark, at which LAVIS fails
-        return problems(check_records(load_json(path, encoding="utf-8"), layout, path))
-    except UnusableFile as error:
-        return [error.problem]
+def _record_problems(content: object, path: str, layout: type[VisualRecord]) -> list[Problem]:
+    return problems(check_records(content, layout, path))
 
 
 def _side_file_problems(
-    path: str, what: str, problem_of: Callable[[object], str | None]
+    content: object, path: str, what: str, problem_of: Callable[[object], str | None]
 ) -> list[Problem]:
-    try:
-        problem = problem_of(load_json(path, encoding="utf-8"))
-    except UnusableFile as error:
-        return [error.problem]
+    problem = problem_of(content)
     return [Problem(Place(path), f"this {what} {problem}")] if problem else []
 
 

@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> str:
         path: output / path.relative_to(args.videos).with_name(path.name + EXTRACTED_SUFFIX)
         for path in videos
     }
-    done = [target for target in targets.values() if target.is_file()]
-    for target in done:
+    done = {target for target in targets.values() if target.is_file()}
+    for target in sorted(done):
         _check_existing(target, args)
     todo = [pair for pair in targets.items() if pair[1] not in done]
     with ThreadPoolExecutor(args.threads) as pool:
