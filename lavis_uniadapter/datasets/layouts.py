@@ -61,24 +61,34 @@ class VisualRecord(Record):
 
 
 class Image(VisualRecord):
+    """About an image."""
+
     visual_key = "image"
     image: FileName
 
 
 class Video(VisualRecord):
+    """About a video."""
+
     visual_key = "video"
     video: FileName
 
 
 class Caption(Record):
+    """A caption to train on; it may be empty."""
+
     caption: Annotated[str, Field(description="a string")]
 
 
 class Captions(Record):
+    """The captions of an evaluation dataset for retrieval."""
+
     caption: Texts
 
 
 class References(Record):
+    """The reference captions of an evaluation dataset for captioning."""
+
     caption: Annotated[
         Text | list[Text] | None,
         Field(description="a non-empty string or a list of them (or nothing)"),
@@ -86,32 +96,46 @@ class References(Record):
 
 
 class ImageId(Record):
+    """What is shown, by number or name."""
+
     image_id: Identifier
 
 
 class ImgId(Record):
+    """What is shown, as in NoCaps."""
+
     img_id: Identifier
 
 
 class Answer(Record):
+    """One answer."""
+
     answer: Text
 
 
 class Question(Answer):
+    """A question and its answer."""
+
     question: Text
 
 
 class NumberedQuestion(Question):
+    """A question that results are reported for."""
+
     unique = ("question_id",)
     question_id: Annotated[int | Text, Field(description="a whole number or a string")]
 
 
 class CocoQuestion(Record):
+    """A question of VQAv2 and its annotators' answers."""
+
     question: Text
     answer: Texts
 
 
 class CocoEvalQuestion(Record):
+    """A question of VQAv2; its answers are in a file of their own."""
+
     unique = ("question_id",)
     question: Text
     question_id: Annotated[int, Field(description="a whole number")]
