@@ -22,7 +22,7 @@ from test_benchmarks import small_options as our_small_options
 from tiny_runs import ROOT, TRAIN
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.models import lavis_models
 from lavis_uniadapter.runners import launch, run_folders
@@ -354,7 +354,7 @@ def test_versions_that_break_lavis_are_named_with_the_set(
 def test_a_video_too_short_for_lavis_processors_is_named(start, options_of, tmp_path):
     options_of("alpro_qa_msrvtt")
     write_video(tmp_path / "cache/msrvtt/videos/video1.mp4", 1, num_frames=1)
-    with pytest.raises(DatasetError, match=r"video1\.mp4' has 1 of the 2 frames"):
+    with pytest.raises(DatasetError, match=r"video1\.mp4: it has 1 of the 2 frames"):
         start("alpro_qa_msrvtt")
 
 

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lavis_uniadapter.checkpoints.blip_files import base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.caption_metrics import has_java
 from lavis_uniadapter.runners import launch
@@ -380,7 +380,7 @@ def test_two_test_splits_are_refused_before_anything_is_built(start):
 def test_unreadable_image_is_found_before_training(start):
     BENCHMARKS["coco_caption"](start.cache)
     (start.cache / "coco/images/val2014/COCO_val2014_000000000016.jpg").write_text("no image")
-    with pytest.raises(DatasetError, match=r"(?s)val dataset.*Cannot open image.*000016.jpg"):
+    with pytest.raises(DatasetError, match=r"(?s)val dataset.*16.jpg: it cannot be read as"):
         start("coco_caption")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import decoders
 import pytest
 import torch
 from miniature import write_image, write_video
@@ -17,14 +19,16 @@ from PIL import Image
 from rotten_videos import KINDS, make_rotten
 from test_preflight import spoil_from_frame, write_clip
 
+from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.processors import decoding
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     write_extracted_frames,
 )
-from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames
 from lavis_uniadapter.tools.prepare import check
 from lavis_uniadapter.tools.prepare.__main__ import main
-from lavis_uniadapter.tools.prepare.isolated import examine_isolated
+from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
 SECONDS = 5  # for files that take none; those that hang cost a test as much
 
@@ -97,13 +101,13 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         "videos/empty.mp4": "the file is empty",
         "videos/truncated.mp4": "decord says",
         "videos/audio_only.mp4": "cannot find video stream",
-        "videos/vanished.mp4": f"named by {annotations}:1, and there is no such file",
+        "videos/vanished.mp4": f"named by {annotations}, record 3, and there is no such file",
         "videos/not_a_video.mp4": "decord says",
         "videos/header_only.mp4": "decord says",
         "videos/dangling_link.mp4": "it is a link to",
         f"videos/bad_archive.mp4{EXTRACTED_SUFFIX}": "it is no archive of frames",
         "videos/folder.mp4": "it is a folder",
-        "videos/pipe.mp4": "it is no ordinary file",
+        "videos/pipe.mp4": "it is no regular file",
         "images/cut.png": "cannot be read as an image (image file is truncated",
         "images/text.jpg": "cannot be read as an image (cannot identify image file",
     }
@@ -113,25 +117,26 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         assert reason in wrong[name]
         assert f"    {folder / name}: {wrong[name]}\n" in report
     assert "15 files in" in report and "4 can be read, 11 cannot" in report
-    assert "1 that the annotations name are not there" in report
+    assert "1 that the annotations name do not exist" in report
 
 
 def test_the_first_middle_and_last_frame_or_all_are_decoded(tmp_path, monkeypatch):
     write_clip(tmp_path / "a.mp4", num_frames=12)
     asked = []
-    original = check.decode_video
+    original = decoding.decode_file
 
     def record(path, choose, size):
         asked.append(list(choose(12)))
         return original(path, choose, size)
 
-    monkeypatch.setattr(check, "decode_video", record)
-    assert check.video_problem(str(tmp_path / "a.mp4"), False) is None
+    monkeypatch.setattr(decoding, "decode_file", record)
+    video = (str(tmp_path / "a.mp4"), False)
+    assert check.examine(video, thorough=False) is None
     assert asked == [[0, 6, 11]]
     asked.clear()
-    monkeypatch.setattr(check, "_FRAMES_AT_ONCE", 5)
-    assert check.video_problem(str(tmp_path / "a.mp4"), True) is None
-    assert sum(asked[1:], []) == list(range(12)) and max(map(len, asked)) == 5
+    monkeypatch.setattr(decoding, "_PROBED_AT_ONCE", 5)
+    assert check.examine(video, thorough=True) is None
+    assert sum(asked, []) == list(range(12)) and max(map(len, asked)) == 5
 
 
 def test_a_hole_between_those_frames_takes_thoroughness(folder, checked):
@@ -157,66 +162,36 @@ def test_a_video_and_the_frames_beside_it_are_examined_each(folder, checked):
 # --- decoders that hang and die -------------------------------------------------------------------
 
 
-def crash():
-    faulthandler.disable()  # pytest's would tell
-    os.kill(os.getpid(), signal.SIGSEGV)
+def examined(examine, files, workers=1, seconds=SECONDS):
+    return dict(examine_isolated(examine, files, workers, seconds))
 
 
-def test_a_decoder_that_hangs_or_dies_does_not_stop_the_check(folder, checked, monkeypatch):
-    harms = {
-        "hangs": lambda: time.sleep(10**6),
-        "crashes": crash,
-        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "exits": lambda: os._exit(3),
-        "raises": lambda: {}["a decoder's own error"],
+def test_a_decoder_that_hangs_or_dies_does_not_stop_the_check():
+    assert examined(decoders.harmful, [*decoders.HARMS, "whole"], workers=2) == {
+        "hangs": f"it took longer than {SECONDS} s to decode",
+        "crashes": "it crashed the decoder (SIGSEGV)",
+        "killed": "its decoder was killed (SIGKILL), perhaps as it took too much memory",
+        "exits": "it ended the decoder (exit status 3)",
+        "raises": 'KeyError: "a decoder\'s own error"',
+        "whole": None,
     }
-    for name in (*harms, "whole"):
-        (folder / f"videos/{name}.mp4").write_bytes(b"x")
-
-    def harmful(path, thorough):
-        return harms.get(Path(path).stem, lambda: None)()
-
-    monkeypatch.setattr(check, "video_problem", harmful)
-    status, report, wrong = checked("--timeout", SECONDS, "--threads", 2)
-    assert status == 1
-    assert wrong == {
-        "videos/hangs.mp4": f"it took longer than {SECONDS} s to decode",
-        "videos/crashes.mp4": "it crashed the decoder (SIGSEGV)",
-        "videos/killed.mp4": "its decoder was killed (SIGKILL), perhaps as it took too much memory",
-        "videos/exits.mp4": "it ended the decoder (exit status 3)",
-        "videos/raises.mp4": 'KeyError: "a decoder\'s own error"',
-    }
-    assert "10 files in" in report and "5 can be read, 5 cannot" in report
     assert no_workers_are_left()
 
 
 def test_a_file_is_not_blamed_for_what_an_earlier_one_did_to_the_process():
-    harm = []
-
-    def harmed_by_earlier(path):
-        if harm:
-            crash()
-        harm.append(path)
-
-    paths = ["a", "b", "c"]
-    assert dict(examine_isolated(harmed_by_earlier, paths, 1, SECONDS)) == dict.fromkeys(paths)
+    files = ["a", "b", "c"]
+    assert examined(decoders.harmed_by_an_earlier_file, files) == dict.fromkeys(files)
 
 
 def test_workers_work_side_by_side_and_take_any_name(tmp_path):
-    def meet(path):
-        """Wait for the other one."""
-        (tmp_path / os.path.basename(path)).touch()
-        while len(list(tmp_path.iterdir())) < 2:
-            time.sleep(0.01)
-        return path
-
-    paths = [os.fsdecode(b"caf\xe9"), "new\nline"]
-    assert dict(examine_isolated(meet, paths, 2, 60)) == {path: path for path in paths}
+    names = [os.fsdecode(b"caf\xe9"), "new\nline"]
+    paths = [str(tmp_path / name) for name in names]
+    assert examined(decoders.meet, paths, 2, 60) == dict(zip(paths, names, strict=True))
     assert no_workers_are_left()
 
 
 def test_no_files_need_no_workers():
-    assert list(examine_isolated(lambda path: None, [], 2, SECONDS)) == []
+    assert examined(decoders.harmful, []) == {}
 
 
 def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, monkeypatch, request):
@@ -225,20 +200,11 @@ def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, mon
     # a shell starts what it runs in the background with SIGINT ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-
-    def interrupt(path, thorough):
-        name = Path(path).stem
-        if name == "b":
-            # as a terminal's Ctrl-C, which reaches the workers, too
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getppid(), signal.SIGINT)
-            time.sleep(10**6)
-        return f"{name} is bad"
-
-    monkeypatch.setattr(check, "video_problem", interrupt)
+    (folder / "pid").write_text(str(os.getpid()))
+    monkeypatch.setattr(check, "examine", decoders.interrupt)
     status, report, wrong = checked("--threads", 1, "--timeout", 600)
     assert status == 130
-    assert wrong == {"a.mp4": "a is bad"}
+    assert wrong == {"a.mp4": "a.mp4 is bad"}
     assert report.startswith(f"interrupted after 1 of 7 files\n1 files in {folder}: 0 can be read")
     assert no_workers_are_left()
 
@@ -251,28 +217,26 @@ def is_running(pid):
     return state != "Z"
 
 
-@pytest.mark.parametrize("doing", ["waits", "hangs"])
-def test_a_worker_does_not_outlive_a_killed_check(doing, tmp_path):
+KILLED_CHECK = """
+import sys
+from decoders import note_and_hang
+from lavis_uniadapter.tools.prepare.workers import examine_isolated
+list(examine_isolated(note_and_hang, sys.argv[1:], 1, 2))
+"""
+
+
+def test_a_worker_does_not_outlive_a_killed_check(tmp_path):
     note = tmp_path / "pid"
-
-    def examine(path):
-        part = tmp_path / "part"
-        part.write_text(str(os.getpid()))
-        part.rename(note)
-        if doing == "hangs":
-            time.sleep(10**6)
-
-    def drive():
-        for _ in examine_isolated(examine, ["a", "b"][: 1 + (doing == "hangs")], 1, 1):
-            time.sleep(10**6)  # the worker waits for more
-
-    process = multiprocessing.get_context("fork").Process(target=drive)
-    process.start()
+    path = os.pathsep.join([str(PACKAGE_ROOT.parent), os.path.dirname(__file__)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_CHECK, str(note)], env={**os.environ, "PYTHONPATH": path}
+    )
     while not note.exists():
+        assert process.poll() is None
         time.sleep(0.05)
     pid = int(note.read_text())
     process.kill()
-    process.join()
+    process.wait()
     for _ in range(1200):
         if not is_running(pid):
             break
@@ -319,9 +283,9 @@ def test_files_that_annotations_name_and_that_are_not_there(folder, checked, nam
     (folder.parent / name).write_text(content)
     status, report, wrong = checked("--annotations", folder.parent / name)
     line = 1 + content[: content.index("gone")].count("\n")
-    place = f"{folder.parent / name}:{line}"
+    place = f"{folder.parent / name}" + (", record 1" if name == "a.json" else f":{line}")
     assert (status, wrong) == (1, {"gone.mp4": f"named by {place}, and there is no such file"})
-    assert "4 can be read, 0 cannot, 1 that the annotations name are not there" in report
+    assert "4 can be read, 0 cannot, 1 that the annotations name do not exist" in report
 
 
 def test_annotated_files_of_another_ending_are_examined(folder, checked):
@@ -350,7 +314,7 @@ def test_names_of_another_encoding_are_reported(folder, checked):
         (["--timeout", "nan"], "--timeout is nan"),
         (["--annotations", "gone.json"], "gone.json: cannot be read"),
         (["--annotations", "a.csv"], "a.csv:2: needs a file name under 'video' or 'image'"),
-        (["--annotations", "out.json"], "out.json:1: names '../x.mp4', which is not below"),
+        (["--annotations", "out.json"], "out.json, record 0: needs a file name below"),
         (["--output", "nowhere/a.jsonl"], "--output is nowhere/a.jsonl"),
         (["--output", "."], "--output is ."),
     ],
@@ -382,21 +346,9 @@ def test_the_output_is_written_whole_or_not_at_all(folder, checked, monkeypatch)
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(check.os, "replace", fail)
+        patched.setattr(os, "replace", fail)
         status, said, _ = checked()
     assert status == 2 and "disk full" in said
     assert output.read_text() == earlier
     assert sorted(path.name for path in folder.parent.iterdir()) == ["data", "wrong.jsonl"]
     assert checked()[2] == {"a.mp4": "the file is empty"}
-
-
-def test_a_worker_keeps_no_pipe_of_another():
-    """Else one that waits for work would keep the others waiting when the check is gone."""
-
-    def open_pipes(path):
-        links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-        return str(sum("socket:" in link for link in links))
-
-    before = int(open_pipes(""))
-    outcomes = dict(examine_isolated(open_pipes, list("abcdef"), 3, 60))
-    assert {int(count) - before for count in outcomes.values()} == {1}

@@ -19,8 +19,8 @@ from torch._utils import ExceptionWrapper
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.loading import BatchLoader
-from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, file_of
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics, retrieval_ranks
 from lavis_uniadapter.processors.video import BlipVideoBaseProcessor
 from lavis_uniadapter.runners import launch, run_checkpoints
@@ -336,7 +336,7 @@ def test_unchecked_files_are_not_opened_before_training(run, clips):
     bad.write_bytes(b"")
     result = run("shapes_retrieval", *options, "run.check_files=False")
     assert (result.output_dir / UNREADABLE).is_file()
-    with pytest.raises(ConfigError, match="skip_missing is True and run.check_files False"):
+    with pytest.raises(ConfigError, match="skip_missing is True, and run.check_files is False"):
         run("shapes_retrieval", *options, "run.check_files=False", f"{DATASET}.skip_missing=True")
 
 

@@ -13,14 +13,11 @@ from omegaconf import OmegaConf
 from test_preflight import write_clip
 
 from lavis_uniadapter.datasets.preflight import check_dataset
+from lavis_uniadapter.processors import decoding
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, read_about
-from lavis_uniadapter.processors.video import (
-    BlipVideoEvalProcessor,
-    BlipVideoTrainProcessor,
-    VideoDecodeError,
-    decode_frames,
-    video,
-)
+from lavis_uniadapter.processors.sampling import sample_frame_indices
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
 from lavis_uniadapter.tools.prepare import frames as frames_command
 from lavis_uniadapter.tools.prepare.__main__ import main
 
@@ -48,7 +45,7 @@ def test_frames_are_those_of_the_video(videos, tmp_path):
         assert (about["num_frames"], about["image_size"]) == (number, 32)
         for positions in ([0], [number - 1], [1, 3]):
             got = decode_frames(extracted, lambda n, p=positions: p, 32)
-            source = video.sample_frame_indices(about["source_frames"], number)
+            source = sample_frame_indices(about["source_frames"], number)
             expected = decode_frames(
                 videos / name, lambda n, p=positions, s=source: [s[i] for i in p], 32
             )
@@ -88,7 +85,7 @@ def test_videos_are_not_decoded_where_frames_are(videos, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("decoded a video")
 
-    monkeypatch.setattr(video, "VideoReader", refuse)
+    monkeypatch.setattr(decoding, "VideoReader", refuse)
     decode_frames(tmp_path / "beside/part0/clip0.mp4", lambda n: [0], 32)
 
 
@@ -125,7 +122,7 @@ def test_own_data_reads_them(tmp_path):
             }
         )
     )
-    builder.check_records()
+    builder.prepare()
 
 
 def test_what_is_there_is_left_and_a_stopped_run_goes_on(videos, tmp_path, monkeypatch, capsys):
@@ -152,7 +149,7 @@ def test_what_is_there_is_left_and_a_stopped_run_goes_on(videos, tmp_path, monke
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    from lavis_uniadapter.processors.video import extracted_frames
+    from lavis_uniadapter.processors import extracted_frames
 
     def fail(*args):
         raise OSError("disk full")

@@ -14,16 +14,15 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.processors import decoding, transforms
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
+from lavis_uniadapter.processors.sampling import sample_frame_indices
+from lavis_uniadapter.processors.transforms import randaugment_clip, random_resized_crop_clip
 from lavis_uniadapter.processors.video import (
     CLIP_MEAN,
     CLIP_STD,
     BlipVideoEvalProcessor,
     BlipVideoTrainProcessor,
-    VideoDecodeError,
-    randaugment_clip,
-    random_resized_crop_clip,
-    sample_frame_indices,
-    video,
 )
 
 SIZE = 32
@@ -122,7 +121,7 @@ def test_impossible_frame_counts_are_refused(num_frames, n_frms):
         sample_frame_indices(num_frames, n_frms)
 
 
-@pytest.mark.parametrize("num_frames", range(1, 41))
+@pytest.mark.parametrize("num_frames", [1, 2, 7, 8, 9, 17, 40])
 def test_clips_of_any_length_give_exactly_t_frames(tmp_path, num_frames):
     path = write_clip(tmp_path / "clip.mp4", grey_frames(num_frames))
     for processor in (BlipVideoTrainProcessor, BlipVideoEvalProcessor):
@@ -231,7 +230,7 @@ def test_no_randaugment_operations_change_nothing():
 
 @pytest.mark.parametrize(("magnitude", "brightness"), [(0, 10), (5, 100), (8, 154)])
 def test_magnitude_sets_the_strength(monkeypatch, magnitude, brightness):
-    monkeypatch.setattr(video, "_RANDAUG_OPS", (video._brightness,))
+    monkeypatch.setattr(transforms, "RANDAUG_OPS", transforms.RANDAUG_OPS[3:4])  # brightness
     frame = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     assert randaugment_clip(frame, 1, magnitude).unique().tolist() == [brightness]
 
@@ -327,7 +326,7 @@ def rotten(tmp_path, noise_clip):
     ("kind", "reason"),
     [
         ("missing", "no such file"),
-        ("directory", "no such file"),
+        ("directory", "it is a folder"),
         ("empty", "is empty"),
         ("text", "decord says"),
         ("cut at 50%", "decord says"),
@@ -471,7 +470,7 @@ def test_threads_open_videos_one_at_a_time(tmp_path, monkeypatch):
         def get_batch(self, indices):
             return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(video, "VideoReader", Reader)
+    monkeypatch.setattr(decoding, "VideoReader", Reader)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: video.decode_frames(path, lambda n: [0], 8), paths))
+        list(pool.map(lambda path: decode_frames(path, lambda n: [0], 8), paths))
     assert len(most) == 8 and max(most) == 1

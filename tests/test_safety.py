@@ -23,15 +23,15 @@ from test_preflight import write_clip
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets import preflight
-from lavis_uniadapter.datasets.layouts import leads_out
-from lavis_uniadapter.datasets.preflight import DatasetError, check_annotations, check_dataset
+from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
+from lavis_uniadapter.datasets.records import DatasetError, escapes_root
 from lavis_uniadapter.processors import extracted_frames
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     MAX_BYTES,
     read_about,
 )
-from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames
 from lavis_uniadapter.tools.prepare.__main__ import main
 
 # --- file names of records ------------------------------------------------------------------------
@@ -49,24 +49,25 @@ OUTSIDE = [
     "\\secret.mp4",
     "part\\..\\..\\secret.mp4",
 ]
+ESCAPES = "needs a file name below the visual folder under 'video', has"
 BELOW = ["a.mp4", "part/a.mp4", "part/../a.mp4", "./a.mp4", "..a.mp4", "a..b/..c.mp4", "1:2.mp4"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_out_are_recognised(name):
-    assert leads_out(name)
+    assert escapes_root(name)
 
 
 @pytest.mark.parametrize("name", BELOW)
 def test_names_that_stay_below_are_let_through(name):
-    assert not leads_out(name)
+    assert not escapes_root(name)
 
 
 @given(st.lists(st.sampled_from(["..", ".", "a", "b", "", "a..", "C:", "\\"])).map("/".join))
 def test_just_what_stays_below_is_let_through(name):
     joined = os.path.normpath(os.path.join("/data/videos", name))
     stays = joined == "/data/videos" or joined.startswith("/data/videos/")
-    if not leads_out(name):
+    if not escapes_root(name):
         assert stays
     elif "\\" not in name and not name.startswith("C:/"):
         assert not stays or name.startswith("/")
@@ -100,8 +101,8 @@ def test_lavis_annotations_do_not_lead_out_of_the_folder(folder, name):
     builder = registry.get_builder_class("msrvtt_retrieval")(config_of(folder, ["a.mp4", name]))
     with pytest.raises(DatasetError) as caught:
         check_annotations(builder)
-    expected = f"record 1 names {name!r}, which is not below {folder / 'videos'}; name a file below"
-    assert expected in str(caught.value) and str(folder / "val.json") in str(caught.value)
+    expected = f"{folder / 'val.json'}, record 1: {ESCAPES} {reprlib.repr(name)}"
+    assert expected in str(caught.value)
 
 
 def test_what_leads_out_of_a_built_dataset_is_named_and_not_opened(folder, monkeypatch):
@@ -110,11 +111,11 @@ def test_what_leads_out_of_a_built_dataset_is_named_and_not_opened(folder, monke
         BaseProcessor(), BaseProcessor(), str(folder / "videos"), [str(folder / "val.json")]
     )
     opened = []
-    monkeypatch.setattr(preflight, "decode_frames", lambda path, *_, **__: opened.append(path))
-    with pytest.raises(DatasetError, match="2 of 3 records of the val annotations") as caught:
+    monkeypatch.setattr(preflight, "frames_problem", lambda path, _: opened.append(path))
+    with pytest.raises(DatasetError, match=r"2 problem\(s\) in the records") as caught:
         check_dataset(dataset, "val")
-    assert "record 1 names '../secret.mp4'" in str(caught.value)
-    assert f"record 2 names '{folder}/videos/a.mp4'" in str(caught.value)
+    assert f"record 1: {ESCAPES} '../secret.mp4'" in str(caught.value)
+    assert f"record 2: {ESCAPES}" in str(caught.value)
     assert opened == [str(folder / "videos/a.mp4")]
 
 
@@ -133,9 +134,14 @@ def test_own_records_do_not_lead_out_of_the_folder(folder, name):
     config = config_of(folder, [])
     config.build_info.annotations = {"train": {"storage": str(path)}}
     with pytest.raises(DatasetError) as caught:
-        registry.get_builder_class("custom_retrieval")(config).check_records()
-    expected = f"{path}:2: names {name!r}, which is not below {folder / 'videos'}; name a file"
-    assert expected in str(caught.value)
+        registry.get_builder_class("custom_retrieval")(config).prepare()
+    assert f"{path}:2: {ESCAPES} {reprlib.repr(name)}" in str(caught.value)
+
+
+MSRVTT_DATA = {
+    "videos": [{"video_id": "a", "split": "test"}],
+    "sentences": [{"video_id": "a", "caption": "x", "sen_id": 0}],
+}
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "part/a", "part\\a"])
@@ -144,11 +150,11 @@ def test_published_names_become_files_of_the_folder_alone(folder, name, capsys):
         record = {"video": name if split == "train" else "a", "description": "x"}
         (folder / f"{split}.json").write_text(json.dumps([{**record, "annotation_id": 0}]))
     didemo = ["didemo", "--train", f"{folder}/train.json", "--test", f"{folder}/test.json"]
-    (folder / "data.json").write_text(json.dumps({"videos": [], "sentences": []}))
+    (folder / "data.json").write_text(json.dumps(MSRVTT_DATA))
     (folder / "test.csv").write_text(f"video_id,sentence\n{name},x\n")
     msrvtt = ["msrvtt", "--data", f"{folder}/data.json", "--test-csv", f"{folder}/test.csv"]
     options = ["--videos", f"{folder}/videos", "--output", f"{folder}/out", "--skip-missing"]
-    for command, place in ((didemo, "train.json:1"), (msrvtt, "test.csv:2")):
+    for command, place in ((didemo, "train.json, record 0"), (msrvtt, "test.csv:2")):
         assert main([*command, *options, "--allow-other-counts"]) == 2
         said = capsys.readouterr().err
         assert f"{place}: needs the name of a file, without folders, under 'video" in said
@@ -248,7 +254,7 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path, side, monkeypatch):
 
 def test_two_processes_that_extract_the_same_video_do_not_write_one_file(tmp_path, monkeypatch):
     temporary = []
-    monkeypatch.setattr(extracted_frames.os, "replace", lambda new, old: temporary.append(new))
+    monkeypatch.setattr(os, "replace", lambda new, old: temporary.append(new))
     path = str(tmp_path / f"a.mp4{EXTRACTED_SUFFIX}")
     for _ in range(2):
         extracted_frames.write_extracted_frames(path, torch.zeros(1, 8, 8, 3).byte(), 1)

@@ -26,18 +26,28 @@ from transformers import BertTokenizer
 
 import lavis_uniadapter
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets import shapes
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.shapes.shapes import (
-    CENTRES,
+from lavis_uniadapter.datasets.shapes import drawing, generation
+from lavis_uniadapter.datasets.shapes.contents import (
+    ANSWERS,
+    CLIP_TEMPLATES,
     COLOURS,
+    MAX_EVALUATION,
+    POSITIONS,
+    QUESTIONS,
     SHAPES,
     SIZES,
-    ClipsConfig,
-    StillsConfig,
-    ensure_clips,
-    ensure_stills,
+    STILL_TEMPLATES,
+    deal_contents,
 )
+from lavis_uniadapter.datasets.shapes.contents import (
+    CLIPS as CLIPS_KIND,
+)
+from lavis_uniadapter.datasets.shapes.contents import (
+    STILLS as STILLS_KIND,
+)
+from lavis_uniadapter.datasets.shapes.generation import ensure_generated, kind_of
+from lavis_uniadapter.datasets.shapes.options import ClipsConfig, StillsConfig
 
 PACKAGE = Path(lavis_uniadapter.__file__).parent
 TOKENIZER = PACKAGE / "configs" / "tokenizers" / "shapes"
@@ -59,22 +69,22 @@ PLACES = {
 }
 CONFIGS = [StillsConfig, ClipsConfig]
 KINDS = [
-    pytest.param(ensure_stills, replace(STILLS, num_train=5, num_val=2, num_test=2), id="stills"),
-    pytest.param(ensure_clips, replace(CLIPS, num_train=2, num_val=1, num_test=2), id="clips"),
+    pytest.param(replace(STILLS, num_train=5, num_val=2, num_test=2), id="stills"),
+    pytest.param(replace(CLIPS, num_train=2, num_val=1, num_test=2), id="clips"),
 ]
 
 
 @pytest.fixture(scope="module")
 def stills(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "stills"
-    ensure_stills(STILLS, folder)
+    ensure_generated(STILLS, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "clips"
-    ensure_clips(CLIPS, folder)
+    ensure_generated(CLIPS, folder)
     return folder
 
 
@@ -104,12 +114,12 @@ def content(record):
 
 
 def combinations(config, split):
-    return {dealt[:3] for dealt in shapes.deal_contents(config)[split]}
+    return {dealt[:3] for dealt in deal_contents(config)[split]}
 
 
 def near(picture, colour):
     """Which pixels have about this colour."""
-    return np.linalg.norm(picture - np.array(COLOURS[colour]), axis=-1) < 60
+    return np.linalg.norm(picture - np.array(drawing.RGB[colour]), axis=-1) < 60
 
 
 def contents(folder):
@@ -126,35 +136,35 @@ def contents(folder):
 # Determinism
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_same_seed_gives_the_same_files(ensure, config, tmp_path):
-    ensure(config, tmp_path / "one")
-    ensure(config, tmp_path / "two")
+@pytest.mark.parametrize("config", KINDS)
+def test_same_seed_gives_the_same_files(config, tmp_path):
+    ensure_generated(config, tmp_path / "one")
+    ensure_generated(config, tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_another_seed_gives_other_files(ensure, config, tmp_path):
-    ensure(config, tmp_path / "one")
-    ensure(replace(config, seed=1), tmp_path / "two")
+@pytest.mark.parametrize("config", KINDS)
+def test_another_seed_gives_other_files(config, tmp_path):
+    ensure_generated(config, tmp_path / "one")
+    ensure_generated(replace(config, seed=1), tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one.keys() == two.keys()
     assert [name for name in one if one[name] == two[name]] == ["qa_ans2label.json"]
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_a_changed_count_leaves_the_other_items_alone(ensure, config, tmp_path):
-    ensure(config, tmp_path / "one")
-    ensure(replace(config, num_train=config.num_train + 1, num_val=3), tmp_path / "two")
+@pytest.mark.parametrize("config", KINDS)
+def test_a_changed_count_leaves_the_other_items_alone(config, tmp_path):
+    ensure_generated(config, tmp_path / "one")
+    ensure_generated(replace(config, num_train=config.num_train + 1, num_val=3), tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     grown = {f"{task}{split}.json" for task in ("", "cap_", "qa_") for split in ("train", "val")}
     assert {name for name in one if one[name] != two[name]} == {"generated.json", *grown}
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_what_is_asked_changes_nothing_else(ensure, config, tmp_path):
-    ensure(replace(config, questions_per_train_item=1), tmp_path / "one")
-    ensure(replace(config, questions_per_train_item=3), tmp_path / "two")
+@pytest.mark.parametrize("config", KINDS)
+def test_what_is_asked_changes_nothing_else(config, tmp_path):
+    ensure_generated(replace(config, questions_per_train_item=1), tmp_path / "one")
+    ensure_generated(replace(config, questions_per_train_item=3), tmp_path / "two")
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert {name for name in one if one[name] != two[name]} == {"generated.json", "qa_train.json"}
 
@@ -175,35 +185,32 @@ DRAWN_EVER_SINCE = [
 ]
 
 
-@pytest.mark.parametrize(("ensure", "config", "annotations", "quadrants"), DRAWN_EVER_SINCE)
+@pytest.mark.parametrize(("config", "annotations", "quadrants"), DRAWN_EVER_SINCE)
 def test_seed_0_gives_the_pictures_and_captions_that_it_always_gave(
-    ensure, config, annotations, quadrants, tmp_path
+    config, annotations, quadrants, tmp_path
 ):
-    ensure(config, tmp_path / "set")
+    ensure_generated(config, tmp_path / "set")
     # An item's caption is its last draw, so these files tell of every draw for a picture.
     texts = [(tmp_path / "set" / "annotations" / f"{split}.json").read_bytes() for split in SPLITS]
     assert hashlib.sha256(b"".join(texts)).hexdigest()[:16] == annotations
 
     # No hash of pixels, in which builds of OpenCV and FFmpeg may differ by one.
-    path = tmp_path / "set" / config.visual_folder / config.file_name("train", 1)
+    path = tmp_path / "set" / kind_of(config).visual_folder / kind_of(config).file_name("train", 1)
     picture = decoded(path).mean(axis=0) if path.suffix == ".mp4" else np.asarray(Image.open(path))
     means = picture.reshape(2, 32, 2, 32, 3).mean(axis=(1, 3)).reshape(4, 3)
     np.testing.assert_allclose(means, quadrants, atol=0.5)
 
 
 def test_every_item_has_a_random_source_of_its_own():
-    configs = [config_cls(seed=seed) for config_cls in CONFIGS for seed in (0, 1)]
-    draws = [
-        source(split, index).random()
-        for config in configs
-        for source in (config.rng, config.questions_rng)
-        for split in ("train", "val", "test")
+    draws = {
+        kind.rng(seed, split, index, *use).random()
+        for kind in (STILLS_KIND, CLIPS_KIND)
+        for seed in (0, 1)
+        for use in ((), (1,))
+        for split in SPLITS
         for index in (0, 1)
-    ]
-    # One for stills and clips, but another for every seed.
-    dealing = {config.shuffling_rng().random() for config in configs}
-    assert len(dealing) == 2
-    assert len({*draws, *dealing}) == 4 * 2 * 3 * 2 + 2
+    }
+    assert len(draws) == 2 * 2 * 2 * 3 * 2
 
 
 # Splits
@@ -229,14 +236,14 @@ def test_no_combination_is_in_two_splits_of_stills_or_clips(seed):
 def test_the_split_of_a_combination_depends_on_the_seed_but_not_on_the_counts():
     few = ClipsConfig(num_train=9, num_val=7, num_test=5)
     for split in ("train", "val", "test"):
-        dealt = shapes.deal_contents(few)[split]
-        assert dealt == shapes.deal_contents(StillsConfig())[split][: few.count(split)]
+        dealt = deal_contents(few)[split]
+        assert dealt == deal_contents(StillsConfig())[split][: few.count(split)]
         assert combinations(ClipsConfig(seed=1), split) != combinations(ClipsConfig(), split)
 
 
 @pytest.mark.parametrize("config_cls", CONFIGS)
 def test_as_many_items_are_dealt_as_configured(config_cls):
-    dealt = shapes.deal_contents(config_cls(num_train=800, num_val=3, num_test=4))
+    dealt = deal_contents(config_cls(num_train=800, num_val=3, num_test=4))
     assert {split: len(items) for split, items in dealt.items()} == {
         "train": 800,
         "val": 3,
@@ -248,29 +255,29 @@ def test_as_many_items_are_dealt_as_configured(config_cls):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_attribute_value_occurs_early_in_training(seed):
-    train = shapes.deal_contents(StillsConfig(seed=seed))["train"][:100]
+    train = deal_contents(StillsConfig(seed=seed))["train"][:100]
     colours, forms, positions, sizes = map(set, zip(*train, strict=True))
     assert (colours, forms) == (set(COLOURS), set(SHAPES))
-    assert (positions, sizes) == (set(CENTRES), set(SIZES))
+    assert (positions, sizes) == (set(POSITIONS), set(SIZES))
 
 
 @pytest.mark.parametrize("config_cls", CONFIGS)
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_every_item_of_an_evaluation_split_is_unique(config_cls, split):
-    most = config_cls.max_evaluation[split]
-    dealt = shapes.deal_contents(config_cls(**{f"num_{split}": most}))[split]
+    most = MAX_EVALUATION[split]
+    dealt = deal_contents(config_cls(**{f"num_{split}": most}))[split]
     assert len(set(dealt)) == len(dealt) == most == {"val": 200, "test": 600}[split]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_annotations_describe_what_was_dealt(stills, clips, split):
     shown = [content(record) for record in records(stills, split)]
-    assert shown == shapes.deal_contents(STILLS)[split]
+    assert shown == deal_contents(STILLS)[split]
 
     by_file = {}
     for record in records(clips, split):
         by_file.setdefault(record["video"], set()).add(content(record))
-    assert list(by_file.values()) == [{dealt} for dealt in shapes.deal_contents(CLIPS)[split]]
+    assert list(by_file.values()) == [{dealt} for dealt in deal_contents(CLIPS)[split]]
 
 
 def test_training_stills_share_an_image_id_exactly_if_they_show_the_same(stills):
@@ -294,9 +301,7 @@ def test_stills_show_the_colour_at_the_place_and_in_the_size_of_the_annotation(s
             assert (image.mode, image.size) == ("RGB", (64, 64))
             visible = near(np.asarray(image).astype(int), thing["colour"])
         centroid = np.argwhere(visible).mean(axis=0)[::-1] / 64
-        assert np.abs(centroid - PLACES[shapes.POSITION_PHRASES[thing["position"]]]).max() < 0.1, (
-            record
-        )
+        assert np.abs(centroid - PLACES[POSITIONS[thing["position"]]]).max() < 0.1, record
         areas[thing["size"]].append(np.ptp(np.argwhere(visible), axis=0).max())
     assert max(areas["small"]) < min(areas["large"])
 
@@ -307,7 +312,7 @@ def test_clips_decode_to_the_configured_frames(clips, tmp_path):
             assert decoded(clips / "videos" / record["video"]).shape == (16, 64, 64, 3)
 
     other = ClipsConfig(num_train=1, num_val=1, num_test=1, num_frames=9, image_size=96, fps=5)
-    ensure_clips(other, tmp_path / "clips")
+    ensure_generated(other, tmp_path / "clips")
     path = tmp_path / "clips" / "videos" / "test_00000.mp4"
     assert decoded(path).shape == (9, 96, 96, 3)
     assert decord.VideoReader(str(path)).get_avg_fps() == pytest.approx(5)
@@ -327,7 +332,7 @@ def test_the_object_of_a_clip_has_the_place_and_the_size_of_the_annotation(clips
     for record in records(clips, "train") + records(clips, "test"):
         frames = decoded(clips / "videos" / record["video"])
         (thing,) = record["objects"]
-        place = PLACES[shapes.POSITION_PHRASES[thing["position"]]]
+        place = PLACES[POSITIONS[thing["position"]]]
         for index in thing["frames"]:
             visible = np.argwhere(near(frames[index], thing["colour"]))
             offset = visible.mean(axis=0)[::-1] / 64 - place
@@ -339,7 +344,7 @@ def test_the_object_of_a_clip_has_the_place_and_the_size_of_the_annotation(clips
 @pytest.mark.parametrize(("visible", "starts"), [(3, {0, 1, 2}), (5, {0})])
 def test_an_object_is_visible_in_one_run_anywhere_in_its_clip(tmp_path, visible, starts):
     config = ClipsConfig(image_size=32, num_train=30, num_frames=5, visible_frames=visible)
-    ensure_clips(config, tmp_path / "clips")
+    ensure_generated(config, tmp_path / "clips")
     found = set()
     for record in records(tmp_path / "clips", "train"):
         (thing,) = record["objects"]
@@ -351,8 +356,8 @@ def test_an_object_is_visible_in_one_run_anywhere_in_its_clip(tmp_path, visible,
 
 def test_distractors_are_grey_and_never_beside_a_described_object(tmp_path):
     config = replace(CLIPS, noise=0.0, distractors=0)
-    ensure_clips(config, tmp_path / "bare")
-    ensure_clips(replace(config, distractors=6), tmp_path / "full")
+    ensure_generated(config, tmp_path / "bare")
+    ensure_generated(replace(config, distractors=6), tmp_path / "full")
 
     def grey_pixels(folder, record):
         frames = decoded(tmp_path / folder / "videos" / record["video"])
@@ -369,7 +374,7 @@ def test_distractors_are_grey_and_never_beside_a_described_object(tmp_path):
 
 
 def test_backgrounds_of_stills_are_plain_and_range_from_dark_to_light(tmp_path):
-    ensure_stills(StillsConfig(num_train=100, noise=0.0), tmp_path / "stills")
+    ensure_generated(StillsConfig(num_train=100, noise=0.0), tmp_path / "stills")
     corners = []
     for record in records(tmp_path / "stills", "train"):
         path = tmp_path / "stills" / "images" / record["image"]
@@ -393,7 +398,7 @@ def test_captions_name_what_is_shown(stills, clips):
         for record in records(folder, "train"):
             colour, shape, position, size = content(record)
             assert f"a {size} {colour} {shape}" in record["caption"], record
-            assert shapes.POSITION_PHRASES[position] in record["caption"], record
+            assert POSITIONS[position] in record["caption"], record
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -401,7 +406,7 @@ def test_evaluation_captions_all_have_the_same_wording(stills, clips, split):
     for folder, verb in ((stills, ""), (clips, "appears ")):
         for record in records(folder, split):
             colour, shape, position, size = content(record)
-            place = shapes.POSITION_PHRASES[position]
+            place = POSITIONS[position]
             assert record["caption"] == [f"a {size} {colour} {shape} {verb}{place}"]
 
 
@@ -419,7 +424,7 @@ def test_training_wordings_vary_and_the_two_of_a_clip_differ(stills, clips):
 def wording(caption, content):
     """A caption with the thing and the place of a content cut out."""
     colour, shape, position, size = content
-    thing, place = f"a {size} {colour} {shape}", shapes.POSITION_PHRASES[position]
+    thing, place = f"a {size} {colour} {shape}", POSITIONS[position]
     assert thing in caption and place in caption
     return caption.replace(thing, "THING").replace(place, "PLACE")
 
@@ -536,24 +541,32 @@ def test_answers_are_labelled_from_zero_and_each_is_trained(stills, clips):
 # Vocabulary
 
 
-def test_vocabulary_file_is_what_the_word_lists_give():
-    expected = "".join(f"{token}\n" for token in shapes.tokenizer_vocabulary())
-    assert (TOKENIZER / "vocab.txt").read_text() == expected, (
-        "write vocab.txt anew from shapes.tokenizer_vocabulary(), one token a line"
-    )
+def words(*texts):
+    """The words of texts and templates."""
+    plain = " ".join(texts)
+    for field in ("{thing}", "{place}", "{colour}", "{shape}", "?"):
+        plain = plain.replace(field, " ")
+    return set(plain.split())
 
 
-def test_the_words_of_questions_stand_behind_those_of_captions():
-    tokens = shapes.tokenizer_vocabulary()
+CAPTION_WORDS = words(
+    *(*STILL_TEMPLATES, *CLIP_TEMPLATES, *POSITIONS.values(), *COLOURS, *SHAPES, *SIZES, "a", "an")
+)
+QUESTION_WORDS = words(*QUESTIONS.values(), *ANSWERS)
+
+
+def test_the_words_of_questions_are_behind_those_of_captions():
+    tokens = (TOKENIZER / "vocab.txt").read_text().splitlines()
     assert len(tokens) == len(set(tokens))
     assert (tokens[5], tokens[108]) == ("a", "~")
-    assert tokens[109:158] == [word for word in shapes.caption_words() if word != "a"]
-    assert tokens[158:] == ["big", "colour", "how", "shape", "what", "where"]
+    assert tokens[109:158] == sorted(CAPTION_WORDS - {"a"})
+    assert tokens[158:] == sorted(QUESTION_WORDS - CAPTION_WORDS)
 
 
 def test_the_text_encoder_has_room_for_the_vocabulary_and_the_two_tokens_of_blip():
     med = json.loads((PACKAGE / "configs" / "models" / "shapes_med_config.json").read_text())
-    assert med["vocab_size"] >= len(shapes.tokenizer_vocabulary()) + 2
+    tokens = (TOKENIZER / "vocab.txt").read_text().splitlines()
+    assert med["vocab_size"] >= len(tokens) + 2
 
 
 def test_every_word_of_captions_questions_and_answers_is_one_token(stills, clips):
@@ -568,16 +581,13 @@ def test_every_word_of_captions_questions_and_answers_is_one_token(stills, clips
             answers.add(record["answer"])
 
     as_caption, as_question = load_processor("blip_caption"), load_processor("blip_question")
-    for caption in (*captions, *answers, *shapes.caption_words(), *shapes.question_words()):
+    for caption in (*captions, *answers):
         assert tokenizer.tokenize(as_caption(caption)) == caption.split()
         assert tokenizer.unk_token_id not in tokenizer(caption)["input_ids"]
     for question in questions:
-        words = question.removesuffix("?").split()
-        assert tokenizer.tokenize(as_question(question)) == [*words, "?"]
-        assert set(words) <= set(shapes.question_words())
-    words = {word for answer in answers for word in answer.split()}
-    assert words <= set(shapes.question_words())
-    assert {word for caption in captions for word in caption.split()} <= set(shapes.caption_words())
+        expected = [*question.removesuffix("?").split(), "?"]
+        assert tokenizer.tokenize(as_question(question)) == expected
+    assert words(*captions) <= CAPTION_WORDS and words(*questions, *answers) <= QUESTION_WORDS
 
 
 def test_other_text_is_lower_cased_and_never_unknown():
@@ -623,26 +633,26 @@ def test_a_value_out_of_range_is_named(config_cls, name, value):
 # Finished or not
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_a_finished_set_is_not_drawn_again(ensure, config, tmp_path, monkeypatch):
-    ensure(config, tmp_path / "set")
-    monkeypatch.setattr(shapes, "_object_mask", None)
-    ensure(config, tmp_path / "set")
+@pytest.mark.parametrize("config", KINDS)
+def test_a_finished_set_is_not_drawn_again(config, tmp_path, monkeypatch):
+    ensure_generated(config, tmp_path / "set")
+    monkeypatch.setattr(drawing, "_object_mask", None)
+    ensure_generated(config, tmp_path / "set")
 
 
-@pytest.mark.parametrize(("ensure", "config"), KINDS)
-def test_a_set_of_another_configuration_is_refused(ensure, config, tmp_path):
+@pytest.mark.parametrize("config", KINDS)
+def test_a_set_of_another_configuration_is_refused(config, tmp_path):
     folder = tmp_path / "set"
-    ensure(config, folder)
+    ensure_generated(config, folder)
     with pytest.raises(FileExistsError, match="seed: 0 there, 1 wanted") as error:
-        ensure(replace(config, seed=1), folder)
+        ensure_generated(replace(config, seed=1), folder)
     assert str(folder) in str(error.value)
 
 
 def test_an_interrupted_generation_is_not_taken_as_finished(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     config = replace(CLIPS, num_train=2, num_val=1, num_test=1)
-    write, written = shapes._write_mp4, []
+    write, written = generation.write_mp4, []
 
     def write_three(path, frames, fps):
         assert not folder.exists()  # so that a kill at any time leaves no such folder
@@ -652,12 +662,12 @@ def test_an_interrupted_generation_is_not_taken_as_finished(tmp_path, monkeypatc
         write(path, frames, fps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_write_mp4", write_three)
+        patch.setattr(generation, "write_mp4", write_three)
         with pytest.raises(KeyboardInterrupt):
-            ensure_clips(config, folder)
+            ensure_generated(config, folder)
     assert list(tmp_path.iterdir()) == []
 
-    ensure_clips(config, folder)
+    ensure_generated(config, folder)
     assert len(list((folder / "videos").iterdir())) == 4
 
 
@@ -666,22 +676,22 @@ def test_a_folder_of_something_else_is_neither_used_nor_touched(tmp_path):
     (folder / "annotations").mkdir(parents=True)
     (folder / "annotations" / "train.json").write_text("[]")
     with pytest.raises(FileExistsError, match="generated.json is missing"):
-        ensure_stills(STILLS, folder)
+        ensure_generated(STILLS, folder)
     assert [path.name for path in folder.rglob("*")] == ["annotations", "train.json"]
 
 
 def test_a_faster_process_wins(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     config = replace(STILLS, num_train=2, num_val=1, num_test=1)
-    rename = shapes.os.rename
+    rename = generation.os.rename
 
     def rename_second(source, target):
-        monkeypatch.setattr(shapes.os, "rename", rename)
-        ensure_stills(config, folder)
+        monkeypatch.setattr(generation.os, "rename", rename)
+        ensure_generated(config, folder)
         rename(source, target)
 
-    monkeypatch.setattr(shapes.os, "rename", rename_second)
-    ensure_stills(config, folder)
+    monkeypatch.setattr(generation.os, "rename", rename_second)
+    ensure_generated(config, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     assert len(list((folder / "images").iterdir())) == 4
 
@@ -854,7 +864,7 @@ def test_all_tasks_use_what_was_drawn_once(cache_root, monkeypatch, prefix):
         return builder(f"{prefix}_{task}", num_train=2, num_val=1, num_test=1).build_datasets()
 
     build("qa")
-    monkeypatch.setattr(shapes, "_object_mask", None)
+    monkeypatch.setattr(drawing, "_object_mask", None)
     assert {task: len(build(task)["val"]) for task in ("retrieval", "qa", "caption")} == {
         "retrieval": 1,
         "qa": 4,
@@ -895,4 +905,4 @@ def test_builder_refuses_annotations_that_it_does_not_generate(cache_root):
 def test_an_encoder_that_does_not_open_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *_: -1)
     with pytest.raises(RuntimeError, match="test.mp4"):
-        shapes._write_mp4(tmp_path / "missing" / "test.mp4", np.zeros((1, 8, 8, 3), np.uint8), 8)
+        drawing.write_mp4(tmp_path / "missing" / "test.mp4", np.zeros((1, 8, 8, 3), np.uint8), 8)

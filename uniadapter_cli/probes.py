@@ -58,7 +58,7 @@ def probe_video() -> tuple[str, str]:
     import decord
     import numpy as np
 
-    from lavis_uniadapter.processors.video import decode_frames
+    from lavis_uniadapter.processors.decoding import decode_frames
 
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "clip.mp4")

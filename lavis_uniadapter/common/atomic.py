@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write a JSON file, indented, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_together(contents: Mapping[Path, str]) -> None:
+    """Write several text files; none is replaced before all are written."""
+    with contextlib.ExitStack() as stack:
+        for path, text in contents.items():
+            stack.enter_context(atomic(path)).write_text(text, encoding="utf-8")

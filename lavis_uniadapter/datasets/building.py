@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
@@ -12,29 +12,27 @@ from torch.utils.data import Dataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.custom import CustomBuilder
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import (
     SPLITS,
-    DatasetError,
     check_annotations,
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.datasets.shapes.builders import ShapesBuilder
+from lavis_uniadapter.datasets.records import DatasetError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
-    """Check a configuration's datasets, and make it one that LAVIS's builders build.
+    """Check the datasets of a configuration and adapt it to LAVIS's builders.
 
-    Splits that the run does not use are taken out, and datasets that have no others: whoever only
-    evaluates needs no training data. Every problem of a dataset is named, before anything is built.
+    Splits that the run does not use are removed, and datasets without any others: evaluation alone
+    needs no training data. Every problem of a dataset is reported before anything is built. A
+    builder with a method ``prepare`` (of custom or generated data) checks or makes its files there.
 
     Args:
-        datasets_cfg: a node a dataset, as LAVIS's builders take it; changed in place.
+        datasets_cfg: one node per dataset, as LAVIS's builders take it; changed in place.
         splits: those that the run uses.
 
     Raises:
@@ -53,12 +51,8 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
         if there and there == unused:
             del datasets_cfg[name]
             continue
-        if isinstance(builder, ShapesBuilder):
-            _on_main_process(builder._download_data)
-        if isinstance(builder, CustomBuilder):
-            _on_main_process(builder.check_records)
-        else:
-            _on_main_process(check_annotations, builder)
+        prepare = getattr(builder, "prepare", partial(check_annotations, builder))
+        on_main_process(prepare, errors=(ConfigError, DatasetError, FileExistsError))
         _name_local_annotations(annotations)
     if not datasets_cfg:
         raise ConfigError(
@@ -71,7 +65,7 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
         if len(having) > 1:
             raise ConfigError(
                 f"The datasets {', '.join(having)} all have a '{split}' split, and a run evaluates "
-                f"on one. Take it out of the others: datasets.<name>.build_info.annotations."
+                f"on one. Remove it from the others: datasets.<name>.build_info.annotations."
                 f"{split}=null."
             )
 
@@ -79,16 +73,16 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
 def check_built(
     datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
-    """Check what LAVIS built, files included; leave out what ``skip_missing`` allows to.
+    """Check what LAVIS built, including its files; leave out what ``skip_missing`` allows to.
 
     Args:
         datasets: by name and split, as a LAVIS task builds them.
         datasets_cfg: their configuration.
-        files: look at the visual files too, which takes a while where there are many.
+        files: check the visual files too, which takes a while if there are many.
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: if files are to be left out and are not looked at.
+        ConfigError: if missing files are to be left out but files are not checked.
     """
     for name, by_split in datasets.items():
         skip_missing, allow_missing = (
@@ -96,15 +90,17 @@ def check_built(
         )
         if skip_missing and not files:
             raise ConfigError(
-                f"datasets.{name}.skip_missing is True and run.check_files False: whose files are "
-                "missing is not known. Set run.check_files: True."
+                f"datasets.{name}.skip_missing is True, and run.check_files is False, so missing "
+                "files are not found. Set run.check_files: True."
             )
         for split, dataset in by_split.items():
             if layout_of(type(dataset)) is None:
                 logger.warning("%s, %s: this kind of dataset is not checked.", name, split)
                 continue
             tolerant = skip_missing if split == "train" else allow_missing
-            unusable = _on_main_process(check_dataset, dataset, split, tolerant, files)
+            unusable = on_main_process(
+                check_dataset, dataset, split, tolerant, files, errors=(DatasetError,)
+            )
             if split != "train":
                 if unusable.paths():
                     logger.warning(
@@ -132,8 +128,8 @@ def _annotations(config: Mapping) -> Mapping:
 def _number_apart(datasets: Iterable[Dataset]) -> None:
     """Give the visual inputs of several training sets different numbers.
 
-    Each of LAVIS's datasets counts them from 0 in ``img_ids``, by which contrastive learning
-    tells what shows the same.
+    Each of LAVIS's datasets counts them from 0 in ``img_ids``, which contrastive learning uses to
+    recognise positives.
     """
     offset = 0
     for dataset in datasets:
@@ -141,12 +137,8 @@ def _number_apart(datasets: Iterable[Dataset]) -> None:
         offset += len(dataset.img_ids)
 
 
-def _on_main_process(check: Callable[..., T], *args: Any) -> T:
-    return on_main_process(check, *args, errors=(ConfigError, DatasetError, FileExistsError))
-
-
 def _name_local_annotations(annotations: Mapping) -> None:
-    """LAVIS's builders ask for a ``url`` even where the annotation file is already in place."""
+    """LAVIS's builders ask for a ``url`` even if the annotation file already exists."""
     for info in annotations.values():
         if info.get("url") is None:
             storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)

@@ -18,8 +18,8 @@ from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.common.errors import name_some
-from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.datasets.sampling import TrainingShard
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from decord import DECORDError
-from PIL import Image, ImageFile
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.processors.decoding import images_read_whole
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
 _OF_PYTHON = (OSError, RuntimeError, ValueError, SyntaxError, EOFError, AssertionError)
@@ -57,17 +58,6 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-@contextlib.contextmanager
-def images_read_whole() -> Iterator[None]:
-    """Inside, a truncated image is an error. (LAVIS lets Pillow fill it with grey.)"""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 class ReadingMonitor:

@@ -1,4 +1,4 @@
-"""Video processors, registered with LAVIS; frames that were extracted before."""
+"""Video processors, registered with LAVIS, and the decoding behind them."""
 
 from lavis_uniadapter.processors import video
 

@@ -1,7 +1,7 @@
 """Frames of a video that were extracted once, in a form that is read faster than the video.
 
-A zip archive, uncompressed, of JPEG pictures, named as the video and ``.frames.zip``. It stands
-beside the video or, in a folder of its own, in its place: whatever reads a video reads it.
+An uncompressed zip archive of JPEG pictures, called like the video plus ``.frames.zip``. It lies
+beside the video or replaces it in a folder of its own: everything that reads a video reads it.
 ``python -m lavis_uniadapter.prepare frames`` writes them.
 """
 
@@ -12,7 +12,6 @@ import io
 import json
 import os
 import reprlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from lavis_uniadapter.common.atomic import atomic
 
 EXTRACTED_SUFFIX = ".frames.zip"
 ABOUT = "about.json"
@@ -29,7 +30,7 @@ MAX_BYTES = 64 * 2**20
 
 
 def clip_file(path: str | os.PathLike) -> str:
-    """The file that holds a clip: its extracted frames where there are any, or the video."""
+    """The file that holds a clip: its extracted frames if there are any, or the video."""
     path = os.fspath(path)
     extracted = path + EXTRACTED_SUFFIX
     return extracted if os.path.isfile(extracted) else path
@@ -38,13 +39,13 @@ def clip_file(path: str | os.PathLike) -> str:
 def read_extracted_frames(
     path: str, choose_indices: Callable[[int], Sequence[int]], image_size: int
 ) -> Tensor:
-    """Read chosen frames, as `processors.decode_frames` reads those of a video.
+    """Read chosen frames, like `decoding.decode_frames`.
 
     Returns:
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        OSError, ValueError: If the file is no such archive, or damaged.
+        OSError, ValueError: If the file is no such archive or is damaged.
     """
     with _damage_is_value_error():
         archive = zipfile.ZipFile(path)
@@ -71,32 +72,22 @@ def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> Non
         "source_frames": source_frames,
         "quality": JPEG_QUALITY,
     }
-    # A name that no other process has, which may be extracting the same video.
-    handle, temporary = tempfile.mkstemp(
-        prefix=f".{os.path.basename(path)}-", suffix=".tmp", dir=os.path.dirname(path) or "."
-    )
-    try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
-        ):
-            for index, frame in enumerate(frames.numpy()):
-                content = io.BytesIO()
-                Image.fromarray(frame).save(content, "JPEG", quality=JPEG_QUALITY)
-                archive.writestr(_name(index), content.getvalue())
-            archive.writestr(ABOUT, json.dumps(about))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.remove(temporary)
-        raise
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for index, frame in enumerate(frames.numpy()):
+            picture = io.BytesIO()
+            Image.fromarray(frame).save(picture, "JPEG", quality=JPEG_QUALITY)
+            archive.writestr(_name(index), picture.getvalue())
+        archive.writestr(ABOUT, json.dumps(about))
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def read_about(path: str) -> dict[str, int]:
-    """What `write_extracted_frames` noted: num_frames, image_size, source_frames, quality.
+    """What `write_extracted_frames` recorded: num_frames, image_size, source_frames, quality.
 
     Raises:
-        OSError, ValueError: If the file is no such archive, or damaged.
+        OSError, ValueError: If the file is no such archive or is damaged.
     """
     with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
         return _about(archive, "num_frames", "image_size", "source_frames")
@@ -104,9 +95,9 @@ def read_about(path: str) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _damage_is_value_error() -> Iterator[None]:
-    """Raise a ValueError for all that zipfile, its decompressors, json and PIL raise.
+    """Raise ValueError for whatever zipfile, its decompressors, json and PIL raise.
 
-    For a damaged file these are a dozen kinds, NotImplementedError and SyntaxError among them.
+    For damaged files they raise a dozen kinds, including NotImplementedError and SyntaxError.
     """
     try:
         yield
@@ -131,14 +122,14 @@ def _name(index: int) -> str:
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:
-    """What an archive holds under a name, unless that is more than a picture can be."""
+    """A member of an archive, unless it is larger than a picture can be."""
     member = archive.getinfo(name)
-    # of the other methods, zipfile unpacks all at once
+    # zipfile decompresses the other methods all at once
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed in another way than frames are")
     if member.file_size <= MAX_BYTES:
         with archive.open(member) as file:
-            # Bounded, too, as the size that an archive states may not be the true one.
+            # Bounded too, as an archive may state a false size.
             return file.read(MAX_BYTES)
     raise ValueError(f"{name} holds {member.file_size / 1e6:,.0f} MB, which no frame does")
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from lavis_uniadapter.datasets.loading import Batch
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.runners.signals import Interrupted
 from lavis_uniadapter.runners.updates import Updates, take_step
 

@@ -37,10 +37,10 @@ from lavis_uniadapter.common.distributed import (
 )
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError, nearest
 from lavis_uniadapter.datasets.building import check_built, make_buildable
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
-from lavis_uniadapter.processors.video import VideoDecodeError
+from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.runners.console import (
     describe_start,

@@ -24,8 +24,8 @@ from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.distributed import Votes
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView
-from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, TrainingItems
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.runners import run_checkpoints, training_state

@@ -11,7 +11,7 @@ from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDatas
 from torch.utils.data import Dataset
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.preflight import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
 from lavis_uniadapter.tasks.prediction import PredictionTask, visual_kind
 

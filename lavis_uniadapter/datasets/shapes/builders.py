@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
@@ -25,138 +24,115 @@ from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.shapes.shapes import (
+from lavis_uniadapter.datasets.shapes.generation import (
     ANNOTATIONS,
     CAPTION_FILES,
     LABELS_FILE,
     QUESTION_FILES,
     RETRIEVAL_FILES,
-    ClipsConfig,
-    ShapesConfig,
-    StillsConfig,
-    ensure_clips,
-    ensure_stills,
+    ensure_generated,
 )
+from lavis_uniadapter.datasets.shapes.options import ClipsConfig, ShapesConfig, StillsConfig
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "datasets" / "shapes"
-_QUESTION_ANSWERING_FILES = {**QUESTION_FILES, "ans2label": LABELS_FILE}
+_QA_FILES = {**QUESTION_FILES, "ans2label": LABELS_FILE}
 
 
 class ShapesBuilder(BaseDatasetBuilder):
     """A builder that generates its files, on first use and from a seed.
 
-    The builders of all tasks read one folder of stills and one of clips, which whichever comes
-    first generates whole.
+    The builders of all tasks read one folder of stills and one of clips; the first one that is
+    used generates all of it.
     """
 
-    generate_config_cls: type[ShapesConfig]
-    ensure: Callable[[Any, Path], None]
+    options_cls: type[ShapesConfig]
     annotation_files: Mapping[str, str]  # by their names in build_info.annotations
 
-    def _download_data(self) -> None:
-        """Generate the data set that the `generate` block describes, unless it is there.
+    def prepare(self) -> None:
+        """Generate the data set that the `generate` block describes, unless it exists.
 
         Raises:
             ConfigError: the `generate` block or a storage path is not as the generator needs it.
             FileExistsError: the storage folder holds something else.
         """
         options = OmegaConf.to_container(OmegaConf.create(self.config.get("generate") or {}))
-        generate = self.generate_config_cls.from_mapping(options)
-        self.ensure(generate, self._storage_folder(generate))
+        ensure_generated(self.options_cls.from_mapping(options), self._storage_folder())
 
-    def _storage_folder(self, generate: ShapesConfig) -> Path:
-        """The one folder in which all the storage paths of the configuration lie."""
-        build_info = self.config.build_info
+    def _download_data(self) -> None:
+        self.prepare()
+
+    def _storage_folder(self) -> Path:
+        """The one folder that all storage paths of the configuration lie in."""
+        build_info, kind = self.config.build_info, self.data_type
         reject_unknown_keys(build_info.annotations, self.annotation_files, "build_info.annotations")
-        folder = Path(get_cache_path(build_info.get(self.data_type).storage)).parent
-        expected = {f"{self.data_type}.storage": folder / generate.visual_folder}
-        given = {f"{self.data_type}.storage": build_info.get(self.data_type).storage}
-        for name, info in build_info.annotations.items():
-            file = folder / ANNOTATIONS / self.annotation_files[name]
-            expected[f"annotations.{name}.storage"] = file
-            given[f"annotations.{name}.storage"] = info.storage
-        for name, path in expected.items():
-            if Path(get_cache_path(given[name])) != path:
+        storages = {f"annotations.{name}": i.storage for name, i in build_info.annotations.items()}
+        storages[kind] = build_info.get(kind).storage
+        folder = Path(get_cache_path(storages[kind])).parent
+        for name, storage in storages.items():
+            file = self.annotation_files.get(name.removeprefix("annotations."))
+            path = folder / kind if name == kind else folder / ANNOTATIONS / file
+            if Path(get_cache_path(storage)) != path:
                 raise ConfigError(
-                    f"build_info.{name} is {given[name]}, but the generator would write "
-                    f"{path}; keep all the storage paths of the data set in one folder."
+                    f"build_info.{name}.storage is {storage}, but the generator would write "
+                    f"{path}; keep all storage paths of the data set in one folder."
                 )
         return folder
 
 
-class StillsBuilder(ShapesBuilder):
-    """Builder of the stills, for any task."""
-
-    generate_config_cls = StillsConfig
-    ensure = staticmethod(ensure_stills)
-
-
-class ClipsBuilder(ShapesBuilder):
-    """Builder of the clips, for any task."""
-
-    generate_config_cls = ClipsConfig
-    ensure = staticmethod(ensure_clips)
-
-
 @registry.register_builder("shapes_image_retrieval")
-class ShapesStillsBuilder(StillsBuilder):
+class ShapesStillsBuilder(ShapesBuilder):
     """Captioned stills of one coloured shape."""
 
-    train_dataset_cls = RetrievalDataset
-    eval_dataset_cls = RetrievalEvalDataset
+    options_cls = StillsConfig
+    train_dataset_cls, eval_dataset_cls = RetrievalDataset, RetrievalEvalDataset
     annotation_files = RETRIEVAL_FILES
-
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images.yaml")}
 
 
 @registry.register_builder("shapes_retrieval")
-class ShapesClipsBuilder(ClipsBuilder):
+class ShapesClipsBuilder(ShapesBuilder):
     """Captioned clips of a coloured shape, visible for a few frames."""
 
-    train_dataset_cls = VideoRetrievalDataset
-    eval_dataset_cls = VideoRetrievalEvalDataset
+    options_cls = ClipsConfig
+    train_dataset_cls, eval_dataset_cls = VideoRetrievalDataset, VideoRetrievalEvalDataset
     annotation_files = RETRIEVAL_FILES
-
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips.yaml")}
 
 
 @registry.register_builder("shapes_image_qa")
-class ShapesStillsQABuilder(StillsBuilder, VideoQABuilder):
+class ShapesStillsQABuilder(ShapesBuilder, VideoQABuilder):
     """Questions about the one coloured shape of a still."""
 
-    train_dataset_cls = ImageQADataset
-    eval_dataset_cls = ImageQADataset
-    annotation_files = _QUESTION_ANSWERING_FILES
-
+    options_cls = StillsConfig
+    train_dataset_cls = eval_dataset_cls = ImageQADataset
+    annotation_files = _QA_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images_qa.yaml")}
 
 
 @registry.register_builder("shapes_qa")
-class ShapesClipsQABuilder(ClipsBuilder, VideoQABuilder):
+class ShapesClipsQABuilder(ShapesBuilder, VideoQABuilder):
     """Questions about the coloured shape of a clip."""
 
-    annotation_files = _QUESTION_ANSWERING_FILES
-
+    options_cls = ClipsConfig
+    annotation_files = _QA_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips_qa.yaml")}
 
 
 @registry.register_builder("shapes_image_caption")
-class ShapesStillsCaptionBuilder(StillsBuilder):
+class ShapesStillsCaptionBuilder(ShapesBuilder):
     """Stills to caption; in evaluation a list of all right captions."""
 
-    train_dataset_cls = CaptionDataset
-    eval_dataset_cls = CaptionEvalDataset
+    options_cls = StillsConfig
+    train_dataset_cls, eval_dataset_cls = CaptionDataset, CaptionEvalDataset
     annotation_files = CAPTION_FILES
-
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images_caption.yaml")}
 
 
 @registry.register_builder("shapes_caption")
-class ShapesClipsCaptionBuilder(ClipsBuilder):
+class ShapesClipsCaptionBuilder(ShapesBuilder):
     """Clips to caption; in evaluation a list of all right captions."""
 
-    train_dataset_cls = VideoCaptionDataset
-    eval_dataset_cls = VideoCaptionEvalDataset
+    options_cls = ClipsConfig
+    train_dataset_cls, eval_dataset_cls = VideoCaptionDataset, VideoCaptionEvalDataset
     annotation_files = CAPTION_FILES
-
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips_caption.yaml")}

@@ -1,5 +1,4 @@
-"""Turn the files of a benchmark that circulate into annotations in LAVIS's layout, and videos into
-frames that train faster.
+"""Convert the published files of a benchmark to LAVIS's annotations, and videos to frames.
 
 ``python -m lavis_uniadapter.prepare --help`` lists the commands.
 """

@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and print its report; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m lavis_uniadapter.prepare",
-        description="Turn the files of a benchmark that circulate into LAVIS's annotations, and "
-        "videos into frames that train faster; check files.",
+        description="Convert the published files of a benchmark to LAVIS's annotations, and videos "
+        "to frames that train faster; check files.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     shared = _benchmark_options()
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)
-    # a check that went well may have found something
+    # a check that succeeds may have found something
     return getattr(report, "status", 0)
 
 

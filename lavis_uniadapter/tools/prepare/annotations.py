@@ -1,36 +1,81 @@
-"""Annotation files in LAVIS's layout: what they hold, writing them, and the report about them."""
+"""Annotation files in LAVIS's layout, made from the files that a benchmark is published in."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
+
+from lavis_uniadapter.common.atomic import write_together
 from lavis_uniadapter.common.errors import name_some
-from lavis_uniadapter.datasets.preflight import MAX_NAMED
-
-Record = dict[str, Any]
+from lavis_uniadapter.datasets.records import (
+    MAX_NAMED,
+    DatasetError,
+    Found,
+    Problem,
+    R,
+    escapes_root,
+    listing,
+    problems,
+    read_records,
+)
 
 # As LAVIS's dataset builders expect them.
 RETRIEVAL = {split: f"retrieval_{split}.json" for split in ("train", "val", "test")}
 
 
+def _in_no_folder(name: str) -> str:
+    if not name.strip() or escapes_root(name) or {"/", "\\"} & set(name):
+        raise ValueError("is no plain name")
+    return name
+
+
+# Fields of published records.
+PlainName = Annotated[
+    str, AfterValidator(_in_no_folder), Field(description="the name of a file, without folders,")
+]
+AnyText = Annotated[str, Field(description="a string")]
+Identifier = Annotated[int | str, Field(description="a whole number or a string")]
+
+
+def published(source: object, items: Iterator[Found[R] | Problem]) -> list[R]:
+    """The records of a published file.
+
+    Args:
+        source: the file, for messages.
+        items: as read by `records.read_records` or `records.check_records`.
+
+    Raises:
+        DatasetError: listing what is wrong, by place.
+    """
+    items = list(items)
+    if wrong := problems(items):
+        raise DatasetError(f"{source} is not as it is published:{listing(wrong)}")
+    return [item.record for item in items]
+
+
+def read_published(path: Path, schema: type[R]) -> list[R]:
+    """The records of a published CSV file with a header, or JSON list; see `published`."""
+    return published(path, read_records(path, schema, formats=(".csv", ".json")))
+
+
 @dataclass(frozen=True)
 class AnnotationFile:
-    """What one annotation file is to hold.
+    """The contents of one annotation file.
 
     Attributes:
         name: of the file.
-        training: a record a caption, as LAVIS's training datasets take it; otherwise a record a
-            video, with the list of its captions.
+        training: one record per caption, as LAVIS's training datasets read it; otherwise one
+            record per video, with the list of its captions.
         captions: by annotated name of the video.
-        image_id: gives the number under which captioning refers to a video; None for retrieval.
+        image_id: gives the number by which captioning refers to a video; None for retrieval.
     """
 
     name: str
@@ -42,7 +87,7 @@ class AnnotationFile:
         kept = {video: self.captions[video] for video in self.captions if video not in videos}
         return replace(self, captions=kept)
 
-    def records(self, names: Mapping[str, str]) -> list[Record]:
+    def records(self, names: Mapping[str, str]) -> list[dict[str, Any]]:
         """The file's contents; `names` gives the file name of each annotated video."""
         records = []
         for video, captions in self.captions.items():
@@ -57,7 +102,7 @@ class AnnotationFile:
 
 
 def without_empty(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """`captions` without those that hold nothing but white space."""
+    """`captions` without blank ones."""
     return {
         video: [caption for caption in group if caption.strip()]
         for video, group in captions.items()
@@ -65,7 +110,7 @@ def without_empty(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]
 
 
 def empty_note(captions: Mapping[str, Sequence[str]], source: Path) -> Iterator[str]:
-    """A line for the report, if `without_empty` leaves any of `captions` out."""
+    """A line for the report, if `without_empty` omits any of `captions`."""
     count = sum(not caption.strip() for group in captions.values() for caption in group)
     if count:
         yield f"{source.name}: {count} empty captions"
@@ -82,91 +127,45 @@ def caption_problems(files: Sequence[AnnotationFile]) -> Iterator[str]:
             )
 
 
-def write_together(
-    folder: Path, contents: Mapping[str, Sequence[Record]], overwrite: bool
-) -> list[str]:
-    """Write annotation files into `folder`: all of them, or on any error none.
-
-    Each is written beside its place and then moved there; a process that is killed between two of
-    these moves, which take microseconds, leaves some moved and some not.
-
-    Args:
-        folder: made if need be.
-        contents: records by file name.
-        overwrite: replace files that differ.
-
-    Returns:
-        The names of the files that were not there already with the same contents.
-
-    Raises:
-        FileExistsError: a file is there with other contents, and `overwrite` is not set.
-        OSError: a file cannot be written.
-    """
-    encoded = {name: _encode(records) for name, records in contents.items()}
-    changed = [name for name in encoded if not _holds(folder / name, encoded[name])]
-    different = [name for name in changed if (folder / name).exists()]
-    if different and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds other contents in {', '.join(different)}. Replace them with "
-            "--overwrite, or name another --output."
+def count_problems(counts: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    """One problem, if any of `counts`, {what: (found, published)}, has two different numbers."""
+    other = [
+        f"{what}: found {found}, published {published}"
+        for what, (found, published) in counts.items()
+        if found != published
+    ]
+    if other:
+        yield (
+            "The numbers are not the published ones; use the published files, or accept yours "
+            f"with --allow-other-counts:{listing(other)}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".prepare-*"):  # by a killed run
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=folder) as workplace:
-        new, old = Path(workplace, "new"), Path(workplace, "old")
-        new.mkdir()
-        old.mkdir()
-        for name in changed:
-            with open(new / name, "wb") as file:
-                file.write(encoded[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for name in different:
-            shutil.copy2(folder / name, old / name)
-        try:
-            for name in changed:
-                os.replace(new / name, folder / name)
-        except BaseException:
-            for name in changed:
-                if name in different:
-                    os.replace(old / name, folder / name)
-                else:
-                    (folder / name).unlink(missing_ok=True)
-            raise
-    return changed
 
 
-def _encode(records: Sequence[Record]) -> bytes:
-    # In ASCII, as LAVIS opens annotations in the encoding of the locale.
-    lines = ",\n".join(json.dumps(record) for record in records)
-    return f"[\n{lines}\n]\n".encode("ascii")
-
-
-def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == content
-
-
-def report(
+def write_annotations(
+    args: argparse.Namespace,
     title: str,
-    folder: Path,
-    contents: Mapping[str, Sequence[Record]],
-    changed: Collection[str],
+    contents: Mapping[str, Sequence[Mapping[str, Any]]],
     left_out: Sequence[str],
     why_no_val: str,
-    commands: Sequence[str],
+    tasks: Mapping[str, Mapping[str, str]],
 ) -> str:
-    """What `write_together` wrote, counted in the records themselves, and what to do next.
+    """Write annotation files, all of them or on an error none; returns the report.
 
     Args:
+        args: of the command line.
         title: of the benchmark.
-        folder, contents, changed: arguments and result of `write_together`.
+        contents: records by file name.
         left_out: what of the sources is not in `contents`, and why.
-        why_no_val: why there is no validation file, where there is none.
-        commands: what to type next.
+        why_no_val: why there is no validation file, if there is none.
+        tasks: names of annotation files by split, for each configuration that trains on them.
+
+    Raises:
+        FileExistsError: a file exists with other contents, and --overwrite is not set.
+        OSError: a file cannot be written.
     """
+    changed = _write(args.output, contents, args.overwrite)
     width = max(map(len, contents))
-    lines = [f"{title}, annotations in {folder}:"]
+    lines = [f"{title}, annotations in {args.output}:"]
     for name, records in contents.items():
         videos = len({record["video"] for record in records})
         captions = sum(
@@ -182,7 +181,32 @@ def report(
             f"no {RETRIEVAL['val']}: {why_no_val}. With run.valid_splits=[] the last epoch is "
             "tested."
         )
+    commands = [_training_command(name, args, files) for name, files in tasks.items()]
     return "\n".join([*lines, "next:", *commands])
+
+
+def encode(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """Records as JSON, one per line; in ASCII, as LAVIS reads the encoding of the locale."""
+    lines = ",\n".join(json.dumps(record) for record in records)
+    return f"[\n{lines}\n]\n".encode("ascii")
+
+
+def _write(
+    folder: Path, contents: Mapping[str, Sequence[Mapping[str, Any]]], overwrite: bool
+) -> list[str]:
+    """Write what differs; returns the names of these files."""
+    encoded = {folder / name: encode(records) for name, records in contents.items()}
+    present = {path: path.read_bytes() for path in encoded if path.is_file()}
+    changed = {path: new for path, new in encoded.items() if present.get(path) != new}
+    different = [path.name for path in changed if path in present]
+    if different and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds other contents in {', '.join(different)}. Replace them with "
+            "--overwrite, or name another --output."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_together(changed)
+    return [path.name for path in changed]
 
 
 def retrieval_files(names: Collection[str]) -> dict[str, str]:
@@ -190,22 +214,15 @@ def retrieval_files(names: Collection[str]) -> dict[str, str]:
     return {split: name for split, name in RETRIEVAL.items() if name in names}
 
 
-def training_command(dataset: str, folder: Path, files: Mapping[str, str], videos: Path) -> str:
-    """The command that trains on annotations in `folder`.
-
-    Args:
-        dataset: name of LAVIS's dataset builder, and of the project's configuration file.
-        folder: of the annotations.
-        files: their names by split; without one of "val", none is validated on.
-        videos: folder of the videos.
-    """
+def _training_command(dataset: str, args: argparse.Namespace, files: Mapping[str, str]) -> str:
+    """The command that trains with the configuration called like LAVIS's dataset builder."""
     build_info = f"datasets.{dataset}.build_info"
     options = [
-        # Absolute, as LAVIS takes relative paths from its cache root.
-        f"{build_info}.annotations.{split}.storage={os.path.abspath(folder / name)}"
+        # Absolute, as LAVIS's relative paths start at its cache root.
+        f"{build_info}.annotations.{split}.storage={os.path.abspath(args.output / name)}"
         for split, name in files.items()
     ]
-    options.append(f"{build_info}.videos.storage={os.path.abspath(videos)}")
+    options.append(f"{build_info}.videos.storage={os.path.abspath(args.videos)}")
     options.append(f"run.valid_splits=[{'val' if 'val' in files else ''}]")
     command = f"python train.py --cfg-path projects/uniadapter/train/{dataset}.yaml --options"
     return " \\\n      ".join([f"  {command}", *map(shlex.quote, options)])

@@ -1,4 +1,4 @@
-"""DiDeMo: paragraph retrieval, where a video's descriptions, joined, are its one caption."""
+"""DiDeMo: paragraph retrieval, with all descriptions of a video joined to its one caption."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lavis_uniadapter.common.errors import name_some
-from lavis_uniadapter.datasets.preflight import MAX_NAMED, raise_if_any
+from lavis_uniadapter.datasets.records import MAX_NAMED, Record, raise_if_any
 from lavis_uniadapter.tools.prepare.annotations import (
     RETRIEVAL,
     AnnotationFile,
+    AnyText,
+    Identifier,
+    PlainName,
     caption_problems,
-    empty_note,
-    report,
-    retrieval_files,
-    training_command,
-    without_empty,
-    write_together,
-)
-from lavis_uniadapter.tools.prepare.sources import (
     count_problems,
-    file_field,
-    id_field,
-    read_list,
-    repetition_problems,
-    text_field,
+    empty_note,
+    read_published,
+    retrieval_files,
+    without_empty,
+    write_annotations,
 )
 from lavis_uniadapter.tools.prepare.videos import require_videos
 
 BENCHMARK = "DiDeMo"
 PUBLISHED = {"train": 8395, "val": 1065, "test": 1004}
+
+
+class Description(Record):
+    """A record of ``train_data.json``, ``val_data.json`` and ``test_data.json``."""
+
+    unique = ("video", "annotation_id")
+    video: PlainName
+    description: AnyText
+    annotation_id: Identifier
 
 
 def add_parser(commands: argparse._SubParsersAction, parents: Sequence) -> None:
@@ -62,40 +66,32 @@ def run(args: argparse.Namespace) -> str:
         DatasetError: naming what is wrong; nothing has been written.
         FileExistsError: the output folder holds other annotations.
     """
-    sources = {
-        split: path
-        for split, path in (("train", args.train), ("val", args.val), ("test", args.test))
-        if path is not None
-    }
+    given = {"train": args.train, "val": args.val, "test": args.test}
+    sources = {split: path for split, path in given.items() if path is not None}
     descriptions = {split: read_descriptions(path) for split, path in sources.items()}
     files = [
         AnnotationFile(RETRIEVAL[split], split == "train", _paragraphs(by_video))
         for split, by_video in descriptions.items()
     ]
-    problems = [*_leak_problems(files), *caption_problems(files)]
+    faults = [*_leak_problems(files), *caption_problems(files)]
     if not args.allow_other_counts:
-        problems += count_problems(
+        faults += count_problems(
             {
                 f"videos in {sources[split]}": (len(by_video), PUBLISHED[split])
                 for split, by_video in descriptions.items()
             }
         )
-    raise_if_any(problems, f"{BENCHMARK} cannot be prepared")
-
+    raise_if_any(faults, f"{BENCHMARK} cannot be prepared")
     usable = require_videos(files, args.videos, args.skip_missing, BENCHMARK)
     contents = {file.name: file.records(usable.names) for file in usable.files}
-    changed = write_together(args.output, contents, args.overwrite)
-    left_out = [
-        note for split, path in sources.items() for note in empty_note(descriptions[split], path)
-    ]
-    return report(
+    empty = [n for split, path in sources.items() for n in empty_note(descriptions[split], path)]
+    return write_annotations(
+        args,
         f"{BENCHMARK}, paragraph retrieval",
-        args.output,
         contents,
-        changed,
-        [*left_out, *usable.notes],
+        [*empty, *usable.notes],
         "--val names no file",
-        [training_command("didemo_retrieval", args.output, retrieval_files(contents), args.videos)],
+        {"didemo_retrieval": retrieval_files(contents)},
     )
 
 
@@ -105,16 +101,9 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
     Raises:
         DatasetError: the file is not laid out as published, or repeats an annotation.
     """
-    fields = [file_field("video"), text_field("description"), id_field("annotation_id")]
-    records = read_list(path, fields)
-    problems = repetition_problems(
-        (f"{r['video']} annotation_id {r['annotation_id']}" for r in records),
-        f"{path} has annotations",
-    )
-    raise_if_any(problems, f"{BENCHMARK} cannot be prepared")
     descriptions = defaultdict(list)
-    for record in records:
-        descriptions[record["video"]].append(record["description"])
+    for record in read_published(path, Description):
+        descriptions[record.video].append(record.description)
     return dict(descriptions)
 
 
@@ -129,5 +118,5 @@ def _leak_problems(files: Sequence[AnnotationFile]) -> Iterator[str]:
         if both:
             yield (
                 f"{len(both)} videos are both in {one.name} and {other.name}: "
-                f"{name_some(both, MAX_NAMED)}; take the published files of one release."
+                f"{name_some(both, MAX_NAMED)}; use the published files of one release."
             )

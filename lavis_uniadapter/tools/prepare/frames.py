@@ -11,14 +11,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.preflight import DatasetError, listing
+from lavis_uniadapter.datasets.records import DatasetError, listing
+from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     read_about,
     write_extracted_frames,
 )
-from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
-from lavis_uniadapter.tools.prepare.videos import VIDEO_EXTENSIONS
+from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -27,8 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "frames",
         help="extract frames of any videos, to train faster",
         description="Write frames of every video in a folder as <video>.frames.zip, which is read "
-        "wherever the video is asked for. What is there already is left; a run that was stopped "
-        "goes on where it was.",
+        "wherever the video is asked for. Existing archives are kept, so a stopped run continues.",
     )
     parser.add_argument("--videos", type=Path, metavar="DIR", required=True, help="the videos")
     parser.add_argument(
@@ -39,7 +38,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="evenly spaced frames of each video; all of them where it has fewer (default 64)",
+        help="evenly spaced frames of each video; all of them if it has fewer (default 64)",
     )
     parser.add_argument(
         "--image-size",
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> str:
     """Extract the frames; returns the report.
 
     Raises:
-        ConfigError: an impossible number, or frames of other numbers are there.
+        ConfigError: an impossible number, or frames of another number or size exist.
         DatasetError: there are no videos, or some cannot be decoded; the others are written.
     """
     for name in ("frames", "image_size", "threads"):
@@ -72,27 +71,21 @@ def run(args: argparse.Namespace) -> str:
     if not videos:
         raise DatasetError(f"{args.videos} holds no videos; correct --videos.")
     output = args.output or args.videos
-    targets = [
-        output / path.relative_to(args.videos).with_name(path.name + EXTRACTED_SUFFIX)
+    targets = {
+        path: output / path.relative_to(args.videos).with_name(path.name + EXTRACTED_SUFFIX)
         for path in videos
-    ]
-    there = [path.is_file() for path in targets]
-    _check_those_there(
-        [path for path, is_there in zip(targets, there, strict=True) if is_there], args
-    )
-
-    todo = [
-        pair
-        for pair, done in zip(zip(videos, targets, strict=True), there, strict=True)
-        if not done
-    ]
+    }
+    done = {target for target in targets.values() if target.is_file()}
+    for target in sorted(done):
+        _check_existing(target, args)
+    todo = [pair for pair in targets.items() if pair[1] not in done]
     with ThreadPoolExecutor(args.threads) as pool:
         outcomes = pool.map(lambda pair: _extract(*pair, args.frames, args.image_size), todo)
         failures = [why for why in tqdm(outcomes, total=len(todo), desc="extracting") if why]
     written = len(todo) - len(failures)
-    size = sum(path.stat().st_size for path in targets if path.is_file()) / 1e6
+    size = sum(path.stat().st_size for path in targets.values() if path.is_file()) / 1e6
     report = (
-        f"{written} videos extracted, {sum(there)} were there already; {size:,.0f} MB in {output}"
+        f"{written} videos extracted, {len(done)} were there already; {size:,.0f} MB in {output}"
     )
     if failures:
         raise DatasetError(f"{report}\n- {len(failures)} cannot be decoded:{listing(failures)}")
@@ -118,17 +111,15 @@ def _extract(video: Path, target: Path, number: int, image_size: int) -> str | N
     return None
 
 
-def _check_those_there(paths: Sequence[Path], args: argparse.Namespace) -> None:
-    for path in paths:
-        try:
-            about = read_about(str(path))
-            wanted = min(args.frames, about["source_frames"])
-            fits = about["num_frames"] == wanted and about["image_size"] == args.image_size
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); delete it.") from error
-        if not fits:
-            raise ConfigError(
-                f"{path} holds {about['num_frames']} frames of {about['image_size']} px, not what "
-                f"--frames {args.frames} --image-size {args.image_size} give. Delete those of "
-                "other sizes, or name another --output."
-            )
+def _check_existing(path: Path, args: argparse.Namespace) -> None:
+    try:
+        about = read_about(str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); delete it.") from error
+    wanted = min(args.frames, about["source_frames"])
+    if about["num_frames"] != wanted or about["image_size"] != args.image_size:
+        raise ConfigError(
+            f"{path} holds {about['num_frames']} frames of {about['image_size']} px, not what "
+            f"--frames {args.frames} --image-size {args.image_size} give. Delete those of other "
+            "sizes, or name another --output."
+        )

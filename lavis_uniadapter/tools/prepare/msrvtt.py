@@ -9,30 +9,34 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from lavis_uniadapter.common.errors import ConfigError, name_some
-from lavis_uniadapter.datasets.preflight import MAX_NAMED, raise_if_any
+from lavis_uniadapter.datasets.records import (
+    MAX_NAMED,
+    DatasetError,
+    Record,
+    UnusableFile,
+    check_records,
+    load_json,
+    raise_if_any,
+)
 from lavis_uniadapter.tools.prepare.annotations import (
     RETRIEVAL,
     AnnotationFile,
+    AnyText,
+    Identifier,
+    PlainName,
     caption_problems,
-    empty_note,
-    report,
-    retrieval_files,
-    training_command,
-    without_empty,
-    write_together,
-)
-from lavis_uniadapter.tools.prepare.sources import (
     count_problems,
-    file_field,
-    id_field,
-    name_field,
-    read_list,
-    read_mapping,
-    records_under,
-    repetition_problems,
-    text_field,
+    empty_note,
+    published,
+    read_published,
+    retrieval_files,
+    without_empty,
+    write_annotations,
 )
 from lavis_uniadapter.tools.prepare.videos import require_videos
 
@@ -48,6 +52,36 @@ VAL = RETRIEVAL["val"]
 CAPTIONING = {"train": "cap_train.json", "val": "cap_val.json", "test": "cap_test.json"}
 
 _VIDEO_ID = re.compile(r"video(0|[1-9][0-9]*)")
+
+
+class Video(Record):
+    """An entry of ``videos`` in ``MSRVTT_data.json``."""
+
+    unique = ("video_id",)
+    video_id: PlainName
+    split: Annotated[Literal["train", "validate", "test"], Field(description=" or ".join(OFFICIAL))]
+
+
+class Sentence(Record):
+    """An entry of ``sentences`` in ``MSRVTT_data.json``."""
+
+    unique = ("video_id", "sen_id")
+    video_id: PlainName
+    caption: AnyText
+    sen_id: Identifier
+
+
+class Listed(Record):
+    """A row of a training list."""
+
+    unique = ("video_id",)
+    video_id: PlainName
+
+
+class Query(Listed):
+    """A row of the 1k-A test."""
+
+    sentence: AnyText
 
 
 def add_parser(commands: argparse._SubParsersAction, parents: Sequence) -> None:
@@ -102,12 +136,12 @@ def run(args: argparse.Namespace) -> str:
         FileExistsError: the output folder holds other annotations.
     """
     data = read_data(args.data)
-    test_rows = read_list(args.test_csv, [file_field("video_id"), text_field("sentence")])
-    test = [row["video_id"] for row in test_rows]
+    queries = read_published(args.test_csv, Query)
+    test = [query.video_id for query in queries]
     train = _training_list(args, data, test)
     raise_if_any(_list_problems(args, data, train, test), f"{BENCHMARK} cannot be prepared")
 
-    sentences = {row["video_id"]: [row["sentence"]] for row in test_rows}
+    sentences = {query.video_id: [query.sentence] for query in queries}
     files = [
         AnnotationFile(RETRIEVAL["train"], True, _captions_of(train, data.captions)),
         AnnotationFile(RETRIEVAL["test"], False, _captions_of(test, sentences)),
@@ -120,19 +154,16 @@ def run(args: argparse.Namespace) -> str:
     usable = require_videos(files, args.videos, args.skip_missing, BENCHMARK)
     files = [*hold_out(usable.files[0], args.num_val, args.seed), *usable.files[1:]]
     contents = {file.name: file.records(usable.names) for file in files}
-    changed = write_together(args.output, contents, args.overwrite)
     tasks = {"msrvtt_retrieval": retrieval_files(contents)}
     if not args.retrieval_only:
         tasks["msrvtt_caption"] = CAPTIONING
-    commands = [training_command(n, args.output, f, args.videos) for n, f in tasks.items()]
-    return report(
+    return write_annotations(
+        args,
         f"{BENCHMARK}, {args.split} training list",
-        args.output,
         contents,
-        changed,
         [*empty_note(data.captions, args.data), *usable.notes],
         "1k-A has none; --num-val N holds N videos out of training",
-        commands,
+        tasks,
     )
 
 
@@ -150,31 +181,22 @@ def read_data(path: Path) -> MSRVTTData:
     Raises:
         DatasetError: it is not laid out as published, or contradicts itself.
     """
-    content = read_mapping(path)
-    videos = records_under(content, "videos", [file_field("video_id"), name_field("split")], path)
-    sentences = records_under(
-        content,
-        "sentences",
-        [file_field("video_id"), text_field("caption"), id_field("sen_id")],
-        path,
+    try:
+        content = load_json(str(path))
+    except UnusableFile as error:
+        raise DatasetError(f"{error.problem}; download it again.") from error
+    if not isinstance(content, Mapping):
+        raise DatasetError(f"{path} is not as it is published: it must be an object, {{...}}.")
+    videos, sentences = (
+        published(path, check_records(content.get(key), schema, f"'{key}' of {path}"))
+        for key, schema in (("videos", Video), ("sentences", Sentence))
     )
-    splits = {video["video_id"]: video["split"] for video in videos}
+    splits = {video.video_id: video.split for video in videos}
     captions = defaultdict(list)
     for sentence in sentences:
-        captions[sentence["video_id"]].append(sentence["caption"])
-
-    problems = list(repetition_problems((v["video_id"] for v in videos), f"{path} has videos"))
-    problems += repetition_problems(
-        (f"{s['video_id']} sen_id {s['sen_id']}" for s in sentences), f"{path} has sentences"
-    )
-    other = [f"{video} {split!r}" for video, split in splits.items() if split not in OFFICIAL]
-    if other:
-        problems.append(
-            f"{path} has videos whose split is none of {', '.join(OFFICIAL)}: "
-            f"{name_some(other, MAX_NAMED)}."
-        )
-    problems += _unknown_problems(captions, splits, f"'sentences' of {path}", path)
-    raise_if_any(problems, f"{BENCHMARK} cannot be prepared")
+        captions[sentence.video_id].append(sentence.caption)
+    unknown = _unknown_problems(captions, splits, f"'sentences' of {path}", path)
+    raise_if_any(unknown, f"{BENCHMARK} cannot be prepared")
     return MSRVTTData(splits, captions)
 
 
@@ -204,7 +226,7 @@ def hold_out(train: AnnotationFile, num_val: int, seed: int) -> list[AnnotationF
 
 def _training_list(args: argparse.Namespace, data: MSRVTTData, test: Iterable[str]) -> list[str]:
     if args.train_csv is not None:
-        return [row["video_id"] for row in read_list(args.train_csv, [file_field("video_id")])]
+        return [row.video_id for row in read_published(args.train_csv, Listed)]
     if args.split == "7k":
         return [video for video, split in data.splits.items() if split in ("train", "validate")]
     tested = set(test)
@@ -216,20 +238,19 @@ def _list_problems(
 ) -> Iterator[str]:
     train_source = args.train_csv or f"the {args.split} training list"
     for videos, source in ((train, train_source), (test, args.test_csv)):
-        yield from repetition_problems(videos, f"{source} has videos")
         yield from _unknown_problems(videos, data.splits, source, args.data)
     leaked = sorted(set(train) & set(test))
     if leaked:
         yield (
             f"{len(leaked)} test videos of {args.test_csv} are also in {train_source}: "
-            f"{name_some(leaked, MAX_NAMED)}; take the training list that belongs to this test."
+            f"{name_some(leaked, MAX_NAMED)}; use the training list that belongs to this test."
         )
     if not args.retrieval_only:
         unnumbered = [video for video in data.splits if not _VIDEO_ID.fullmatch(video)]
         if unnumbered:
             yield (
-                "captioning needs a number for image_id, so video_ids must be 'video<number>'; "
-                f"otherwise are {name_some(unnumbered, MAX_NAMED)}. --retrieval-only does without."
+                "captioning needs a number for image_id, so video_ids must be 'video<number>'; not "
+                f"so: {name_some(unnumbered, MAX_NAMED)}. --retrieval-only needs no numbers."
             )
     if not args.allow_other_counts:
         found = list(data.splits.values())

@@ -9,18 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavis_uniadapter.common.errors import name_some
-from lavis_uniadapter.datasets.preflight import (
-    MAX_NAMED,
-    DatasetError,
-    decode_failures,
-    listing,
-    raise_if_any,
-)
+from lavis_uniadapter.datasets.preflight import files_with_problems, last_frame
+from lavis_uniadapter.datasets.records import MAX_NAMED, DatasetError, listing, raise_if_any
+from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, frames_problem
+from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.tools.prepare.annotations import AnnotationFile
-
-VIDEO_EXTENSIONS = frozenset(
-    ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split()
-)
 
 
 @dataclass(frozen=True)
@@ -54,51 +47,54 @@ def require_videos(
     """
     annotated = list(dict.fromkeys(video for file in files for video in file.captions))
     names = find_videos(folder, annotated)
-    missing = [video for video in annotated if video not in names]
-    failures = _failures_by_video(folder, names, benchmark)
-    unusable = {*missing, *failures}
+    paths = {video: str(folder / name) for video, name in names.items()}
+    failures = files_with_problems(_last_frame_problem, sorted(paths.values()), benchmark)
+    unusable = {video: "missing" for video in annotated if video not in names}
+    unusable |= {v: f"{p}: {failures[p]}" for v, p in paths.items() if p in failures}
     evaluated = {
-        file.name: unusable.intersection(file.captions) for file in files if not file.training
+        file.name: set(file.captions).intersection(unusable) for file in files if not file.training
     }
-    refused = set().union(*evaluated.values()) if skip_missing else unusable
+    refused = set().union(*evaluated.values()) if skip_missing else set(unusable)
     if refused:
-        missing = [video for video in missing if video in refused]
-        undecodable = [failures[video] for video in failures if video in refused]
-        problems = []
-        if missing:
-            problems.append(
-                f"{len(missing)} of {len(annotated)} videos are missing from {folder}:"
-                f"{listing(missing)}"
-            )
-        if undecodable:
-            problems.append(
-                f"{len(undecodable)} of {len(annotated)} videos cannot be decoded:"
-                f"{listing(undecodable)}"
-            )
-        raise_if_any([*problems, *_mends(refused, evaluated)], f"{benchmark} cannot be prepared")
-
+        faults = _unusable_faults(unusable, refused, len(annotated), folder)
+        raise_if_any([*faults, *_fixes(refused, evaluated)], f"{benchmark} cannot be prepared")
     kept = [file.without(unusable) for file in files]
     empty = [f"{file.name} would hold no video." for file in kept if not file.captions]
     raise_if_any(empty, f"{benchmark} cannot be prepared")
     return UsableVideos(kept, names, list(_notes(files, unusable)))
 
 
-def _mends(refused: set[str], evaluated: Mapping[str, set[str]]) -> Iterator[str]:
+def _last_frame_problem(path: str) -> str | None:
+    return frames_problem(clip_file(path), last_frame)
+
+
+def _unusable_faults(
+    unusable: Mapping[str, str], refused: Collection[str], total: int, folder: Path
+) -> Iterator[str]:
+    refusals = {video: why for video, why in unusable.items() if video in refused}
+    missing = [video for video, why in refusals.items() if why == "missing"]
+    undecodable = [why for why in refusals.values() if why != "missing"]
+    if missing:
+        yield f"{len(missing)} of {total} videos are missing from {folder}:{listing(missing)}"
+    if undecodable:
+        yield f"{len(undecodable)} of {total} videos cannot be decoded:{listing(undecodable)}"
+
+
+def _fixes(refused: set[str], evaluated: Mapping[str, set[str]]) -> Iterator[str]:
     if any(evaluated.values()):
         counts = ", ".join(f"{name} {len(lost)}" for name, lost in evaluated.items() if lost)
         yield (
             f"Some of them are for validation or test ({counts}). Without them this would be "
-            "another benchmark: get them, or do without that annotation file (see --help)."
+            "another benchmark: get them, or omit that annotation file (see --help)."
         )
     only_trained = refused.difference(*evaluated.values())
     if only_trained:
-        yield f"{len(only_trained)} of them are for training alone: --skip-missing leaves them out."
+        yield f"{len(only_trained)} of them are for training only: --skip-missing leaves them out."
 
 
 def _notes(files: Sequence[AnnotationFile], unusable: Collection[str]) -> Iterator[str]:
-    lost = dict.fromkeys(video for file in files for video in file.captions if video in unusable)
-    if lost:
-        yield f"{len(lost)} videos, missing or undecodable: {name_some(lost, MAX_NAMED)}"
+    if unusable:
+        yield f"{len(unusable)} videos, missing or undecodable: {name_some(unusable, MAX_NAMED)}"
     for file in files:
         groups = [captions for video, captions in file.captions.items() if video in unusable]
         if groups:
@@ -156,10 +152,3 @@ def stem(name: str) -> str:
     """
     rest, extension = os.path.splitext(name)
     return stem(rest) if extension.lower() in VIDEO_EXTENSIONS else name
-
-
-def _failures_by_video(folder: Path, names: Mapping[str, str], benchmark: str) -> dict[str, str]:
-    """The reason by annotated name, for each video whose last frame cannot be decoded."""
-    paths = {video: str(folder / name) for video, name in names.items()}
-    failures = decode_failures(sorted(paths.values()), benchmark, n_frms=None)
-    return {video: failures[path] for video, path in paths.items() if path in failures}

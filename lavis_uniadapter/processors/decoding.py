@@ -1,0 +1,165 @@
+"""Decode frames of a video or of an archive of extracted frames; find files that cannot be read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from decord import DECORDError, VideoReader
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from lavis_uniadapter.processors.extracted_frames import (
+    EXTRACTED_SUFFIX,
+    clip_file,
+    read_extracted_frames,
+)
+
+VIDEO_EXTENSIONS = frozenset(
+    ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split()
+)
+IMAGE_EXTENSIONS = frozenset(
+    ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+
+# Frames of a check are discarded, so small ones will do; decord fails at some sizes below 30.
+_PROBE_SIZE = 32
+# How many of them are in memory at a time: 31 MB.
+_PROBED_AT_ONCE = 10_000
+
+# The FFmpeg inside decord builds a codec's tables when it is first opened, and ends the process if
+# two threads do so at once.
+_OPENING = threading.Lock()
+
+# Given the number of frames in a clip, the indices to decode.
+ChooseFrames = Callable[[int], Sequence[int]]
+
+
+class VideoDecodeError(RuntimeError):
+    """A video that yields no frames. The message names the file, the reason and the fix.
+
+    Attributes:
+        reason: by itself.
+    """
+
+    # One argument will do, as PyTorch raises a data worker's errors anew from their message.
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
+
+
+def _decode_error(path: str, reason: str) -> VideoDecodeError:
+    return VideoDecodeError(
+        f"Cannot decode video '{path}': {reason}. "
+        "Download or re-encode the file, or remove its records from the annotations.",
+        reason,
+    )
+
+
+def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int) -> Tensor:
+    """Decode chosen frames of a video, scaled while decoding (decord's bicubic).
+
+    Args:
+        path: Video file; if frames were extracted from it, they are read instead (`clip_file`).
+        choose: Given the number of frames in the clip, returns the indices to decode.
+        image_size: Height and width of the decoded frames, in pixels.
+
+    Returns:
+        uint8 RGB tensor (number of indices, image_size, image_size, 3).
+
+    Raises:
+        VideoDecodeError: If the file is missing, empty, not a video, without a video stream, or
+            cut off or damaged before one of the frames.
+
+    decord fills in a frame without output, if it is not damaged, from a neighbour. That stays
+    enabled (`fault_tol`): a clip cut without re-encoding begins with such hidden frames.
+    """
+    return decode_file(clip_file(path), choose, image_size)
+
+
+def decode_file(path: str, choose: ChooseFrames, image_size: int) -> Tensor:
+    """Like `decode_frames`, from exactly this file: a video or an archive of extracted frames."""
+    if problem := file_problem(path):
+        raise _decode_error(path, problem)
+    if path.endswith(EXTRACTED_SUFFIX):
+        try:
+            return read_extracted_frames(path, choose, image_size)
+        except (OSError, ValueError) as error:
+            raise _decode_error(path, f"it is no archive of frames ({error})") from error
+    try:
+        with _OPENING:
+            reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
+        frames = reader.get_batch(choose(len(reader)))
+    # decord asserts that there are frames; a DECORDError is no RuntimeError.
+    except (RuntimeError, AssertionError, DECORDError) as error:
+        raise _decode_error(path, f"decord says: {str(error).strip()}") from error
+    # LAVIS sets decord's bridge to torch, but the bridge holds for the importing thread only.
+    return frames if isinstance(frames, Tensor) else torch.from_numpy(frames.asnumpy())
+
+
+def file_problem(path: str) -> str | None:
+    """Say what is wrong with a file, whatever its content, or None."""
+    if not os.path.lexists(path):
+        return "there is no such file"
+    if os.path.isdir(path):
+        return "it is a folder"
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"it is a link to {os.readlink(path)}, which does not exist"
+    if not os.path.isfile(path):
+        return "it is no regular file"
+    try:
+        with open(path, "rb") as file:
+            return None if file.read(1) else "the file is empty"
+    except OSError as error:
+        return f"the file cannot be read ({error.strerror})"
+
+
+def frames_problem(path: str, choose: ChooseFrames) -> str | None:
+    """Say why the chosen frames of exactly this video or archive cannot be decoded, or None."""
+    indices: Sequence[int] = ()
+
+    def first_part(num_frames: int) -> Sequence[int]:
+        nonlocal indices
+        indices = list(choose(num_frames))
+        return indices[:_PROBED_AT_ONCE]
+
+    try:
+        decode_file(path, first_part, _PROBE_SIZE)
+        for start in range(_PROBED_AT_ONCE, len(indices), _PROBED_AT_ONCE):
+            part = indices[start : start + _PROBED_AT_ONCE]
+            decode_file(path, lambda _, part=part: part, _PROBE_SIZE)
+    except VideoDecodeError as error:
+        return error.reason
+    return None
+
+
+def image_problem(path: str, whole: bool) -> str | None:
+    """Say why an image cannot be read, or None.
+
+    Args:
+        path: of the image.
+        whole: decode its pixels too; the header is read in a hundredth of the time.
+    """
+    if problem := file_problem(path):
+        return problem
+    try:
+        with images_read_whole(), Image.open(path) as image:
+            if whole:
+                image.convert("RGB")
+    except Exception as error:  # each of Pillow's many decoders raises its own
+        return f"it cannot be read as an image ({error})"
+    return None
+
+
+@contextlib.contextmanager
+def images_read_whole() -> Iterator[None]:
+    """Make truncated images an error. (LAVIS lets Pillow fill them with grey.)"""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
