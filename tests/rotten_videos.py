@@ -6,8 +6,9 @@ import wave
 import zipfile
 from pathlib import Path
 
-from lavis_uniadapter.processors.video.extracted_frames import EXTRACTED_SUFFIX
 from miniature import write_video
+
+from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX
 
 KINDS = (
     "empty",

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_uniadapter.processors.video.extracted_frames import (
-    EXTRACTED_SUFFIX,
-    write_extracted_frames,
-)
 from miniature import write_image, write_video
 from PIL import Image
 from rotten_videos import KINDS, make_rotten
 from test_preflight import spoil_from_frame, write_clip
 
+from lavis_uniadapter.processors.extracted_frames import (
+    EXTRACTED_SUFFIX,
+    write_extracted_frames,
+)
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames
 from lavis_uniadapter.tools.prepare import check
 from lavis_uniadapter.tools.prepare.__main__ import main

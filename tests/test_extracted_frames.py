@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 from lavis.common.registry import registry
-from lavis_uniadapter.processors.video.extracted_frames import EXTRACTED_SUFFIX, read_about
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
 from test_preflight import write_clip
 
 from lavis_uniadapter.datasets.preflight import check_dataset
+from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, read_about
 from lavis_uniadapter.processors.video import (
     BlipVideoEvalProcessor,
     BlipVideoTrainProcessor,

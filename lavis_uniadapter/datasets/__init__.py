@@ -5,7 +5,7 @@ from lavis_uniadapter.datasets.custom import (
     CustomQABuilder,
     CustomRetrievalBuilder,
 )
-from lavis_uniadapter.datasets.shapes.shapes.builders import (
+from lavis_uniadapter.datasets.shapes.builders import (
     ShapesClipsBuilder,
     ShapesClipsCaptionBuilder,
     ShapesClipsQABuilder,

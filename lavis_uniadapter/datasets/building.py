@@ -21,7 +21,7 @@ from lavis_uniadapter.datasets.preflight import (
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.datasets.shapes.shapes.builders import ShapesBuilder
+from lavis_uniadapter.datasets.shapes.builders import ShapesBuilder
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -53,7 +53,7 @@ from lavis_uniadapter.datasets.record_files import (
     read_records,
     read_strings,
 )
-from lavis_uniadapter.processors.video.extracted_frames import clip_file
+from lavis_uniadapter.processors.extracted_frames import clip_file
 
 logger = logging.getLogger(__name__)
 

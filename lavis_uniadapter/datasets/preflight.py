@@ -31,8 +31,8 @@ from lavis_uniadapter.datasets.layouts import (
     leads_out,
     outside_problem,
 )
+from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
-from lavis_uniadapter.processors.video.extracted_frames import clip_file
 
 MAX_NAMED = 20
 SPLITS = ("train", "val", "test")

@@ -36,7 +36,7 @@ from torch.utils.data.dataloader import default_collate
 from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import DatasetError
-from lavis_uniadapter.processors.video.extracted_frames import (
+from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     write_extracted_frames,
 )

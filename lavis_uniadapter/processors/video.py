@@ -23,7 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
-from lavis_uniadapter.processors.video.extracted_frames import (
+from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     clip_file,
     read_extracted_frames,

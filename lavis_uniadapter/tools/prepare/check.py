@@ -19,8 +19,8 @@ from lavis_uniadapter.datasets.layouts import is_text, outside_problem
 from lavis_uniadapter.datasets.preflight import DatasetError, listing
 from lavis_uniadapter.datasets.reading import images_read_whole
 from lavis_uniadapter.datasets.record_files import Place, Problem, read_records
+from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, decode_video
-from lavis_uniadapter.processors.video.extracted_frames import EXTRACTED_SUFFIX, clip_file
 from lavis_uniadapter.tools.prepare.isolated import examine_isolated
 from lavis_uniadapter.tools.prepare.videos import VIDEO_EXTENSIONS
 

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import DatasetError, listing
-from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
-from lavis_uniadapter.processors.video.extracted_frames import (
+from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     read_about,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
 from lavis_uniadapter.tools.prepare.videos import VIDEO_EXTENSIONS
 
 
