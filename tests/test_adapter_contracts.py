@@ -481,4 +481,4 @@ def test_disabling_gives_blip_and_survives_an_exception(build_model, video_batch
 )
 def test_impossible_adapter_configuration_is_named(adapter, key):
     with pytest.raises(ConfigError, match=key):
-        AdapterConfig.from_mapping(adapter)
+        AdapterConfig.read(adapter, "model.adapter")

@@ -16,12 +16,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
-from lavis_uniadapter.processors.video.extracted_frames import (
-    ABOUT,
-    EXTRACTED_SUFFIX,
-    read_about,
-    write_extracted_frames,
-)
 from omegaconf import OmegaConf
 from PIL import Image
 from test_adapter_contracts import perturb
@@ -37,6 +31,12 @@ from lavis_uniadapter.datasets.layouts import (
 )
 from lavis_uniadapter.datasets.preflight import DatasetError, _image_failure, check_annotations
 from lavis_uniadapter.datasets.record_files import Problem, Record, read_records, read_strings
+from lavis_uniadapter.processors.extracted_frames import (
+    ABOUT,
+    EXTRACTED_SUFFIX,
+    read_about,
+    write_extracted_frames,
+)
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, sample_frame_indices
 from lavis_uniadapter.tools.prepare import didemo, msrvtt
 from lavis_uniadapter.tools.prepare.sources import id_field, name_field, read_list, read_mapping

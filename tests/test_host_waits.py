@@ -8,7 +8,7 @@ from test_vqa_model import build as build_vqa
 from test_vqa_model import questions, vqa_config  # noqa: F401
 from torch.profiler import ProfilerActivity, profile
 
-from lavis_uniadapter.runners.host_copy import HostCopy
+from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.runners.runner import EpochProgress
 
 # Operations whose result, or its shape, PyTorch hands to the host.

@@ -152,7 +152,7 @@ def test_stochastic_depth_reaches_the_blocks(build_model):
     ("options", "expected"),
     [
         (["run.weight_decay_on=biases"], "one of matrices, all"),
-        (["model.alpha_rampup_epochs=-1"], "alpha_rampup_epochs"),
+        (["model.alpha_rampup_epochs=-1"], "model.alpha_rampup_epochs is -1"),
         (["model.adapter.share=both"], "one of none, down, up, all"),
         (["model.tuning=adapter", "model.adapter.query_residual=False"], "does not read it"),
         (["model.tuning=lora", "model.adapter.bottleneck=8"], "reads nothing of model.adapter"),

@@ -17,11 +17,6 @@ from hypothesis import strategies as st
 from lavis.common.registry import registry
 from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from lavis.processors.base_processor import BaseProcessor
-from lavis_uniadapter.processors.video.extracted_frames import (
-    EXTRACTED_SUFFIX,
-    MAX_BYTES,
-    read_about,
-)
 from omegaconf import OmegaConf
 from PIL import Image
 from test_preflight import write_clip
@@ -30,6 +25,11 @@ from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets import preflight
 from lavis_uniadapter.datasets.layouts import leads_out
 from lavis_uniadapter.datasets.preflight import DatasetError, check_annotations, check_dataset
+from lavis_uniadapter.processors.extracted_frames import (
+    EXTRACTED_SUFFIX,
+    MAX_BYTES,
+    read_about,
+)
 from lavis_uniadapter.processors.video import VideoDecodeError, decode_frames, extracted_frames
 from lavis_uniadapter.tools.prepare.__main__ import main
 

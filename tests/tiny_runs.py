@@ -67,7 +67,7 @@ def torchrun(number, script, options, cwd, check=True):
 def held_by_another_process(folder: Path):
     """Inside, another process is the sole user of a folder."""
     code = (
-        "import time; from pathlib import Path; from lavis_uniadapter import run_folders\n"
+        "import time; from pathlib import Path; from lavis_uniadapter.runners import run_folders\n"
         f"with run_folders.sole_user(Path({str(folder)!r})):\n"
         "    print('held', flush=True); time.sleep(600)"
     )

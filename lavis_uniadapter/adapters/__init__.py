@@ -8,12 +8,17 @@ from lavis_uniadapter.adapters.bank import (
     KeyValueSlot,
 )
 from lavis_uniadapter.adapters.bitfit import BitFitSet
-from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig, MethodConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry, BiasSite, LinearSite
 from lavis_uniadapter.adapters.linear import LinearSet
-from lavis_uniadapter.adapters.lora import LoraConfig, LoraSet
+from lavis_uniadapter.adapters.lora import LoraSet
 from lavis_uniadapter.adapters.separate import SeparateAdapterSet
 from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter, UniAdapter, UniAdapterSet
+from lavis_uniadapter.common.schema.methods import (
+    AdapterConfig,
+    BottleneckConfig,
+    LoraConfig,
+    MethodConfig,
+)
 
 __all__ = [
     "AdapterBank",

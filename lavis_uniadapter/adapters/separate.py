@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
+from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
 
 class SeparateAdapterSet(UniAdapterSet):
@@ -22,7 +22,7 @@ class SeparateAdapterSet(UniAdapterSet):
         self, heads: Mapping[str, nn.Module], config: BottleneckConfig, geometry: BackboneGeometry
     ):
         nothing_shared = AdapterConfig(
-            **config.to_dict(),
+            **config.model_dump(),
             share="none",
             reuse_textual_up=False,
             query_residual=False,

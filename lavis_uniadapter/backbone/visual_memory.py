@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_uniadapter.adapters import KeyValueAdapter
-from lavis_uniadapter.runners.host_copy import HostCopy
+from lavis_uniadapter.common.host_copy import HostCopy
 
 
 class PairLayout:

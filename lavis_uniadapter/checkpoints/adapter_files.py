@@ -24,7 +24,6 @@ import torch
 from lavis.common.registry import registry
 from torch import nn
 
-from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError, name_some
 from lavis_uniadapter.version import __version__
@@ -68,7 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
             "format_version": FORMAT_VERSION,
             "arch": type(model).__name__,
             "method": model.tuning,
-            "configuration": model.method_config.to_dict(),
+            "configuration": model.method_config.model_dump(mode="json"),
             "settings": {name: getattr(model, name) for name in model.SETTINGS},
             "base": {"name": model.base_name, "fingerprint": model.base_fingerprint},
             "keys": len(tensors),
@@ -100,12 +99,12 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
             f"'{folder}' was tuned by '{config['method']}' and this model is built for "
             f"'{model.tuning}'. Set model.tuning: {config['method']}."
         )
-    config_cls = TUNING_METHODS[model.tuning].config_cls
+    config_cls = type(model.method_config)
     try:
-        theirs = config_cls.from_mapping(config["configuration"]).to_dict()
+        theirs = config_cls.read(config["configuration"], "configuration").model_dump()
     except ConfigError as error:
         raise _damaged(folder, error) from error
-    ours = model.method_config.to_dict()
+    ours = model.method_config.model_dump()
     different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
     if different:
         changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)

@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 # so that they rank below the shortlist and among themselves as the first stage ranked them.
 OUTSIDE_SHORTLIST = -100.0
 TEXT_BATCH = 256
-# Defaults of the settings.
-K_TEST = 128
-RERANK_BATCH = 64
-FEATURE_MEMORY = 16.0
 
 
 @dataclass
@@ -117,15 +113,6 @@ class _Visuals:
     feat: Tensor
 
 
-def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
-    """Raise ConfigError for a negative k_test or feature_memory, or a rerank_batch below 1."""
-    if k_test < 0 or rerank_batch < 1 or feature_memory < 0:
-        raise ConfigError(
-            f"run.k_test is {k_test} and must be >= 0; run.rerank_batch is {rerank_batch} and "
-            f"must be >= 1; run.feature_memory is {feature_memory} and must be >= 0."
-        )
-
-
 @torch.no_grad()
 def two_stage_scores(
     model,
@@ -134,7 +121,7 @@ def two_stage_scores(
     k_test: int,
     itc_weight: float,
     rerank_batch: int,
-    feature_memory: float = FEATURE_MEMORY,
+    feature_memory: float = 16.0,
 ) -> tuple[Tensor, Tensor]:
     """Score a gallery both ways.
 
@@ -154,11 +141,9 @@ def two_stage_scores(
         and its texts for it: it counts as wrong both ways.
 
     Raises:
-        ConfigError: for a negative k_test or a rerank_batch below 1.
         FloatingPointError: if similarities are not finite.
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
-    check_settings(k_test, rerank_batch, feature_memory)
     was_training = model.training
     model.eval()
     try:

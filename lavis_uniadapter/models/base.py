@@ -7,22 +7,14 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from lavis.models.base_model import BaseModel
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters import AdapterBank, AdapterSet, MethodConfig
-from lavis_uniadapter.adapters.methods import (
-    SECTIONS,
-    TUNING_METHODS,
-    check_sections,
-    freeze_all_but,
-    tuning_method,
-)
+from lavis_uniadapter.adapters.methods import TUNING_METHODS, freeze_all_but, tuning_method
 from lavis_uniadapter.backbone import (
     attach_adapters,
     attach_deltas,
@@ -32,7 +24,8 @@ from lavis_uniadapter.backbone import (
 )
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
 from lavis_uniadapter.common import lavis_versions, paths
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.schema import ModelSection
 
 logger = logging.getLogger(__name__)
 DEFAULT_SET = "default"
@@ -44,143 +37,77 @@ class TunedBlip(BaseModel):
     A subclass builds its encoders and heads under LAVIS's names, loads the base checkpoint and
     then calls ``attach_tuning``. Attributes it sets:
 
+    ``CONFIG``: the schema of its ``model:`` section.
     ``HEADS``: names of the modules that are trained whole.
-    ``HAS_FRAME_FEATURES``: whether it has the contrastive features that frame-aware attention
-    weighs frames by.
     ``TEXT_MODE``: whether it ever encodes text alone.
     ``SETTINGS``: attributes, beside the configuration of its method, that decide what an adapter
     computes; adapter folders note them.
     ``OUTPUT_LAYERS``: of a model that answers in words, the modules before its vocabulary.
     """
 
+    CONFIG: type[ModelSection]
     HEADS: tuple[str, ...] = ()
-    HAS_FRAME_FEATURES = False
     TEXT_MODE = False
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     OUTPUT_LAYERS: tuple[str, ...] = ()
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
-    MODEL_KEYS: tuple[str, ...] = (
-        "arch",
-        "model_type",
-        "load_finetuned",
-        "finetuned",
-        "pretrained",
-        "adapter_ckpt",
-        "tokenizer",
-        "vit_type",
-        "vit",
-        "drop_path_rate",
-        "vit_grad_ckpt",
-        "vit_ckpt_layer",
-        "text_ckpt_layer",
-        "med_config_path",
-        "image_size",
-        "max_txt_len",
-        "tuning",
-        *SECTIONS,
-    )
 
     # --- building -------------------------------------------------------------------------------
 
-    @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Refuse what no code reads, before anything is built.
-
-        Raises:
-            ConfigError: unknown key, unknown tuning, adapter value out of range.
-        """
-        reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
-        method = tuning_method(cfg.get("tuning", "uniadapter"))
-        sections = {name: plain(cfg.get(name)) for name in SECTIONS}
-        check_sections(sections)
-        config = method.configure(sections)
-        if getattr(config, "frame_aware", False) and not cls.HAS_FRAME_FEATURES:
-            raise ConfigError(
-                "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
-                f"contrastive features, which {cls.__name__} has none of. Set it to False."
-            )
-        if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
-            raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
-
-    @classmethod
-    def check_given(cls, given: Mapping[str, Any], tuning: str) -> None:
-        """Refuse keys of a user's own ``model:`` section that the tuning method does not read.
-
-        The defaults of a model type have the sections of all methods, so this is asked of what a
-        user gives, before defaults are merged.
-
-        Raises:
-            ConfigError: naming the first such key.
-        """
-        config_cls = tuning_method(tuning).config_cls
-        for name in SECTIONS:
-            config_cls.reject_unread_keys(name, plain(given.get(name)) or {}, tuning)
-
     @staticmethod
-    def build_visual_encoder(cfg: Mapping[str, Any]) -> nn.Module:
-        """LAVIS's visual encoder of a configuration.
-
-        Raises:
-            ConfigError: naming what cannot be built.
-        """
+    def build_visual_encoder(section: ModelSection) -> nn.Module:
+        """LAVIS's visual encoder of a configuration."""
+        sizes = section.vit and section.vit.model_dump()
         return build_visual_encoder(
-            cfg.get("vit_type", "base"),
-            cfg.get("image_size", 384),
-            plain(cfg.get("vit")),
-            cfg.get("drop_path_rate"),
+            section.vit_type, section.image_size, sizes, section.drop_path_rate
         )
 
     @classmethod
-    def build_encoders(cls, cfg: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, BertTokenizer]:
+    def build_encoders(cls, section: ModelSection) -> tuple[nn.Module, nn.Module, BertTokenizer]:
         """LAVIS's visual encoder and text encoder, and the tokenizer, of a configuration.
 
         Raises:
             ConfigError: naming what cannot be built.
         """
-        visual_encoder = cls.build_visual_encoder(cfg)
-        text_encoder = build_text_encoder(cls.med_config(cfg), visual_encoder.vision_width)
-        tokenizer = cls.build_tokenizer(cfg, text_encoder.config.vocab_size)
+        visual_encoder = cls.build_visual_encoder(section)
+        text_encoder = build_text_encoder(cls.med_config(section), visual_encoder.vision_width)
+        tokenizer = cls.build_tokenizer(section.tokenizer, text_encoder.config.vocab_size)
         return visual_encoder, text_encoder, tokenizer
 
     @staticmethod
-    def med_config(cfg: Mapping[str, Any]) -> str:
+    def med_config(section: ModelSection) -> str:
         """Path of the BERT configuration that a model configuration names."""
-        path = cfg.get("med_config_path", "configs/models/med_config.json")
-        return str(paths.find(path) or path)
+        return str(paths.find(section.med_config_path) or section.med_config_path)
 
-    def finish_building(self, cfg: Mapping[str, Any]) -> None:
+    def finish_building(self, section: ModelSection) -> None:
         """Load the base checkpoint, attach what trains, load what was trained.
 
         Raises:
             CheckpointError: weights that do not fit, by name.
         """
-        self.load_base(cfg.get("pretrained"))
-        tuning = cfg.get("tuning", "uniadapter")
+        self.load_base(section.pretrained)
         self.attach_tuning(
-            tuning,
-            tuning_method(tuning).configure({name: plain(cfg.get(name)) for name in SECTIONS}),
-            visual_checkpointing_layers=(
-                cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
-            ),
-            textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
+            section.tuning,
+            section.method_config,
+            visual_checkpointing_layers=section.vit_ckpt_layer if section.vit_grad_ckpt else 0,
+            textual_checkpointing_layers=section.text_ckpt_layer,
         )
-        if cfg.get("load_finetuned", False):
-            self.load_checkpoint(cfg["finetuned"])
-        if cfg.get("adapter_ckpt"):
-            self.load_adapter(cfg["adapter_ckpt"])
+        if section.load_finetuned:
+            self.load_checkpoint(section.finetuned)
+        if section.adapter_ckpt is not None:
+            self.load_adapter(section.adapter_ckpt)
 
     @staticmethod
-    def build_tokenizer(cfg: Mapping[str, Any], vocab_size: int) -> BertTokenizer:
+    def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
         """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
 
         Args:
-            cfg: ``tokenizer`` is a folder with ``vocab.txt``, or a name on the hub.
+            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
             vocab_size: tokens that the text encoder or decoder knows.
 
         Raises:
             ConfigError: if it is neither, or it has more tokens.
         """
-        name_or_folder = cfg.get("tokenizer", "bert-base-uncased")
         folder = paths.find(name_or_folder)
         try:
             tokenizer = BertTokenizer.from_pretrained(
@@ -491,10 +418,3 @@ class TunedBlip(BaseModel):
                 )
         self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-
-def plain(section: Any) -> dict[str, Any] | None:
-    """An OmegaConf section, or a mapping, as a dict."""
-    if OmegaConf.is_config(section):
-        return OmegaConf.to_container(section, resolve=True)
-    return section

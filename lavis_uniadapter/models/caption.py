@@ -14,8 +14,8 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter.backbone import build_text_decoder, encode_frames
 from lavis_uniadapter.backbone.features import visual_input
-from lavis_uniadapter.common import lavis_versions, paths
-from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema.model import CaptionModel
 from lavis_uniadapter.models.base import TunedBlip
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,10 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         >>> model.generate({"video": vis["eval"]("clip.mp4")[None]})
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_caption_{name}.yaml")
-        for name in ("coco", "msrvtt", "msvd", "shapes")
-    }
+    CONFIG = CaptionModel
+    PRETRAINED_MODEL_CONFIG_DICT = CaptionModel.files()
     SETTINGS = (*TunedBlip.SETTINGS, "prompt")
     OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
-    MODEL_KEYS = (*TunedBlip.MODEL_KEYS, "prompt")
 
     def __init__(
         self,
@@ -70,12 +67,6 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         self.load_base(None)
 
     @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        super().check_config(cfg)
-        if not isinstance(cfg.get("prompt") or "", str):
-            raise ConfigError(f"model.prompt is {cfg['prompt']!r}; it must be a text.")
-
-    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterCaption:
         """Build from the ``model:`` section of a configuration.
 
@@ -83,17 +74,17 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
             ConfigError: unknown key or impossible value, by name.
             CheckpointError: weights that do not fit, by name.
         """
-        cls.check_config(cfg)
-        visual_encoder = cls.build_visual_encoder(cfg)
-        text_decoder = build_text_decoder(cls.med_config(cfg), visual_encoder.vision_width)
+        section = cls.CONFIG.read(cfg, "model")
+        visual_encoder = cls.build_visual_encoder(section)
+        text_decoder = build_text_decoder(cls.med_config(section), visual_encoder.vision_width)
         model = cls(
             visual_encoder,
             text_decoder,
-            cls.build_tokenizer(cfg, text_decoder.config.vocab_size),
-            prompt=cfg.get("prompt") or "",
-            max_txt_len=cfg.get("max_txt_len", 40),
+            cls.build_tokenizer(section.tokenizer, text_decoder.config.vocab_size),
+            prompt=section.prompt,
+            max_txt_len=section.max_txt_len,
         )
-        model.finish_building(cfg)
+        model.finish_building(section)
         return model
 
     def _text_encoders(self) -> dict[str, nn.Module]:

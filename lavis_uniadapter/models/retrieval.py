@@ -25,30 +25,16 @@ from lavis_uniadapter.adapters import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
-from lavis_uniadapter.common import lavis_versions, paths
-from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import (
-    FEATURE_MEMORY,
-    K_TEST,
-    RERANK_BATCH,
-    two_stage_scores,
-)
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.common.schema.model import RetrievalModel
+from lavis_uniadapter.evaluation.two_stage import two_stage_scores
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
 # Label of pairs that the matching loss leaves out.
 LEFT_OUT = -100
-# (least, most) of each number in the ``model:`` section.
-MODEL_NUMBERS = {
-    "queue_size": (0, float("inf")),
-    "embed_dim": (1, float("inf")),
-    "max_txt_len": (2, 512),
-    "alpha": (0, 1),
-    "alpha_rampup_epochs": (0, float("inf")),
-    "momentum": (0, 1),
-    "adapter_momentum": (0, 1),
-}
 
 
 @registry.register_model("blip_uniadapter_retrieval")
@@ -64,25 +50,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_retrieval", "msrvtt")
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_retrieval_{name}.yaml")
-        for name in ("coco", "flickr", "msrvtt", "didemo", "shapes")
-    }
+    CONFIG = RetrievalModel
+    PRETRAINED_MODEL_CONFIG_DICT = RetrievalModel.files()
     HEADS = ("vision_proj", "text_proj", "itm_head")
-    HAS_FRAME_FEATURES = True
     TEXT_MODE = True
-    # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
-    RUN_KEYS = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
-    MODEL_KEYS = (
-        *TunedBlip.MODEL_KEYS,
-        "embed_dim",
-        "queue_size",
-        "alpha",
-        "alpha_rampup_epochs",
-        "momentum",
-        "adapter_momentum",
-        "negative_all_rank",
-    )
 
     def __init__(
         self,
@@ -119,16 +90,6 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         self.load_base(None)
 
     @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        super().check_config(cfg)
-        for key, (least, most) in MODEL_NUMBERS.items():
-            value = cfg.get(key, least)
-            if not isinstance(value, int | float) or not least <= value <= most:
-                raise ConfigError(
-                    f"model.{key} is {value!r}; it must be a number from {least} to {most}."
-                )
-
-    @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> BlipUniAdapterRetrieval:
         """Build from the ``model:`` section of a configuration.
 
@@ -136,24 +97,19 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             ConfigError: unknown key or impossible value, by name.
             CheckpointError: weights that do not fit, by name.
         """
-        cls.check_config(cfg)
-        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
-        options = {
-            key: cfg[key]
-            for key in (
-                "queue_size",
-                "alpha",
-                "alpha_rampup_epochs",
-                "embed_dim",
-                "momentum",
-                "adapter_momentum",
-                "negative_all_rank",
-                "max_txt_len",
-            )
-            if cfg.get(key) is not None
-        }
-        model = cls(visual_encoder, text_encoder, tokenizer, **options)
-        model.finish_building(cfg)
+        section = cls.CONFIG.read(cfg, "model")
+        model = cls(
+            *cls.build_encoders(section),
+            queue_size=section.queue_size,
+            alpha=section.alpha,
+            alpha_rampup_epochs=section.alpha_rampup_epochs,
+            embed_dim=section.embed_dim,
+            momentum=section.momentum,
+            adapter_momentum=section.adapter_momentum,
+            negative_all_rank=section.negative_all_rank,
+            max_txt_len=section.max_txt_len,
+        )
+        model.finish_building(section)
         return model
 
     def attach_tuning(self, tuning: str, method_config: MethodConfig, **kwargs) -> None:
@@ -442,13 +398,14 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Returns:
             (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
         """
+        settings = Evaluation.pick(task_cfg, "run")
         scores_v2t, scores_t2v = two_stage_scores(
             self,
             data_loader,
-            k_test=task_cfg.get("k_test", K_TEST),
-            itc_weight=task_cfg.get("itc_weight", 0.0),
-            rerank_batch=task_cfg.get("rerank_batch", RERANK_BATCH),
-            feature_memory=task_cfg.get("feature_memory", FEATURE_MEMORY),
+            k_test=settings.k_test,
+            itc_weight=settings.itc_weight,
+            rerank_batch=settings.rerank_batch,
+            feature_memory=settings.feature_memory,
         )
         return scores_v2t.cpu().numpy(), scores_t2v.cpu().numpy()
 

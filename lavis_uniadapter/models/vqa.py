@@ -14,7 +14,8 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, encode_frames
 from lavis_uniadapter.backbone.features import visual_input
-from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema.model import VqaModel
 from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
 from lavis_uniadapter.models.base import TunedBlip
 
@@ -36,10 +37,8 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_vqa", "msrvtt_qa")
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
-        for name in ("vqav2", "msrvtt_qa", "msvd_qa", "shapes")
-    }
+    CONFIG = VqaModel
+    PRETRAINED_MODEL_CONFIG_DICT = VqaModel.files()
     OUTPUT_LAYERS = ("text_decoder.cls.predictions.transform",)
 
     def __init__(
@@ -69,17 +68,13 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             ConfigError: unknown key or impossible value, by name.
             CheckpointError: weights that do not fit, by name.
         """
-        cls.check_config(cfg)
-        visual_encoder, text_encoder, tokenizer = cls.build_encoders(cfg)
-        text_decoder = build_text_decoder(cls.med_config(cfg))
+        section = cls.CONFIG.read(cfg, "model")
+        visual_encoder, text_encoder, tokenizer = cls.build_encoders(section)
+        text_decoder = build_text_decoder(cls.med_config(section))
         model = cls(
-            visual_encoder,
-            text_encoder,
-            text_decoder,
-            tokenizer,
-            max_txt_len=cfg.get("max_txt_len", 35),
+            visual_encoder, text_encoder, text_decoder, tokenizer, max_txt_len=section.max_txt_len
         )
-        model.finish_building(cfg)
+        model.finish_building(section)
         return model
 
     def _text_encoders(self) -> dict[str, nn.Module]:

@@ -137,7 +137,7 @@ def _build_and_run(
     seed = int(config.run_cfg.seed)
     # Alike on every rank while the model is built; apart when batches and negatives are drawn.
     seed_everything(seed)
-    precision.set_matmul_precision(config.run_cfg.get("matmul_precision") or "highest")
+    precision.set_matmul_precision(config.run_cfg.matmul_precision)
     task = setup_task(config)
     _check_allow_missing(config, task)
     make_buildable(config.datasets_cfg, _splits_of(config))
@@ -146,7 +146,7 @@ def _build_and_run(
     check_lavis_model(config, datasets)
     model = task.build_model(config)
     # last of the checks, as it opens every file
-    check_built(datasets, config.datasets_cfg, config.run_cfg.get("check_files", True))
+    check_built(datasets, config.datasets_cfg, config.run_cfg.check_files)
     seed_everything(seed + get_rank())
     runner_cls = registry.get_runner_class(config.run_cfg.runner)
     if is_stock(config.run_cfg):
@@ -158,7 +158,7 @@ def _build_and_run(
     _report_start(runner, config)
     if not config.run_cfg.evaluate:
         return runner, runner.train()
-    if config.run_cfg.get("resume_ckpt_path"):
+    if config.run_cfg.resume_ckpt_path:
         model.load_checkpoint(config.run_cfg.resume_ckpt_path)
     return runner, runner.evaluate(skip_reload=True)
 
@@ -203,12 +203,12 @@ def _splits_of(config: Config) -> set[str]:
     """The splits that a run reads."""
     run_cfg = config.run_cfg
     kinds = ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS
-    return {split for kind in kinds for split in run_cfg.get(kind) or ()}
+    return {split for kind in kinds for split in run_cfg[kind]}
 
 
 def _check_allow_missing(config: Config, task: BaseTask) -> None:
     """See that whoever scores knows what to do with items that could not be read."""
-    names = [name for name, cfg in config.datasets_cfg.items() if cfg.get("allow_missing")]
+    names = [name for name, cfg in config.datasets_cfg.items() if cfg.allow_missing]
     model_cls = registry.get_model_class(config.model_cfg.arch)
     scores_them = isinstance(task, PredictionTask) or (
         isinstance(task, RetrievalTask) and issubclass(model_cls, BlipUniAdapterRetrieval)
@@ -226,7 +226,7 @@ def set_cache_root(config: Config) -> None:
 
     ``run.cache_root``, else the environment's ``LAVIS_CACHE_ROOT``, else ``./cache``.
     """
-    root = config.run_cfg.get("cache_root") or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
+    root = config.run_cfg.cache_root or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 
@@ -250,10 +250,10 @@ def _choose_folder(config: Config) -> tuple[str, Path | None]:
     """
     run_cfg = config.run_cfg
     of_lavis = is_stock(run_cfg)
-    job_id = str(run_cfg.get("job_id") or "")
+    job_id = run_cfg.job_id or ""
     if run_cfg.evaluate:
         return job_id or _new_folder(config), None
-    resumes = run_cfg.get("resume") == "auto"
+    resumes = run_cfg.get("resume") == "auto"  # which runner_iter does not read
     if resumes and not job_id:
         output_dir = Path.cwd() / run_cfg.output_dir
         job_id = run_checkpoints.find_unfinished_run(output_dir, config.as_asked, of_lavis) or ""
@@ -289,9 +289,7 @@ def _report_start(runner: RunnerBase, config: Config) -> None:
     run_cfg = config.run_cfg
     lines = [f"run folder {runner.output_dir}"]
     if not run_cfg.evaluate:
-        batch = (
-            run_cfg.batch_size_train * get_world_size() * int(run_cfg.get("accum_grad_iters", 1))
-        )
+        batch = run_cfg.batch_size_train * get_world_size() * run_cfg.accum_grad_iters
         lines.append(
             f"{run_cfg.device}, {get_world_size()} process(es), global batch {batch}, "
             f"queue {getattr(model, 'queue_size', 'none')}"

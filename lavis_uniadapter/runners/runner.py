@@ -53,12 +53,6 @@ BEST_ADAPTER = "adapter_best"
 LATEST_ADAPTER = "adapter_latest"
 COMPILE_BACKEND = "inductor"
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
-# Defaults of run.checkpoint_freq (steps), data_timeout (seconds), unreadable_threshold (share of an
-# epoch's items) and max_skipped_steps (in a row).
-CHECKPOINT_FREQ = 500
-DATA_TIMEOUT = 300
-UNREADABLE_THRESHOLD = 0.01
-MAX_SKIPPED_STEPS = 20
 # What a rank may want of all: to go on, to save and stop, to stop for want of data.
 _GO_ON, _SAVE_AND_STOP, _CANNOT_GO_ON = range(3)
 
@@ -129,9 +123,7 @@ class RunnerUniAdapter(RunnerBase):
         self.best_metric = float("-inf")
         self.best_epoch: int | None = None
         check_splits(cfg.run_cfg, task, datasets)
-        amp = cfg.run_cfg.get("amp") or None
-        # LAVIS's True is fp16.
-        self.amp = "fp16" if amp is True else amp
+        self.amp = cfg.run_cfg.amp
         self._watch = InterruptionWatch()
         self._faults = FaultLog(self.output_dir)
         self._votes = Votes()
@@ -158,7 +150,7 @@ class RunnerUniAdapter(RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
-            if self.config.run_cfg.get("compile", False):
+            if self.config.run_cfg.compile:
                 compile_visual_encoder(self._model)
             if self.use_distributed:
                 # Queues and averages start alike, and every rank then computes them alike.
@@ -186,15 +178,15 @@ class RunnerUniAdapter(RunnerBase):
             trained = [
                 p for p in self.unwrap_dist_model(self.model).parameters() if p.requires_grad
             ]
-            least = 0 if run.get("weight_decay_on") == "all" else 2  # axes of what decays
+            least = 0 if run.weight_decay_on == "all" else 2  # axes of what decays
             groups = [
-                ([p for p in trained if p.ndim >= least], float(run.weight_decay)),
+                ([p for p in trained if p.ndim >= least], run.weight_decay),
                 ([p for p in trained if p.ndim < least], 0.0),
             ]
             self._optimizer = torch.optim.AdamW(
                 [{"params": p, "weight_decay": decay} for p, decay in groups if p],
-                lr=float(run.init_lr),
-                betas=(0.9, float(run.get("beta2", 0.999))),
+                lr=run.init_lr,
+                betas=(0.9, run.beta2),
                 fused=True,  # so that the device can leave out a step
             )
         return self._optimizer
@@ -222,7 +214,7 @@ class RunnerUniAdapter(RunnerBase):
                 raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
             monitor = ReadingMonitor(num_workers)
             if is_train:
-                seed = int(self.config.run_cfg.seed)
+                seed = self.config.run_cfg.seed
                 items = TrainingItems(dataset, seed, monitor)
                 sampler = TrainingShard(items, get_rank(), get_world_size(), seed)
                 if len(sampler) < batch_size:
@@ -245,7 +237,7 @@ class RunnerUniAdapter(RunnerBase):
                     collate_fn=collate_fn,
                     drop_last=is_train,
                     pin_memory=self.cuda_enabled,
-                    timeout=float(self._setting("data_timeout", DATA_TIMEOUT)),
+                    timeout=self.config.run_cfg.data_timeout,
                 )
             )
         return loaders
@@ -256,10 +248,6 @@ class RunnerUniAdapter(RunnerBase):
             self._model, BlipUniAdapterRetrieval
         )
         return self.use_dist_eval_sampler and not scores_its_loader
-
-    def _setting(self, name: str, default: float) -> float:
-        value = self.config.run_cfg.get(name)
-        return default if value is None else value
 
     # --- training -------------------------------------------------------------------------------
 
@@ -471,7 +459,7 @@ class RunnerUniAdapter(RunnerBase):
         faults = loader.report.unreadable
         self._faults.unreadable(faults, progress.epoch, progress.step)
         number = progress.unreadable + len(faults)
-        threshold = float(self._setting("unreadable_threshold", UNREADABLE_THRESHOLD))
+        threshold = self.config.run_cfg.unreadable_threshold
         items = len(loader) * loader.batch_size
         if faults and number > threshold * items:
             raise DatasetError(
@@ -483,14 +471,13 @@ class RunnerUniAdapter(RunnerBase):
         progress.unreadable = number
 
     def _new_updates(self) -> Updates:
-        max_norm = self.config.run_cfg.get("max_grad_norm")
         return Updates(
             self.optimizer,
             self.scaler,
-            None if max_norm is None else float(max_norm),
+            self.config.run_cfg.max_grad_norm,
             faults=self._faults,
             dataset=self.train_loader.dataset.dataset,
-            most_in_a_row=int(self._setting("max_skipped_steps", MAX_SKIPPED_STEPS)),
+            most_in_a_row=self.config.run_cfg.max_skipped_steps,
         )
 
     def _losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
@@ -505,7 +492,7 @@ class RunnerUniAdapter(RunnerBase):
     # --- checkpoints ----------------------------------------------------------------------------
 
     def _save_now_and_then(self, progress: EpochProgress, steps: int) -> None:
-        frequency = int(self._setting("checkpoint_freq", CHECKPOINT_FREQ))
+        frequency = self.config.run_cfg.checkpoint_freq
         if not frequency or progress.step - self._saved_at < frequency or progress.step == steps:
             return
         self._updates.settle(progress)
@@ -793,7 +780,7 @@ def check_splits(run_cfg, task: BaseTask, datasets: dict[str, dict[str, Any]]) -
     """
     available = sorted({split for splits in datasets.values() for split in splits})
     for kind in ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS:
-        for split in run_cfg.get(kind) or ():
+        for split in run_cfg[kind]:
             if split not in available:
                 raise ConfigError(
                     f"run.{kind} names '{split}', and the datasets have "
@@ -801,9 +788,9 @@ def check_splits(run_cfg, task: BaseTask, datasets: dict[str, dict[str, Any]]) -
                 )
     if run_cfg.evaluate:
         return
-    if not run_cfg.get("train_splits"):
+    if not run_cfg.train_splits:
         raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
-    valid_splits = run_cfg.get("valid_splits") or ()
+    valid_splits = run_cfg.valid_splits
     unmeasured = ()
     if type(task) is VQATask:  # LAVIS's own
         unmeasured = [split for split in valid_splits if split not in task.ques_files]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.reading import BatchReport
 from lavis_uniadapter.runners.faults import FaultLog
-from lavis_uniadapter.runners.host_copy import HostCopy
 
 if TYPE_CHECKING:
     from lavis_uniadapter.runners.runner import EpochProgress

@@ -11,6 +11,7 @@ from lavis.datasets.datasets.video_caption_datasets import VideoCaptionEvalDatas
 from torch.utils.data import Dataset
 
 from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.preflight import DatasetError
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
 from lavis_uniadapter.runners import stock_runners
@@ -62,7 +63,8 @@ class UniAdapterCaptionTask(PredictionTask):
                 "no captions. Take blip_uniadapter_caption."
             )
         stock_runners.check(run)
-        metric = run.get("selection_metric", "cider")
+        settings = Evaluation.for_task("uniadapter_captioning", run)
+        metric = settings.selection_metric
         if metric not in METRICS:
             raise ConfigError(
                 f"run.selection_metric is '{metric}'.{nearest(str(metric), METRICS)} "
@@ -71,11 +73,11 @@ class UniAdapterCaptionTask(PredictionTask):
         if metric == "meteor" and not has_java():
             raise ConfigError("run.selection_metric is meteor, which needs Java; install it.")
         return cls(
-            selection_metric=metric if run.get("report_metric", True) else "agg_metrics",
-            num_beams=run.get("num_beams", 3),
-            max_len=run.get("max_len", 30),
-            min_len=run.get("min_len", 5),
-            report_metric=run.get("report_metric", True),
+            selection_metric=metric if settings.report_metric else "agg_metrics",
+            num_beams=settings.num_beams,
+            max_len=settings.max_len,
+            min_len=settings.min_len,
+            report_metric=settings.report_metric,
         )
 
     def build_datasets(self, cfg):

@@ -7,13 +7,13 @@ from lavis.common.registry import registry
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.reading import gather_unreadable
 from lavis_uniadapter.evaluation.ranking_metrics import (
     retrieval_metrics,
     retrieval_outcomes,
     retrieval_ranks,
 )
-from lavis_uniadapter.evaluation.two_stage import K_TEST, RERANK_BATCH, check_settings
 from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.runners import stock_runners
 from lavis_uniadapter.tasks.prediction import UNREADABLE, write_metrics, write_outcomes
@@ -34,12 +34,9 @@ class UniAdapterRetrievalTask(RetrievalTask):
     def setup_task(cls, cfg):
         run = cfg.run_cfg
         stock_runners.check(run)
-        check_settings(
-            run.get("k_test", K_TEST),
-            run.get("rerank_batch", RERANK_BATCH),
-            run.get("feature_memory", 0),
-        )
-        return cls(cfg=run)
+        task = cls(cfg=run)
+        task.selection_metric = Evaluation.for_task("uniadapter_retrieval", run).selection_metric
+        return task
 
     def build_datasets(self, cfg):
         """LAVIS's datasets.
@@ -51,10 +48,6 @@ class UniAdapterRetrievalTask(RetrievalTask):
         visual = visual_kind(next(iter(next(iter(datasets.values())).values())))
         self.check_selection_metric(visual)
         return datasets
-
-    @property
-    def selection_metric(self) -> str:
-        return self.cfg.get("selection_metric", "mean_recall")
 
     def check_selection_metric(self, visual: str) -> None:
         known = ["mean_recall", *_metric_names(visual)]

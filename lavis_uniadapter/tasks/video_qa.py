@@ -17,6 +17,7 @@ from lavis.tasks.vqa import VQATask
 
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.evaluation.answer_metrics import (
     OTHER,
     QUESTION_TYPES,
@@ -64,12 +65,10 @@ class VideoQATask(PredictionTask, VQATask):
                 "questions. Take blip_uniadapter_vqa."
             )
         stock_runners.check(cfg.run_cfg)
-        method = cfg.run_cfg.get("inference_method", "rank")
-        if method not in ("rank", "generate"):
-            raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
+        settings = Evaluation.for_task("video_qa", cfg.run_cfg)
         task = super().setup_task(cfg)
         task.num_classes = cfg.model_cfg.num_classes if classifies else None
-        task.selection_metric = cfg.run_cfg.get("selection_metric", cls.selection_metric)
+        task.selection_metric = settings.selection_metric
         known = ["accuracy", *(f"accuracy_{kind}" for kind in (*QUESTION_TYPES, OTHER))]
         if task.selection_metric not in known:
             raise ConfigError(

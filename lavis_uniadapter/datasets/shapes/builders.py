@@ -21,7 +21,6 @@ from lavis.datasets.datasets.video_caption_datasets import (
     VideoCaptionDataset,
     VideoCaptionEvalDataset,
 )
-from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
@@ -60,8 +59,7 @@ class ShapesBuilder(BaseDatasetBuilder):
             ConfigError: the `generate` block or a storage path is not as the generator needs it.
             FileExistsError: the storage folder holds something else.
         """
-        options = OmegaConf.to_container(OmegaConf.create(self.config.get("generate") or {}))
-        generate = self.generate_config_cls.from_mapping(options)
+        generate = self.generate_config_cls.read(self.config.get("generate"), "generate")
         self.ensure(generate, self._storage_folder(generate))
 
     def _storage_folder(self, generate: ShapesConfig) -> Path:

@@ -23,7 +23,6 @@ import os
 import string
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -32,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.schema.shapes import Clips, Stills
 
 FORMAT_VERSION = 5
 MARKER = "generated.json"
@@ -144,79 +143,14 @@ RESERVED_COMBINATIONS = {"val": 100, "test": 300}
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-@dataclass(frozen=True)
-class ShapesConfig:
-    """What the stills and the clips have in common.
-
-    Attributes:
-        seed: every item is drawn from (seed, split, index), so that changing a count keeps the
-            other items as they were.
-        image_size: side of the square pictures in pixels; a multiple of 32, as decord 0.6 fails
-            to decode some other small sizes, such as 48 and 72.
-        num_train, num_val, num_test: stills or clips of each split.
-        noise: standard deviation of the pixel noise, in grey levels of 0..255.
-        questions_per_train_item: how many of the QUESTIONS a training still or clip gets; those of
-            evaluation get all.
-
-    Raises:
-        ConfigError: a value has the wrong type or lies out of range.
-    """
-
-    seed: int = 0
-    image_size: int = 64
-    num_train: int = 1
-    num_val: int = 1
-    num_test: int = 1
-    noise: float = 0.0
-    questions_per_train_item: int = 1
+class ShapesConfig(Stills):
+    """What is drawn, and where; see ``common.schema.shapes``."""
 
     visual_folder: ClassVar[str]
     visual_key: ClassVar[str]  # of the annotation records, as LAVIS names it
     suffix: ClassVar[str]
     templates: ClassVar[Sequence[str]]
-    max_evaluation: ClassVar[Mapping[str, int]] = {
-        split: combinations * len(SIZES) for split, combinations in RESERVED_COMBINATIONS.items()
-    }
     _stream: ClassVar[int]
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            wanted = (int, float) if field.type == "float" else (int,)
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                raise ConfigError(
-                    f"generate.{field.name} must be of type {field.type}, but is {value!r}."
-                )
-        self._require(self.seed >= 0, "seed", "at least 0")
-        self._require(self.noise >= 0, "noise", "at least 0")
-        self._require(
-            self.image_size >= 32 and self.image_size % 32 == 0, "image_size", "a multiple of 32"
-        )
-        self._require(
-            1 <= self.questions_per_train_item <= len(QUESTIONS),
-            "questions_per_train_item",
-            f"from 1 to {len(QUESTIONS)}",
-        )
-        self._require(self.num_train >= 1, "num_train", "at least 1")
-        for split, most in self.max_evaluation.items():
-            # More would put two items with the same right answer into one evaluation split.
-            self._require(
-                1 <= self.count(split) <= most, f"num_{split}", f"from 1 to {most}, all distinct"
-            )
-
-    def _require(self, holds: bool, name: str, demand: str) -> None:
-        if not holds:
-            raise ConfigError(f"generate.{name} must be {demand}, but is {getattr(self, name)}.")
-
-    @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> ShapesConfig:
-        """The configuration with `options` in place of the defaults.
-
-        Raises:
-            ConfigError: an option is unknown, or its value is not allowed.
-        """
-        reject_unknown_keys(options, [field.name for field in fields(cls)], "generate")
-        return cls(**options)
 
     def count(self, split: str) -> int:
         """Number of stills or clips in `split`."""
@@ -242,15 +176,8 @@ class ShapesConfig:
         return np.random.default_rng([self.seed, len(SPLITS)])
 
 
-@dataclass(frozen=True)
 class StillsConfig(ShapesConfig):
-    """Configuration of the stills; see ShapesConfig."""
-
-    num_train: int = 3000
-    num_val: int = 100
-    num_test: int = 100
-    noise: float = 4.0
-    questions_per_train_item: int = 2
+    """Configuration of the stills."""
 
     visual_folder: ClassVar[str] = "images"
     visual_key: ClassVar[str] = "image"
@@ -259,49 +186,14 @@ class StillsConfig(ShapesConfig):
     _stream: ClassVar[int] = 0
 
 
-@dataclass(frozen=True)
-class ClipsConfig(ShapesConfig):
-    """Configuration of the clips; see ShapesConfig for the common part.
-
-    Attributes:
-        num_frames: frames of a clip.
-        fps: frames per second.
-        visible_frames: length in frames of the run in which the described object is visible.
-        distractors: grey shapes of a clip, each shown for as many frames; none beside an object.
-        captions_per_train_clip: training records of a clip, each with another wording.
-    """
-
-    num_train: int = 800
-    num_val: int = 200
-    num_test: int = 600
-    noise: float = 8.0
-    questions_per_train_item: int = 4
-    num_frames: int = 16
-    fps: int = 8
-    visible_frames: int = 4
-    distractors: int = 3
-    captions_per_train_clip: int = 2
+class ClipsConfig(Clips, ShapesConfig):
+    """Configuration of the clips."""
 
     visual_folder: ClassVar[str] = "videos"
     visual_key: ClassVar[str] = "video"
     suffix: ClassVar[str] = ".mp4"
     templates: ClassVar[Sequence[str]] = CLIP_TEMPLATES
     _stream: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.fps >= 1, "fps", "at least 1")
-        self._require(self.distractors >= 0, "distractors", "at least 0")
-        self._require(
-            1 <= self.visible_frames <= self.num_frames,
-            "visible_frames",
-            f"from 1 to num_frames = {self.num_frames}",
-        )
-        self._require(
-            1 <= self.captions_per_train_clip <= len(self.templates),
-            "captions_per_train_clip",
-            f"from 1 to {len(self.templates)}",
-        )
 
 
 class Content(NamedTuple):
@@ -380,7 +272,7 @@ def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _description(config: ShapesConfig) -> dict[str, Any]:
-    return {"format": FORMAT_VERSION, "kind": config.visual_folder, **asdict(config)}
+    return {"format": FORMAT_VERSION, "kind": config.visual_folder, **config.model_dump()}
 
 
 def _holds(config: ShapesConfig, folder: Path) -> bool:
