@@ -308,7 +308,7 @@ def test_folder_without_results_is_named(tmp_path, capsys):
     "changes, expected",
     [
         ({"runs": None}, "runs is missing"),
-        ({"metrics": None}, "metrics is missing"),
+        ({"metrics": []}, r"metrics is \[\]; it must be a list of names"),
         ({"seed": [1]}, "Did you mean 'seeds'"),
         ({"cfg_path": "no.yaml"}, "no.yaml"),
         ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),

@@ -14,18 +14,18 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.processors import video
 from lavis_uniadapter.processors.video import (
-    CLIP_MEAN,
-    CLIP_STD,
     BlipVideoEvalProcessor,
     BlipVideoTrainProcessor,
     VideoDecodeError,
     randaugment_clip,
     random_resized_crop_clip,
     sample_frame_indices,
-    video,
 )
 
+CLIP_MEAN, CLIP_STD = VideoEval().mean, VideoEval().std
 SIZE = 32
 PLAIN = {"min_scale": 1.0, "max_scale": 1.0, "flip_prob": 0.0, "randaug_ops": 0}
 
@@ -403,7 +403,6 @@ def test_processors_are_registered_and_built_from_config():
         name: blip_video_train
         image_size: 64
         n_frms: 3
-        mean: null
         std: [0.5, 0.5, 0.5]
         min_scale: 0.7
         max_scale: 0.9

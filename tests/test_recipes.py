@@ -20,7 +20,7 @@ RELEASED = {
         "run.init_lr": 1e-5,
         "run.min_lr": 0,
         "run.lr_sched": "linear_warmup_cosine_lr",  # LAVIS's, without warm-up steps: plain cosine
-        "run.warmup_steps": None,
+        "run.warmup_steps": 0,
         "run.max_epoch": 6,
         "run.batch_size_train": 32,
         "model.image_size": 384,
@@ -49,7 +49,11 @@ RELEASED["flickr_retrieval"] = {
     "run.k_test": 128,
 }
 RELEASED["vqav2"] = {
-    **{k: v for k, v in RELEASED["coco_retrieval"].items() if k.startswith(("model.ad", "run."))},
+    **{
+        k: v
+        for k, v in RELEASED["coco_retrieval"].items()
+        if k.startswith(("model.ad", "run.")) and k not in ("run.k_test", "run.itc_weight")
+    },
     "run.init_lr": 2e-5,
     "run.max_epoch": 10,
     "run.batch_size_train": 16,
@@ -59,8 +63,6 @@ RELEASED["vqav2"] = {
     "model.text_ckpt_layer": 0,
     "run.num_ans_candidates": 128,
     "run.inference_method": "rank",
-    "run.k_test": None,
-    "run.itc_weight": None,
     "model.adapter_momentum": None,
 }
 

@@ -25,8 +25,8 @@ from transformers import BertTokenizer
 
 import lavis_uniadapter
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets import shapes
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
+from lavis_uniadapter.datasets.shapes import shapes
 from lavis_uniadapter.datasets.shapes.shapes import (
     CENTRES,
     COLOURS,

@@ -66,7 +66,7 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
     if ours:
         section = MODELS[arch].read(model, "model")
         reject_unread_keys(given["model"], section.tuning)
-        content["model"] = section.model_dump()
+        content["model"] = section.model_dump(mode="json")
     elif ignored := [key for key in NOT_READ_BY_LAVIS if key in given["run"]]:
         logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
     if not content["datasets"]:

@@ -72,12 +72,12 @@ def read_dataset(name: str, values: Any) -> dict[str, Any]:
         ConfigError: naming what is wrong. Options of LAVIS's processors are not checked here.
     """
     where = f"datasets.{name}"
-    section = DatasetSection.read(values, where).model_dump(exclude_unset=True)
+    section = DatasetSection.read(values, where).model_dump(mode="json", exclude_unset=True)
     for kind in ("vis_processor", "text_processor"):
         for mode, options in (section.get(kind) or {}).items():
             if options and options["name"] in PROCESSORS:
                 processor = PROCESSORS[options["name"]].read(options, f"{where}.{kind}.{mode}")
-                section[kind][mode] = processor.model_dump()
+                section[kind][mode] = processor.model_dump(mode="json")
     if name in GENERATED:
         GENERATED[name].read(section.get("generate"), f"{where}.generate")
     return section

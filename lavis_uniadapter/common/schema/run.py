@@ -192,7 +192,7 @@ class RunSection(Evaluation):
     def filled_in(self) -> dict[str, Any]:
         """The keys that the run's runner reads, each with its value."""
         skipped = {key for key, runners in _readers(type(self)) if self.runner not in runners}
-        return self.model_dump(exclude=skipped)
+        return self.model_dump(mode="json", exclude=skipped)
 
 
 def _with_task_defaults(values: Mapping[str, Any], task: object) -> dict[str, Any]:
