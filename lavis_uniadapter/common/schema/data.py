@@ -15,7 +15,7 @@ class Source(Section):
     """Files of annotations, or a folder of images, videos or features."""
 
     storage: Text | Texts | None = option(
-        None, "Path below `run.cache_root` (`custom_…`: the current folder)."
+        None, "Path below `run.cache_root`; for `custom_…`, below the current folder."
     )
     url: Text | Texts | None = option(None, "Where LAVIS downloads it from.")
     md5: Text | Texts | None = option(None, "Its checksum.")
@@ -50,14 +50,12 @@ class DatasetSection(Section):
 
     type: str = option("default", "Which of the builder's configurations to take.")
     data_type: Literal["images", "videos", "features"] | None = option(
-        None, "Needed by `custom_…`."
+        None, "What a record shows; the `custom_…` datasets need it."
     )
     build_info: BuildInfo | None = option(None, "Where it lies; over the builder's own values.")
     vis_processor: Processors | None = option(None, "What is done with images or videos.")
     text_processor: Processors | None = option(None, "What is done with texts.")
-    skip_missing: bool = option(
-        False, "Leave out training records with unreadable or missing files."
-    )
+    skip_missing: bool = option(False, "Leave out training records without a readable file.")
     allow_missing: bool = option(False, "Score evaluation items without a readable file as wrong.")
     generate: dict[str, Any] | None = option(None, "Contents of the embedded example.")
 

@@ -57,9 +57,7 @@ class ModelSection(Section):
     tokenizer: Text = option("bert-base-uncased", "Folder with `vocab.txt`, or hub name.")
     vit_type: Literal["base", "large", "custom"] = option("base", "Size of the visual encoder.")
     vit: VitSection | None = option(None, "Its sizes, with `vit_type: custom`.")
-    drop_path_rate: Dropout | None = option(
-        None, "Stochastic depth; null: LAVIS's (0.1 for ViT-L, else 0)."
-    )
+    drop_path_rate: Dropout | None = option(None, "Stochastic depth; null: LAVIS's own.")
     vit_grad_ckpt: bool = option(False, "Checkpoint activations of the visual encoder.")
     vit_ckpt_layer: Count = option(0, "How many of its last blocks, with `vit_grad_ckpt`.")
     text_ckpt_layer: Count = option(0, "The same for the last layers of the text encoder.")

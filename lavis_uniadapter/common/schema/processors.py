@@ -32,9 +32,9 @@ class VideoTrain(VideoEval):
 
     name: Literal["blip_video_train"] = option("blip_video_train", "Name of the processor.")
     min_scale: Annotated[float, Field(gt=0, le=1)] = option(
-        0.5, "Smallest area of the crop over the frame's."
+        0.5, "Smallest area of the random crop, as a share of the frame's."
     )
-    max_scale: Annotated[float, Field(gt=0, le=1)] = option(1.0, "Largest area.")
+    max_scale: Annotated[float, Field(gt=0, le=1)] = option(1.0, "Largest area of the crop.")
     flip_prob: Share = option(0.5, "Probability of a horizontal flip.")
     randaug_ops: Annotated[int, Field(ge=0, le=10)] = option(2, "Number of RandAugment operations.")
     randaug_magnitude: Annotated[float, Field(ge=0, le=10)] = option(5.0, "Their strength.")

@@ -36,8 +36,8 @@ class ReadBy:
 
 Splits = Annotated[Texts, Wanted("a list of names, as in [val]")]
 Amp = Annotated[Literal["auto", "bf16", "fp16"] | bool | None, Wanted("auto, bf16, fp16 or null")]
-_OURS = ReadBy((OURS,))
-_ITERATIONS = ReadBy(("runner_iter",))
+Ours = ReadBy((OURS,))
+Iter = ReadBy(("runner_iter",))
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "uniadapter_retrieval": {"selection_metric": "mean_recall"},
     "video_qa": {"selection_metric": "accuracy"},
@@ -51,15 +51,13 @@ class Evaluation(Section):
     """What tasks and models read to evaluate."""
 
     k_test: Count = option(128, "Retrieval: candidates reranked for each query; 0: none.")
-    itc_weight: float = option(
-        0.0, "Retrieval: weight of the similarity in the final score. LAVIS: 1."
-    )
+    itc_weight: float = option(0.0, "Retrieval: weight of the similarity in the score. LAVIS: 1.")
     rerank_batch: Size = option(64, "Retrieval: pairs scored at once, which bounds memory.")
     feature_memory: Amount = option(
-        16.0, "Retrieval: GB of visual features held in memory, the rest on disk."
+        16.0, "Retrieval: gigabytes of visual features held in memory, the rest on disk."
     )
     inference_method: Literal["rank", "generate"] = option(
-        "rank", "Answers: from a list, or written."
+        "rank", "Question answering: from an answer list, or by beam search."
     )
     num_ans_candidates: Size = option(128, "Answers that pass the first step of ranking.")
     num_beams: Size = option(3, "Beams of a beam search.")
@@ -68,9 +66,7 @@ class Evaluation(Section):
     prompt: str = option("", "LAVIS's question answering: what precedes a question.")
     report_metric: bool = option(True, "False: write predictions and do not score them.")
     annotation_file: Text | None = option(None, "Read by some of LAVIS's tasks.")
-    selection_metric: str | None = option(
-        None, "Picks the best epoch; null: the task's own choice."
-    )
+    selection_metric: str | None = option(None, "Picks the best epoch; null: the task's own.")
 
     @classmethod
     def for_task(cls, task: str, run_cfg: Mapping[str, Any]) -> Self:
@@ -112,42 +108,32 @@ class RunSection(Evaluation):
     warmup_steps: Count = option(0, "Steps of warm-up.")
     lr_decay_rate: Amount | None = option(None, "Factor of LAVIS's step schedule.")
     weight_decay: Amount | None = option(None, "Weight decay of AdamW. Needed to train.")
-    weight_decay_on: Annotated[Literal["matrices", "all"], _OURS] = option(
-        "matrices", "`matrices`: as in LAVIS."
+    weight_decay_on: Annotated[Literal["matrices", "all"], Ours] = option(
+        "matrices", "What decays: matrices as in LAVIS, or all tensors as the authors do."
     )
     beta2: Annotated[float, Field(ge=0, lt=1)] = option(0.999, "Second coefficient of AdamW.")
     accum_grad_iters: Size = option(1, "Batches whose gradients make one step.")
-    max_grad_norm: Annotated[Positive | None, _OURS] = option(
-        None, "Null: gradients are not clipped."
-    )
-    max_skipped_steps: Annotated[Size, _OURS] = option(
-        20, "Non-finite steps in a row that end the run."
-    )
-    max_iters: Annotated[Size | None, _ITERATIONS] = option(None, "Steps in all.")
-    iters_per_inner_epoch: Annotated[Size | None, _ITERATIONS] = option(
-        None, "Steps between evaluations."
-    )
-    train_dataset_ratios: Annotated[dict[str, Amount] | None, _ITERATIONS] = option(
-        None, "How often each is drawn."
+    max_grad_norm: Annotated[Positive | None, Ours] = option(None, "Null: no clipping.")
+    max_skipped_steps: Annotated[Size, Ours] = option(20, "Non-finite steps in a row, at most.")
+    max_iters: Annotated[Size | None, Iter] = option(None, "Steps in all.")
+    iters_per_inner_epoch: Annotated[Size | None, Iter] = option(None, "Between evaluations.")
+    train_dataset_ratios: Annotated[dict[str, Amount] | None, Iter] = option(
+        None, "How often each dataset is drawn from."
     )
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "`auto`: CUDA where there is any.")
     amp: Amp = option(None, "Mixed precision; `auto`: bf16 where the hardware has it.")
     matmul_precision: Literal["highest", "high"] = option("highest", "`high`: TF32 on CUDA.")
-    compile: Annotated[bool, _OURS] = option(False, "Compile the blocks of the visual encoder.")
+    compile: Annotated[bool, Ours] = option(False, "Compile the blocks of the visual encoder.")
 
     resume: Annotated[Literal["auto"] | None, ReadBy((OURS, "runner_base"))] = option(
-        None, "Continue an unfinished run."
+        None, "`auto`: continue the unfinished run of the same configuration."
     )
     resume_ckpt_path: Text | None = option(None, "Checkpoint to continue from, or to test.")
-    checkpoint_freq: Annotated[Count, _OURS] = option(
-        500, "Steps between checkpoints; 0: none within epochs."
-    )
-    data_timeout: Annotated[Amount, _OURS] = option(
-        300.0, "Seconds to wait for a batch; 0: forever."
-    )
-    unreadable_threshold: Annotated[Share, _OURS] = option(
-        0.01, "Share of items that may be unreadable."
+    checkpoint_freq: Annotated[Count, Ours] = option(500, "Steps between checkpoints.")
+    data_timeout: Annotated[Amount, Ours] = option(300.0, "Seconds to wait for a batch.")
+    unreadable_threshold: Annotated[Share, Ours] = option(
+        0.01, "Share of an epoch's items that may be unreadable."
     )
     log_freq: Size = option(50, "Steps between lines of the console.")
 
