@@ -61,7 +61,7 @@ def our_retrieval(image_size: int, *, frame_aware: bool, device: str, queue_size
 
 def lavis_retrieval(image_size: int, *, device: str, queue_size: int = 4096):
     """LAVIS's own retrieval model."""
-    tokenizer = TunedBlip.build_tokenizer({"tokenizer": TOKENIZER}, 30524)
+    tokenizer = TunedBlip.build_tokenizer(TOKENIZER, 30524)
     torch.manual_seed(0)
     with use_tokenizer(tokenizer):
         model = BlipRetrieval(

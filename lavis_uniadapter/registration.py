@@ -11,9 +11,9 @@ from lavis.datasets.builders import DatasetZoo, dataset_zoo
 from lavis.models import ModelZoo, load_model, load_model_and_preprocess, model_zoo
 
 from lavis_uniadapter import datasets, models, processors, runners, tasks
-from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.schema.methods import AdapterConfig
 from lavis_uniadapter.models import (
     BlipUniAdapterCaption,
     BlipUniAdapterRetrieval,

@@ -56,10 +56,10 @@ def test_frames_are_those_of_the_video(videos, tmp_path):
 def test_processors_read_either(videos, tmp_path):
     extract(videos, tmp_path / "frames", "--frames", "30")  # every frame
     name = "part0/clip2.mp4"
-    evaluation = BlipVideoEvalProcessor(32, n_frms=4)
+    evaluation = BlipVideoEvalProcessor(image_size=32, n_frms=4)
     clips = [evaluation(str(folder / name)) for folder in (videos, tmp_path / "frames")]
     assert (clips[0] - clips[1]).abs().mean() < 0.1
-    training = BlipVideoTrainProcessor(32, n_frms=4)
+    training = BlipVideoTrainProcessor(image_size=32, n_frms=4)
     clips = []
     for folder in (videos, tmp_path / "frames"):
         torch.manual_seed(3)
@@ -70,7 +70,9 @@ def test_processors_read_either(videos, tmp_path):
 
 def test_another_size_is_resized(videos, tmp_path):
     extract(videos, tmp_path / "frames")
-    assert BlipVideoEvalProcessor(64, n_frms=2)(str(tmp_path / "frames/part0/clip0.mp4")).shape == (
+    assert BlipVideoEvalProcessor(image_size=64, n_frms=2)(
+        str(tmp_path / "frames/part0/clip0.mp4")
+    ).shape == (
         3,
         2,
         64,

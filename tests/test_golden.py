@@ -13,10 +13,10 @@ import torch
 from safetensors import safe_open
 from transformers import BatchEncoding
 
-from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.common.errors import CheckpointError
+from lavis_uniadapter.common.schema.methods import AdapterConfig
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,9 +7,9 @@ import torch
 from test_golden import Case, assert_close
 from transformers import BatchEncoding
 
-from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.backbone import build_text_decoder
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
+from lavis_uniadapter.common.schema.methods import AdapterConfig
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_uniadapter.runners import resuming, run_folders
 from lavis_uniadapter.runners.precision import choose_amp, describe
@@ -74,10 +75,11 @@ def test_matrix_products_are_exact_unless_asked_otherwise(run):
 @pytest.mark.parametrize(
     ("run_cfg", "expected"),
     [
-        ({"device": "cuda"}, "float32"),
-        ({"device": "cuda", "amp": True, "matmul_precision": "highest"}, "fp16"),
-        ({"device": "cuda", "matmul_precision": "high"}, "float32 (TF32)"),
+        ({}, "float32"),
+        ({"amp": "fp16"}, "fp16"),
+        ({"matmul_precision": "high"}, "float32 (TF32)"),
     ],
 )
 def test_precision_is_told_by_name(run_cfg, expected):
-    assert describe(run_cfg) == expected
+    default = {"device": "cuda", "amp": None, "matmul_precision": "highest"}
+    assert describe(OmegaConf.create({**default, **run_cfg})) == expected

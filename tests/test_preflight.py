@@ -152,9 +152,9 @@ def test_at_most_twenty_undecodable_videos_are_named(root):
     ("split", "processor", "frame"),
     [
         # Of 20 frames, the middle of the last of two segments is 15, of the last of ten 19.
-        ("val", BlipVideoEvalProcessor(32, n_frms=2), 15),
-        ("val", BlipVideoEvalProcessor(32, n_frms=10), 19),
-        ("train", BlipVideoTrainProcessor(32, n_frms=2), 19),
+        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=2), 15),
+        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=10), 19),
+        ("train", BlipVideoTrainProcessor(image_size=32, n_frms=2), 19),
     ],
 )
 def test_the_last_frame_that_the_split_samples_is_decoded(
@@ -175,7 +175,7 @@ def test_a_clip_damaged_at_its_end_is_named(root, split):
     may not come upon it."""
     write_clip(root / "tail.mp4", num_frames=20)
     spoil_from_frame(root / "tail.mp4", 18)
-    processor = BlipVideoEvalProcessor(32, n_frms=10)
+    processor = BlipVideoEvalProcessor(image_size=32, n_frms=10)
     dataset = build("video", split, [record("video", split, "tail.mp4")], root, processor)
     with pytest.raises(DatasetError, match="tail.mp4"):
         check_dataset(dataset, split)

@@ -14,17 +14,17 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.processors import decoding, transforms
 from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.processors.transforms import randaugment_clip, random_resized_crop_clip
 from lavis_uniadapter.processors.video import (
-    CLIP_MEAN,
-    CLIP_STD,
     BlipVideoEvalProcessor,
     BlipVideoTrainProcessor,
 )
 
+CLIP_MEAN, CLIP_STD = VideoEval().mean, VideoEval().std
 SIZE = 32
 PLAIN = {"min_scale": 1.0, "max_scale": 1.0, "flip_prob": 0.0, "randaug_ops": 0}
 
@@ -146,7 +146,9 @@ def test_eval_is_the_same_every_time_and_touches_no_generator(noise_clip):
 
 
 def test_mean_and_std_can_be_set(noise_clip):
-    processor = BlipVideoEvalProcessor(SIZE, n_frms=2, mean=[0.0, 0.0, 0.5], std=[1.0, 2.0, 1.0])
+    processor = BlipVideoEvalProcessor(
+        image_size=SIZE, n_frms=2, mean=[0.0, 0.0, 0.5], std=[1.0, 2.0, 1.0]
+    )
     frames = decoded_pixels(noise_clip, [5, 15]).float() / 255
     expected = torch.stack([frames[..., 0], frames[..., 1] / 2, frames[..., 2] - 0.5])
     torch.testing.assert_close(processor(noise_clip), expected, rtol=0, atol=1e-6)
@@ -157,29 +159,35 @@ def test_mean_and_std_can_be_set(noise_clip):
 def test_channels_are_rgb(tmp_path, bgr, channel, build):
     path = write_clip(tmp_path / "colour.mp4", [np.full((48, 64, 3), bgr, np.uint8)] * 4)
     options = PLAIN if build is BlipVideoTrainProcessor else {}
-    means = pixels_of(build(SIZE, n_frms=2, **options)(path)).mean(dim=(1, 2, 3))
+    means = pixels_of(build(image_size=SIZE, n_frms=2, **options)(path)).mean(dim=(1, 2, 3))
     assert means[channel] > 200
     assert all(means[other] < 60 for other in range(3) if other != channel)
 
 
 def test_frames_come_in_the_order_of_time(tmp_path):
     path = write_clip(tmp_path / "grey.mp4", grey_frames(40))
-    brightness = pixels_of(BlipVideoEvalProcessor(SIZE, n_frms=4)(path)).mean(dim=(0, 2, 3))
+    brightness = pixels_of(BlipVideoEvalProcessor(image_size=SIZE, n_frms=4)(path)).mean(
+        dim=(0, 2, 3)
+    )
     torch.testing.assert_close(brightness / 6, torch.tensor([5.0, 15, 25, 35]), rtol=0, atol=0.5)
 
 
 def test_train_without_augmentation_is_the_resized_frames(noise_clip):
     # With one segment per frame there is nothing to sample either.
-    train = BlipVideoTrainProcessor(SIZE, n_frms=20, **PLAIN)
-    evaluate = BlipVideoEvalProcessor(SIZE, n_frms=20)
+    train = BlipVideoTrainProcessor(image_size=SIZE, n_frms=20, **PLAIN)
+    evaluate = BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)
     for seed in range(5):
         torch.manual_seed(seed)
         assert torch.equal(train(noise_clip), evaluate(noise_clip))
 
 
 def test_flip_mirrors_every_frame(noise_clip):
-    flipped = BlipVideoTrainProcessor(SIZE, n_frms=20, **{**PLAIN, "flip_prob": 1.0})(noise_clip)
-    assert torch.equal(flipped.flip(-1), BlipVideoEvalProcessor(SIZE, n_frms=20)(noise_clip))
+    flipped = BlipVideoTrainProcessor(image_size=SIZE, n_frms=20, **{**PLAIN, "flip_prob": 1.0})(
+        noise_clip
+    )
+    assert torch.equal(
+        flipped.flip(-1), BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(noise_clip)
+    )
 
 
 def test_crop_cuts_the_same_box_from_every_frame():
@@ -236,9 +244,9 @@ def test_magnitude_sets_the_strength(monkeypatch, magnitude, brightness):
 
 
 class OneClip(Dataset):
-    def __init__(self, path, **options):
+    def __init__(self, path, n_frms=4, **options):
         self.path = path
-        self.processor = BlipVideoTrainProcessor(SIZE, n_frms=4, **options)
+        self.processor = BlipVideoTrainProcessor(image_size=SIZE, n_frms=n_frms, **options)
 
     def __len__(self):
         return 8
@@ -255,7 +263,7 @@ class OneClip(Dataset):
 def test_two_workers_draw_differently(noise_clip, randomness):
     dataset = OneClip(noise_clip, **{**PLAIN, **randomness})
     if randomness:  # one segment per frame leaves nothing to sample
-        dataset.processor.n_frms = 20
+        dataset = OneClip(noise_clip, n_frms=20, **{**PLAIN, **randomness})
     torch.manual_seed(0)
     items = list(DataLoader(dataset, batch_size=None, num_workers=2))
     first, second = torch.stack(items[0::2]), torch.stack(items[1::2])
@@ -263,7 +271,7 @@ def test_two_workers_draw_differently(noise_clip, randomness):
 
 
 def test_torchs_seed_alone_fixes_the_training_clips(noise_clip):
-    processor = BlipVideoTrainProcessor(SIZE)
+    processor = BlipVideoTrainProcessor(image_size=SIZE)
 
     def draw(other_seed):
         torch.manual_seed(3)
@@ -349,7 +357,7 @@ def test_index_in_front_alone_is_fine(tmp_path, noise_clip):
     fast = tmp_path / "fast.mp4"
     with open(noise_clip, "rb") as file:
         fast.write_bytes(with_index_in_front(file.read()))
-    processor = BlipVideoEvalProcessor(SIZE)
+    processor = BlipVideoEvalProcessor(image_size=SIZE)
     assert torch.equal(processor(str(fast)), processor(noise_clip))
 
 
@@ -363,7 +371,7 @@ def test_damage_between_sound_frames_is_an_error(tmp_path, noise_clip):
     path = tmp_path / "hole.mp4"
     path.write_bytes(mp4)
     with pytest.raises(VideoDecodeError, match="hole.mp4"):
-        BlipVideoEvalProcessor(SIZE, n_frms=20)(str(path))
+        BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(str(path))
 
 
 def test_clips_cut_without_reencoding_load(tmp_path, noise_clip):
@@ -376,9 +384,9 @@ def test_clips_cut_without_reencoding_load(tmp_path, noise_clip):
     mp4[media_time : media_time + 4] = (3 * ticks_per_frame).to_bytes(4, "big")
     path = tmp_path / "trimmed.mp4"
     path.write_bytes(mp4)
-    clip = BlipVideoEvalProcessor(SIZE, n_frms=20)(str(path))
+    clip = BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(str(path))
     assert clip.shape[1] == 20
-    untrimmed = BlipVideoEvalProcessor(SIZE, n_frms=20)(noise_clip)
+    untrimmed = BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(noise_clip)
     assert not torch.equal(clip[:, 0], untrimmed[:, 0])
 
 
@@ -394,7 +402,6 @@ def test_processors_are_registered_and_built_from_config():
         name: blip_video_train
         image_size: 64
         n_frms: 3
-        mean: null
         std: [0.5, 0.5, 0.5]
         min_scale: 0.7
         max_scale: 0.9
@@ -405,15 +412,15 @@ def test_processors_are_registered_and_built_from_config():
     )
     train = registry.get_processor_class("blip_video_train").from_config(node)
     assert isinstance(train, BlipVideoTrainProcessor)
-    assert train.mean == CLIP_MEAN
-    assert train.std == (0.5, 0.5, 0.5)
+    assert train.options.mean == CLIP_MEAN
+    assert train.options.std == (0.5, 0.5, 0.5)
     for key in ("image_size", "n_frms", "min_scale", "max_scale", "flip_prob", "randaug_ops"):
-        assert getattr(train, key) == node[key]
-    assert train.randaug_magnitude == 7
+        assert getattr(train.options, key) == node[key]
+    assert train.options.randaug_magnitude == 7
 
     evaluate = registry.get_processor_class("blip_video_eval").from_config()
     assert isinstance(evaluate, BlipVideoEvalProcessor)
-    assert (evaluate.image_size, evaluate.n_frms) == (224, 8)
+    assert (evaluate.options.image_size, evaluate.options.n_frms) == (224, 8)
 
 
 @pytest.mark.parametrize("processor", [BlipVideoTrainProcessor, BlipVideoEvalProcessor])

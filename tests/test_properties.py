@@ -21,6 +21,7 @@ import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedul
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.common.schema.processors import VideoTrain
 from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
@@ -262,18 +263,17 @@ KEYS: dict[str, st.SearchStrategy] = {
     "model.adapter.reuse_textual_up": st.booleans(),
     "model.adapter.init": st.sampled_from(["identity", "released"]),
     "model.lora.rank": whole,
-    "model.lora.targets": st.lists(st.sampled_from(["query", "ffn_in"]), min_size=1),
+    "model.lora.targets": st.sampled_from([["query"], ["ffn_in"], ["query", "ffn_in"]]),
     f"datasets.{DATASET}.generate.seed": whole,
     f"datasets.{DATASET}.build_info.videos.storage": words,
     f"datasets.{DATASET}.build_info.annotations.val.storage": words | st.lists(words),
     f"datasets.{DATASET}.skip_missing": st.booleans(),
-    f"{PROCESSOR}.min_scale": share,
+    f"{PROCESSOR}.min_scale": st.floats(0.125, 0.875, width=16),
     f"{PROCESSOR}.n_frms": whole,
     "run.init_lr": share,
     "run.seed": st.integers(0, 2**32 - 1),
     "run.k_test": whole,
     "run.itc_weight": share,
-    "run.evaluate": st.just(False),
     "run.amp": st.sampled_from([None, "bf16", "fp16"]),
     "run.output_dir": words,
     "run.valid_splits": st.lists(st.sampled_from(["val", "test"]), max_size=2),
@@ -316,6 +316,14 @@ def defaults() -> dict:
     }
 
 
+PROCESSOR_GIVEN = {"name": "blip_video_train", "image_size": 64}
+SCHEMA_DEFAULTS = {
+    "model": {"pretrained": None},
+    "datasets": {DATASET: {"skip_missing": False}},
+    "run": {"k_test": 128, "itc_weight": 0.0, "valid_splits": []},
+}
+
+
 @examples(30)
 @given(st.data())
 def test_options_win_over_the_file_and_the_file_over_defaults(config_file, defaults, data):
@@ -327,7 +335,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(config_file, defau
     elif any(key.startswith("model.lora.") for key in chosen):
         chosen = [key for key in chosen if key != "model.tuning"]
         set_at(content, "model.tuning", "lora")
-    for tree in (defaults, content):
+    for tree in (SCHEMA_DEFAULTS, defaults, content):
         for key in KEYS:
             if (value := get_at(tree, key)) is not NOWHERE:
                 expected[key] = value
@@ -340,13 +348,16 @@ def test_options_win_over_the_file_and_the_file_over_defaults(config_file, defau
             expected[key] = data.draw(KEYS[key])
             options.append(f"{key}={json.dumps(expected[key], ensure_ascii=False)}")
     if any(key.startswith(PROCESSOR) for key in chosen):
-        set_at(content, f"{PROCESSOR}.name", "blip_video_train")
+        for option, value in {**VideoTrain().model_dump(mode="json"), **PROCESSOR_GIVEN}.items():
+            if (key := f"{PROCESSOR}.{option}") not in chosen:
+                expected[key] = value
+        for option, value in PROCESSOR_GIVEN.items():
+            set_at(content, f"{PROCESSOR}.{option}", value)
     config_file.write_text(yaml.safe_dump(content), encoding="utf-8")
     config = load_config(config_file, options)
     found = OmegaConf.to_container(config.config)
     for key, value in expected.items():
-        if key != "run.evaluate":
-            assert get_at(found, key) == value or (value is NOWHERE and get_at(found, key) is value)
+        assert get_at(found, key) == value or (value is NOWHERE and get_at(found, key) is value)
     assert found["run"]["evaluate"] is False
 
 
@@ -386,7 +397,7 @@ def test_an_unknown_key_is_named(config_file, section, as_option, data):
     if key in known or not key:
         return
     content = minimal()
-    set_at(content, f"{PROCESSOR}.name", "blip_video_train")
+    set_at(content, PROCESSOR, dict(PROCESSOR_GIVEN))
     if not as_option:
         set_at(content, f"{section}.{key}", 1)
     config_file.write_text(yaml.safe_dump(content))
@@ -484,8 +495,8 @@ def test_any_option_is_read_or_refused(config_file, options):
         (["model.adapter=5"], "model.adapter is 5; it must be a section"),
         (["model.lora=[1]"], "model.lora is .*; it must be a section"),
         (["model.vit=[]"], "model.vit is .*; it must be a section"),
-        (["model.tuning=[lora]"], "model.tuning is .*Known: uniadapter"),
-        (["model.model_type=[shapes]"], "model.model_type is .*has coco"),
+        (["model.tuning=[lora]"], "model.tuning is .*one of uniadapter"),
+        (["model.model_type=[shapes]"], "model.model_type is .*one of coco"),
         ([f"datasets.{DATASET}=5"], f"datasets.{DATASET} is 5; it must be a section"),
         (["datasets.5={}"], "Unknown dataset '5'"),
         ([f"datasets.{DATASET}.type=[1]"], f"datasets.{DATASET}.type is"),
@@ -495,10 +506,13 @@ def test_any_option_is_read_or_refused(config_file, options):
         ([f"datasets.{DATASET}.build_info.videos=x"], "build_info.videos is 'x'; it must be a"),
         (["run.max_epoch=True"], "run.max_epoch is True; it must be a whole number"),
         (["run.init_lr=.inf"], "run.init_lr is inf; it must be a number"),
-        ([f"run.max_epoch=-{'9' * 400}"], "run.max_epoch is -9+; it must be a whole number"),
-        ([f"run.seed={2**32}"], "run.seed is 4294967296; it must be at most 4294967295"),
+        (
+            [f"run.max_epoch=-{'9' * 400}"],
+            r"run.max_epoch is -9+\.\.\.9+; it must be a whole number",
+        ),
+        ([f"run.seed={2**32}"], "run.seed is 4294967296; it must be .* to 4294967295"),
         (["run.resume_ckpt_path=5"], "run.resume_ckpt_path: no file '5'"),
-        ([f"run.resume_ckpt_path={'a' * 5000}"], "run.resume_ckpt_path: no file 'a+'"),
+        ([f"run.resume_ckpt_path={'a' * 5000}"], r"run.resume_ckpt_path: no file 'a+\.\.\.a+'"),
         (["run.valid_splits=val"], r"run.valid_splits is 'val'; .* as in \[val\]"),
         (["run.prompt=${nothing}"], "nothing"),
         (["run.output_dir=${nothing}"], "nothing"),

@@ -20,7 +20,7 @@ RELEASED = {
         "run.init_lr": 1e-5,
         "run.min_lr": 0,
         "run.lr_sched": "linear_warmup_cosine_lr",  # LAVIS's, without warm-up steps: plain cosine
-        "run.warmup_steps": None,
+        "run.warmup_steps": 0,
         "run.max_epoch": 6,
         "run.batch_size_train": 32,
         "model.image_size": 384,
@@ -49,7 +49,11 @@ RELEASED["flickr_retrieval"] = {
     "run.k_test": 128,
 }
 RELEASED["vqav2"] = {
-    **{k: v for k, v in RELEASED["coco_retrieval"].items() if k.startswith(("model.ad", "run."))},
+    **{
+        k: v
+        for k, v in RELEASED["coco_retrieval"].items()
+        if k.startswith(("model.ad", "run.")) and k not in ("run.k_test", "run.itc_weight")
+    },
     "run.init_lr": 2e-5,
     "run.max_epoch": 10,
     "run.batch_size_train": 16,
@@ -59,8 +63,6 @@ RELEASED["vqav2"] = {
     "model.text_ckpt_layer": 0,
     "run.num_ans_candidates": 128,
     "run.inference_method": "rank",
-    "run.k_test": None,
-    "run.itc_weight": None,
     "model.adapter_momentum": None,
 }
 
@@ -152,7 +154,7 @@ def test_stochastic_depth_reaches_the_blocks(build_model):
     ("options", "expected"),
     [
         (["run.weight_decay_on=biases"], "one of matrices, all"),
-        (["model.alpha_rampup_epochs=-1"], "alpha_rampup_epochs"),
+        (["model.alpha_rampup_epochs=-1"], "model.alpha_rampup_epochs is -1"),
         (["model.adapter.share=both"], "one of none, down, up, all"),
         (["model.tuning=adapter", "model.adapter.query_residual=False"], "does not read it"),
         (["model.tuning=lora", "model.adapter.bottleneck=8"], "reads nothing of model.adapter"),

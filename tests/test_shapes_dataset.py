@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from dataclasses import fields, replace
 from pathlib import Path
 
 import cv2
@@ -26,13 +25,13 @@ from transformers import BertTokenizer
 
 import lavis_uniadapter
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema.shapes import Clips, Stills
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.shapes import drawing, generation
 from lavis_uniadapter.datasets.shapes.contents import (
     ANSWERS,
     CLIP_TEMPLATES,
     COLOURS,
-    MAX_EVALUATION,
     POSITIONS,
     QUESTIONS,
     SHAPES,
@@ -47,14 +46,13 @@ from lavis_uniadapter.datasets.shapes.contents import (
     STILLS as STILLS_KIND,
 )
 from lavis_uniadapter.datasets.shapes.generation import ensure_generated, kind_of
-from lavis_uniadapter.datasets.shapes.options import ClipsConfig, StillsConfig
 
 PACKAGE = Path(lavis_uniadapter.__file__).parent
 TOKENIZER = PACKAGE / "configs" / "tokenizers" / "shapes"
 SPLITS = ("train", "val", "test")
 TRAIN_CONTENTS = 176 * len(SIZES)  # 576 combinations less the 100 of val and the 300 of test
-STILLS = StillsConfig(num_train=TRAIN_CONTENTS + 20, num_val=12, num_test=12)
-CLIPS = ClipsConfig(num_train=12, num_val=5, num_test=16)
+STILLS = Stills(num_train=TRAIN_CONTENTS + 20, num_val=12, num_test=12)
+CLIPS = Clips(num_train=12, num_val=5, num_test=16)
 # Fractions of the width and height, from the upper left.
 PLACES = {
     "on the left": (0.25, 0.5),
@@ -67,7 +65,13 @@ PLACES = {
     "at the bottom left": (0.25, 0.75),
     "at the bottom right": (0.75, 0.75),
 }
-CONFIGS = [StillsConfig, ClipsConfig]
+CONFIGS = [Stills, Clips]
+
+
+def replace(config, **changes):
+    return config.model_copy(update=changes)
+
+
 KINDS = [
     pytest.param(replace(STILLS, num_train=5, num_val=2, num_test=2), id="stills"),
     pytest.param(replace(CLIPS, num_train=2, num_val=1, num_test=2), id="clips"),
@@ -234,11 +238,11 @@ def test_no_combination_is_in_two_splits_of_stills_or_clips(seed):
 
 
 def test_the_split_of_a_combination_depends_on_the_seed_but_not_on_the_counts():
-    few = ClipsConfig(num_train=9, num_val=7, num_test=5)
+    few = Clips(num_train=9, num_val=7, num_test=5)
     for split in ("train", "val", "test"):
         dealt = deal_contents(few)[split]
-        assert dealt == deal_contents(StillsConfig())[split][: few.count(split)]
-        assert combinations(ClipsConfig(seed=1), split) != combinations(ClipsConfig(), split)
+        assert dealt == deal_contents(Stills())[split][: few.count(split)]
+        assert combinations(Clips(seed=1), split) != combinations(Clips(), split)
 
 
 @pytest.mark.parametrize("config_cls", CONFIGS)
@@ -255,16 +259,27 @@ def test_as_many_items_are_dealt_as_configured(config_cls):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_attribute_value_occurs_early_in_training(seed):
-    train = deal_contents(StillsConfig(seed=seed))["train"][:100]
+    train = deal_contents(Stills(seed=seed))["train"][:100]
     colours, forms, positions, sizes = map(set, zip(*train, strict=True))
     assert (colours, forms) == (set(COLOURS), set(SHAPES))
     assert (positions, sizes) == (set(POSITIONS), set(SIZES))
 
 
+def limit(config_cls, name: str) -> int:
+    """The largest value that the schema allows."""
+    return next(m.le for m in config_cls.model_fields[name].metadata if hasattr(m, "le"))
+
+
+@pytest.mark.parametrize("config_cls", CONFIGS)
+def test_the_limits_are_what_there_is_to_choose_from(config_cls):
+    assert limit(config_cls, "questions_per_train_item") == len(QUESTIONS)
+    assert limit(Clips, "captions_per_train_clip") == len(CLIP_TEMPLATES)
+
+
 @pytest.mark.parametrize("config_cls", CONFIGS)
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_every_item_of_an_evaluation_split_is_unique(config_cls, split):
-    most = MAX_EVALUATION[split]
+    most = limit(config_cls, f"num_{split}")
     dealt = deal_contents(config_cls(**{f"num_{split}": most}))[split]
     assert len(set(dealt)) == len(dealt) == most == {"val": 200, "test": 600}[split]
 
@@ -311,7 +326,7 @@ def test_clips_decode_to_the_configured_frames(clips, tmp_path):
         for record in records(clips, split):
             assert decoded(clips / "videos" / record["video"]).shape == (16, 64, 64, 3)
 
-    other = ClipsConfig(num_train=1, num_val=1, num_test=1, num_frames=9, image_size=96, fps=5)
+    other = Clips(num_train=1, num_val=1, num_test=1, num_frames=9, image_size=96, fps=5)
     ensure_generated(other, tmp_path / "clips")
     path = tmp_path / "clips" / "videos" / "test_00000.mp4"
     assert decoded(path).shape == (9, 96, 96, 3)
@@ -343,7 +358,7 @@ def test_the_object_of_a_clip_has_the_place_and_the_size_of_the_annotation(clips
 
 @pytest.mark.parametrize(("visible", "starts"), [(3, {0, 1, 2}), (5, {0})])
 def test_an_object_is_visible_in_one_run_anywhere_in_its_clip(tmp_path, visible, starts):
-    config = ClipsConfig(image_size=32, num_train=30, num_frames=5, visible_frames=visible)
+    config = Clips(image_size=32, num_train=30, num_frames=5, visible_frames=visible)
     ensure_generated(config, tmp_path / "clips")
     found = set()
     for record in records(tmp_path / "clips", "train"):
@@ -374,7 +389,7 @@ def test_distractors_are_grey_and_never_beside_a_described_object(tmp_path):
 
 
 def test_backgrounds_of_stills_are_plain_and_range_from_dark_to_light(tmp_path):
-    ensure_generated(StillsConfig(num_train=100, noise=0.0), tmp_path / "stills")
+    ensure_generated(Stills(num_train=100, noise=0.0), tmp_path / "stills")
     corners = []
     for record in records(tmp_path / "stills", "train"):
         path = tmp_path / "stills" / "images" / record["image"]
@@ -602,32 +617,32 @@ def test_other_text_is_lower_cased_and_never_unknown():
 
 @pytest.mark.parametrize("config_cls", CONFIGS)
 def test_an_unknown_key_is_named_with_the_known_ones(config_cls):
-    with pytest.raises(ValueError, match=r"visible_framez.*num_train") as error:
-        config_cls.from_mapping({"seed": 3, "visible_framez": 2})
-    assert ("visible_frames" in str(error.value)) == (config_cls is ClipsConfig)
+    with pytest.raises(ConfigError, match=r"'generate\.visible_framez'") as error:
+        config_cls.read({"seed": 3, "visible_framez": 2}, "generate")
+    assert ("visible_frames" in str(error.value)) == (config_cls is Clips)
 
 
 @pytest.mark.parametrize(
     ("config_cls", "name", "value"),
     [
-        (StillsConfig, "num_test", 601),
-        (StillsConfig, "num_train", 0),
-        (StillsConfig, "seed", -1),
-        (StillsConfig, "seed", "7"),
-        (StillsConfig, "noise", -1.0),
-        (ClipsConfig, "num_val", 201),
-        (ClipsConfig, "image_size", 48),
-        (ClipsConfig, "visible_frames", 17),
-        (ClipsConfig, "visible_frames", 0),
-        (ClipsConfig, "captions_per_train_clip", 6),
-        (ClipsConfig, "questions_per_train_item", 5),
-        (StillsConfig, "questions_per_train_item", 0),
-        (ClipsConfig, "distractors", True),
+        (Stills, "num_test", 601),
+        (Stills, "num_train", 0),
+        (Stills, "seed", -1),
+        (Stills, "seed", "7"),
+        (Stills, "noise", -1.0),
+        (Clips, "num_val", 201),
+        (Clips, "image_size", 48),
+        (Clips, "visible_frames", 17),
+        (Clips, "visible_frames", 0),
+        (Clips, "captions_per_train_clip", 6),
+        (Clips, "questions_per_train_item", 5),
+        (Stills, "questions_per_train_item", 0),
+        (Clips, "distractors", True),
     ],
 )
 def test_a_value_out_of_range_is_named(config_cls, name, value):
-    with pytest.raises(ValueError, match=name):
-        config_cls.from_mapping({name: value})
+    with pytest.raises(ConfigError, match=rf"generate\.{name} "):
+        config_cls.read({name: value}, "generate")
 
 
 # Finished or not
@@ -715,16 +730,16 @@ def builder(name, **generate):
 @pytest.mark.parametrize(
     ("prefix", "config_cls", "visual_storage"),
     [
-        ("shapes_image", StillsConfig, {"images": {"storage": "shapes/stills/images"}}),
-        ("shapes", ClipsConfig, {"videos": {"storage": "shapes/clips/videos"}}),
+        ("shapes_image", Stills, {"images": {"storage": "shapes/stills/images"}}),
+        ("shapes", Clips, {"videos": {"storage": "shapes/clips/videos"}}),
     ],
 )
 def test_the_default_configuration_files_of_all_tasks_say_the_same(
     prefix, task, config_cls, visual_storage
 ):
     config = OmegaConf.to_container(builder(f"{prefix}_{task}").config)
-    assert set(config["generate"]) == {field.name for field in fields(config_cls)}
-    assert config_cls.from_mapping(config["generate"]) == config_cls()
+    assert set(config["generate"]) == set(config_cls.model_fields)
+    assert config_cls.read(config["generate"], "generate") == config_cls()
     del config["build_info"]["annotations"]
     assert config["build_info"] == visual_storage
 

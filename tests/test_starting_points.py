@@ -48,7 +48,7 @@ def med_config(tmp_path):
     """A text model of exactly the tokenizer's size, which is what BLIP's pre-training makes it."""
     config = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
     config.update(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
-    config["vocab_size"] = len(TunedBlip.build_tokenizer({"tokenizer": TOKENIZER}, 10**6))
+    config["vocab_size"] = len(TunedBlip.build_tokenizer(TOKENIZER, 10**6))
     (tmp_path / "med.json").write_text(json.dumps(config))
     return str(tmp_path / "med.json")
 
@@ -56,7 +56,7 @@ def med_config(tmp_path):
 @pytest.fixture
 def lavis_file(med_config, monkeypatch, tmp_path):
     """Write what LAVIS's or BLIP's own model of a task saves."""
-    tokenizer = TunedBlip.build_tokenizer({"tokenizer": TOKENIZER}, 10**6)
+    tokenizer = TunedBlip.build_tokenizer(TOKENIZER, 10**6)
     monkeypatch.setattr(BlipBase, "init_tokenizer", classmethod(lambda cls: tokenizer))
 
     def write(task, *, wrapped=True, momentum=True):
@@ -192,7 +192,7 @@ def test_load_model_and_preprocess_of_every_type(arch, model_type, tmp_path, mon
     assert model.parameter_counts()["adapters"] == (38_976 if model_type == "shapes" else default)
     assert set(vis) == set(txt) == {"train", "eval"}
     video = model_type not in ("coco", "flickr", "vqav2")
-    assert hasattr(vis["eval"], "n_frms") == video
+    assert hasattr(getattr(vis["eval"], "options", None), "n_frms") == video
     assert model.method_config.frame_aware == (video and arch == "blip_uniadapter_retrieval")
     side = {"coco": 384, "flickr": 384, "vqav2": 480, "shapes": 64}.get(model_type, 224)
     assert config.model.image_size == side

@@ -159,14 +159,9 @@ def test_k_above_the_gallery_is_clamped_with_a_notice(model, caplog):
 
 @pytest.mark.parametrize("k_test, rerank_batch", [(-1, 4), (2, 0)])
 def test_impossible_settings_are_refused(model, k_test, rerank_batch):
-    with pytest.raises(ConfigError, match="rerank_batch"):
-        two_stage_scores(
-            model,
-            DataLoader(Gallery(2), batch_size=2),
-            k_test=k_test,
-            itc_weight=0,
-            rerank_batch=rerank_batch,
-        )
+    settings = OmegaConf.create({"k_test": k_test, "rerank_batch": rerank_batch})
+    with pytest.raises(ConfigError, match="run.k_test is -1|run.rerank_batch is 0"):
+        model.compute_sim_matrix(DataLoader(Gallery(2), batch_size=2), settings)
 
 
 def test_loader_that_misses_part_of_the_gallery_is_refused(model):

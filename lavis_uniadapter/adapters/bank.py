@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.config import MethodConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
 class AdapterSet(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.config import MethodConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
 class BiasDelta(nn.Module):

@@ -3,54 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.config import MethodConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
-
-ROLES = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
-
-
-@dataclass(frozen=True)
-class LoraConfig(MethodConfig):
-    """Low-rank matrices beside chosen ones of every layer, cross-attention's included.
-
-    Attributes:
-        rank: r of ``alpha / r · up · down``.
-        alpha: numerator of that factor.
-        dropout: probability of dropping an input of the low-rank path in training.
-        targets: which matrices: query, key, value, attention_output, ffn_in, ffn_out.
-
-    Raises:
-        ConfigError: if a value is out of its range.
-    """
-
-    SECTION: ClassVar[str] = "lora"
-    TRAINING_FIELDS: ClassVar[tuple[str, ...]] = ("dropout",)
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("query", "value")
-
-    def __post_init__(self):
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        self._require_whole("rank", 1)
-        self._require_positive("alpha")
-        self._require_probability("dropout")
-        names = isinstance(self.targets, tuple) and all(isinstance(t, str) for t in self.targets)
-        self._require(
-            names and set(self.targets) <= set(ROLES) and len(self.targets) > 0,
-            "targets",
-            f"a list of some of {', '.join(ROLES)}",
-        )
-        in_order = tuple(role for role in ROLES if role in self.targets)
-        object.__setattr__(self, "targets", in_order)
+from lavis_uniadapter.common.schema.methods import LoraConfig
 
 
 class LowRank(nn.Module):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lavis_uniadapter.adapters.bank import AdapterSet
 from lavis_uniadapter.adapters.bitfit import BitFitSet
-from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig, MethodConfig
 from lavis_uniadapter.adapters.linear import LinearSet
-from lavis_uniadapter.adapters.lora import LoraConfig, LoraSet
+from lavis_uniadapter.adapters.lora import LoraSet
 from lavis_uniadapter.adapters.separate import SeparateAdapterSet
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
 from lavis_uniadapter.common.errors import ConfigError, nearest
@@ -22,27 +19,20 @@ class TuningMethod:
 
     Attributes:
         set_cls: the set of modules that is trained beside a frozen backbone, built from copies of
-            the model's heads, a ``config_cls`` and a BackboneGeometry. None: no such set, the
-            whole model is trained.
-        config_cls: reads the method's section of ``model:``.
+            the model's heads, the method's configuration and a BackboneGeometry. None: no such
+            set, the whole model is trained.
     """
 
     set_cls: type[AdapterSet] | None
-    config_cls: type[MethodConfig] = MethodConfig
-
-    def configure(self, model_cfg: Mapping[str, Any]) -> MethodConfig:
-        """The method's configuration from a ``model:`` section in plain containers."""
-        section = self.config_cls.SECTION
-        return self.config_cls.from_mapping(model_cfg.get(section) if section else None)
 
 
 TUNING_METHODS = {
     # adapters shared by vision, text and fusion, and the heads
-    "uniadapter": TuningMethod(UniAdapterSet, AdapterConfig),
+    "uniadapter": TuningMethod(UniAdapterSet),
     # a bottleneck of its own for each modality, and the heads
-    "adapter": TuningMethod(SeparateAdapterSet, BottleneckConfig),
+    "adapter": TuningMethod(SeparateAdapterSet),
     # low-rank changes of the backbone's matrices, and the heads
-    "lora": TuningMethod(LoraSet, LoraConfig),
+    "lora": TuningMethod(LoraSet),
     # the backbone's biases, and the heads
     "bitfit": TuningMethod(BitFitSet),
     # the heads, on a frozen backbone
@@ -50,10 +40,6 @@ TUNING_METHODS = {
     # every parameter of BLIP
     "full": TuningMethod(None),
 }
-# Sections of ``model:`` that some method reads; those of others than the chosen one are ignored.
-SECTIONS = tuple(
-    dict.fromkeys(m.config_cls.SECTION for m in TUNING_METHODS.values() if m.config_cls.SECTION)
-)
 
 
 def tuning_method(name: str) -> TuningMethod:
@@ -68,13 +54,3 @@ def tuning_method(name: str) -> TuningMethod:
             f"Known: {', '.join(TUNING_METHODS)}."
         )
     return TUNING_METHODS[name]
-
-
-def check_sections(model_cfg: Mapping[str, Any]) -> None:
-    """Refuse what is wrong in any method's section, whichever method is chosen.
-
-    Raises:
-        ConfigError: unknown key, value out of range.
-    """
-    for method in TUNING_METHODS.values():
-        method.configure(model_cfg)

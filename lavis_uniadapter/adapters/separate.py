@@ -6,9 +6,9 @@ no query residual, no norm in the cross-modal branch, no key/value adapter.
 
 from __future__ import annotations
 
-from lavis_uniadapter.adapters.config import AdapterConfig, BottleneckConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
+from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
 
 class SeparateAdapterSet(UniAdapterSet):
@@ -18,7 +18,7 @@ class SeparateAdapterSet(UniAdapterSet):
 
     def build(self, config: BottleneckConfig, geometry: BackboneGeometry) -> None:
         nothing_shared = AdapterConfig(
-            **config.to_dict(),
+            **config.model_dump(),
             share="none",
             reuse_textual_up=False,
             query_residual=False,

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet
-from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.common.schema.methods import AdapterConfig
 
 
 class UniAdapter(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
 
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
-from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.errors import ConfigError
 
 VIT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4),
@@ -33,39 +33,8 @@ def build_visual_encoder(
             is too little for a small ViT trained from scratch to tell places apart,
             pos_embed_std, with which the positional embedding is drawn.
         drop_path_rate: stochastic depth; None for what LAVIS uses at this size.
-
-    Raises:
-        ConfigError: unknown type, missing or unknown key of ``vit``, sizes that do not divide.
     """
-    if vit_type in VIT_SIZES:
-        if vit is not None:
-            raise ConfigError(
-                f"model.vit describes a custom ViT, and model.vit_type is '{vit_type}'. "
-                "Set vit_type: custom, or vit: null."
-            )
-        size = VIT_SIZES[vit_type]
-    elif vit_type == "custom":
-        keys = VIT_SIZES["base"].keys()
-        reject_unknown_keys(vit or {}, (*keys, "pos_embed_std"), "model.vit")
-        missing = [key for key in keys if key not in (vit or {})]
-        if missing:
-            raise ConfigError(f"model.vit_type is custom, so model.vit needs {', '.join(missing)}.")
-        std = vit.get("pos_embed_std", 0.02)
-        if not isinstance(std, int | float) or not std > 0:
-            raise ConfigError(f"model.vit.pos_embed_std is {std!r}; it must be a number above 0.")
-        size = vit
-    else:
-        raise ConfigError(f"model.vit_type is '{vit_type}'; it must be base, large or custom.")
-
-    if image_size % size["patch_size"]:
-        raise ConfigError(
-            f"model.image_size {image_size} is not a multiple of the patch size "
-            f"{size['patch_size']}."
-        )
-    if size["width"] % size["num_heads"]:
-        raise ConfigError(
-            f"model.vit: width {size['width']} is not a multiple of num_heads {size['num_heads']}."
-        )
+    size = VIT_SIZES.get(vit_type, vit)
     encoder = VisionTransformerEncoder(
         img_size=image_size,
         patch_size=size["patch_size"],
@@ -76,7 +45,7 @@ def build_visual_encoder(
         drop_path_rate=DROP_PATH[vit_type] if drop_path_rate is None else drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    if "pos_embed_std" in size:
+    if size.get("pos_embed_std") is not None:
         nn.init.trunc_normal_(encoder.pos_embed, std=size["pos_embed_std"])
     encoder.vision_width = size["width"]
     return encoder

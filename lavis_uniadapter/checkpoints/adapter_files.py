@@ -20,7 +20,6 @@ from lavis.common.registry import registry
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError, name_some
 from lavis_uniadapter.version import __version__
@@ -78,7 +77,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
     about = AdapterAbout(
         arch=next((n for n, cls in names.items() if cls is type(model)), type(model).__name__),
         method=model.tuning,
-        configuration=model.method_config.to_dict(),
+        configuration=model.method_config.model_dump(mode="json"),
         settings={name: getattr(model, name) for name in model.SETTINGS},
         base=BaseCheckpoint(name=model.base_name, fingerprint=model.base_fingerprint),
         blake2b=_hash(content),
@@ -167,12 +166,12 @@ def _check_configuration(model: nn.Module, folder: Path, about: AdapterAbout) ->
             f"'{folder}' was tuned by '{about.method}' and this model is built for "
             f"'{model.tuning}'. Set model.tuning: {about.method}."
         )
-    config_cls = TUNING_METHODS[model.tuning].config_cls
+    config_cls = type(model.method_config)
     try:
-        theirs = config_cls.from_mapping(about.configuration).to_dict()
+        theirs = config_cls.read(about.configuration, "configuration").model_dump(mode="json")
     except ConfigError as error:
         raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error}") from error
-    ours = model.method_config.to_dict()
+    ours = model.method_config.model_dump(mode="json")
     different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
     if different:
         changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)

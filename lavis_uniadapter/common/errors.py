@@ -1,4 +1,4 @@
-"""Errors that a user is meant to read: each names the offending thing and the mend."""
+"""Errors for users: each names what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def unknown_key(key: object, known: Iterable[str], section: str) -> str:
+    """The message about a key that a section does not have."""
+    hint = nearest(str(key), known) or f" Known keys: {', '.join(sorted(known))}."
+    return f"Unknown configuration key '{section}{'.' if section else ''}{key}'.{hint}"
+
+
 def reject_unknown_keys(given: Iterable[str], known: Iterable[str], section: str) -> None:
-    """Raise ConfigError for the first key of a section that nothing reads."""
+    """Raise ConfigError for the first key that is not known."""
     known = set(known)
     for key in given:
         if key not in known:
-            raise ConfigError(
-                f"Unknown configuration key '{section}.{key}'.{nearest(str(key), known)} "
-                f"Known keys of '{section}': {', '.join(sorted(known))}."
-            )
+            raise ConfigError(unknown_key(key, known, section))
 
 
 def name_some(names: Iterable[str], most: int = 12) -> str:

@@ -33,10 +33,6 @@ logger = logging.getLogger(__name__)
 # that they rank below the shortlist and among themselves as the first stage ranked them.
 OUTSIDE_SHORTLIST = -100.0
 TEXT_BATCH = 256
-# Defaults of the settings.
-K_TEST = 128
-RERANK_BATCH = 64
-FEATURE_MEMORY = 16.0
 
 # Matching logits (pairs, 2) of one text per pair with the visual inputs of (pairs,) indices.
 Matcher = Callable[[TextFeatures, Tensor], Tensor]
@@ -86,21 +82,6 @@ class _Gallery:
     unreadable: Mapping[int, Unreadable]
 
 
-def settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``two_stage_scores`` among those of a run."""
-    keys = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
-    return {key: run[key] for key in keys if run.get(key) is not None}
-
-
-def check_settings(k_test: int, rerank_batch: int, feature_memory: float = 0) -> None:
-    """Raise ConfigError for a negative k_test or feature_memory, or a rerank_batch below 1."""
-    if k_test < 0 or rerank_batch < 1 or feature_memory < 0:
-        raise ConfigError(
-            f"run.k_test is {k_test} and must be >= 0; run.rerank_batch is {rerank_batch} and "
-            f"must be >= 1; run.feature_memory is {feature_memory} and must be >= 0."
-        )
-
-
 def two_stage_scores(
     scorer: PairScorer, data_loader: DataLoader, **settings: Any
 ) -> tuple[Tensor, Tensor]:
@@ -114,10 +95,10 @@ def score_gallery(
     scorer: PairScorer,
     data_loader: DataLoader,
     *,
-    k_test: int = K_TEST,
-    itc_weight: float = 0.0,
-    rerank_batch: int = RERANK_BATCH,
-    feature_memory: float = FEATURE_MEMORY,
+    k_test: int,
+    itc_weight: float,
+    rerank_batch: int,
+    feature_memory: float = 16.0,
 ) -> tuple[Tensor, Tensor, Mapping[int, Unreadable]]:
     """Score a gallery in both directions.
 
@@ -138,11 +119,9 @@ def score_gallery(
         counts as wrong in both directions. Third, what was unreadable, by index.
 
     Raises:
-        ConfigError: for a negative k_test or a rerank_batch below 1.
         FloatingPointError: if similarities are not finite.
         RuntimeError: if a visual input was encoded by no rank or by several.
     """
-    check_settings(k_test, rerank_batch, feature_memory)
     was_training = scorer.training
     scorer.train(False)
     try:

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
-from lavis_uniadapter.adapters.config import MethodConfig
-from lavis_uniadapter.adapters.methods import SECTIONS, check_sections, tuning_method
+from lavis_uniadapter.adapters.methods import tuning_method
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.checkpoints import blip_files
 from lavis_uniadapter.common import paths
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.schema import ModelSection
+from lavis_uniadapter.common.schema.methods import MethodConfig
 from lavis_uniadapter.models.adapter_verbs import DEFAULT_SET, AdapterVerbs
 
 logger = logging.getLogger(__name__)
@@ -33,75 +33,20 @@ class TunedBlip(AdapterVerbs):
     A subclass takes its encoders and a tokenizer, as parameters of its constructor, and its options
     by keyword. It keeps encoders and heads under LAVIS's names. Class attributes that it sets:
 
+    ``CONFIG``: the schema of its ``model:`` section.
     ``HEADS``: names of the modules that are trained whole.
-    ``HAS_FRAME_FEATURES``: whether it has the contrastive features that frame-aware attention
-    weighs frames by.
     ``TEXT_MODE``: whether it ever encodes text alone.
     ``SETTINGS``: attributes, beside the configuration of its method, that decide what an adapter
     computes; adapter folders note them.
     """
 
+    CONFIG: type[ModelSection]
     HEADS: tuple[str, ...] = ()
-    HAS_FRAME_FEATURES = False
     TEXT_MODE = False
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
-    MODEL_KEYS: tuple[str, ...] = (
-        "arch",
-        "model_type",
-        "load_finetuned",
-        "finetuned",
-        "pretrained",
-        "adapter_ckpt",
-        "tokenizer",
-        "vit_type",
-        "vit",
-        "drop_path_rate",
-        "vit_grad_ckpt",
-        "vit_ckpt_layer",
-        "text_ckpt_layer",
-        "med_config_path",
-        "image_size",
-        "max_txt_len",
-        "tuning",
-        *SECTIONS,
-    )
 
     # --- building -------------------------------------------------------------------------------
-
-    @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        """Refuse what no code reads, before anything is built.
-
-        Raises:
-            ConfigError: unknown key, unknown tuning, adapter value out of range.
-        """
-        reject_unknown_keys(cfg.keys(), cls.MODEL_KEYS, "model")
-        method = tuning_method(cfg.get("tuning", "uniadapter"))
-        sections = {name: plain(cfg.get(name)) for name in SECTIONS}
-        check_sections(sections)
-        config = method.configure(sections)
-        if getattr(config, "frame_aware", False) and not cls.HAS_FRAME_FEATURES:
-            raise ConfigError(
-                "model.adapter.frame_aware is True, and frame-aware attention weighs frames by "
-                f"contrastive features, which {cls.__name__} has none of. Set it to False."
-            )
-        if cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
-            raise ConfigError("model.load_finetuned is True, and model.finetuned names no file.")
-
-    @classmethod
-    def check_given(cls, given: Mapping[str, Any], tuning: str) -> None:
-        """Refuse keys of a user's own ``model:`` section that the tuning method does not read.
-
-        The defaults of a model type have the sections of all methods, so this is asked of what a
-        user gives, before defaults are merged.
-
-        Raises:
-            ConfigError: naming the first such key.
-        """
-        config_cls = tuning_method(tuning).config_cls
-        for name in SECTIONS:
-            config_cls.reject_unread_keys(name, plain(given.get(name)) or {}, tuning)
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
@@ -111,41 +56,29 @@ class TunedBlip(AdapterVerbs):
             ConfigError: unknown key or impossible value, by name.
             CheckpointError: weights that do not fit, by name.
         """
-        cls.check_config(cfg)
+        section = cls.CONFIG.read(cfg, "model")
+        sizes = section.vit and section.vit.model_dump()
         visual_encoder = build_visual_encoder(
-            cfg.get("vit_type", "base"),
-            cfg.get("image_size", 384),
-            plain(cfg.get("vit")),
-            cfg.get("drop_path_rate"),
+            section.vit_type, section.image_size, sizes, section.drop_path_rate
         )
-        med_config = cfg.get("med_config_path", "configs/models/med_config.json")
-        text_models = cls.build_text_models(
-            str(paths.find(med_config) or med_config), visual_encoder.vision_width
-        )
+        med_config = str(paths.find(section.med_config_path) or section.med_config_path)
+        text_models = cls.build_text_models(med_config, visual_encoder.vision_width)
         vocab_size = next(iter(text_models.values())).config.vocab_size
-        tokenizer = cls.build_tokenizer(cfg, vocab_size)
+        tokenizer = cls.build_tokenizer(section.tokenizer, vocab_size)
         parameters = inspect.signature(cls).parameters.values()
-        options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        model = cls(
-            visual_encoder,
-            **text_models,
-            tokenizer=tokenizer,
-            **{name: cfg[name] for name in options if cfg.get(name) is not None},
-        )
-        model.load_base(cfg.get("pretrained"))
-        tuning = cfg.get("tuning", "uniadapter")
+        options = {p.name: getattr(section, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        model = cls(visual_encoder, **text_models, tokenizer=tokenizer, **options)
+        model.load_base(section.pretrained)
         model.attach_tuning(
-            tuning,
-            tuning_method(tuning).configure({name: plain(cfg.get(name)) for name in SECTIONS}),
-            visual_checkpointing_layers=(
-                cfg.get("vit_ckpt_layer", 0) if cfg.get("vit_grad_ckpt", False) else 0
-            ),
-            textual_checkpointing_layers=cfg.get("text_ckpt_layer", 0),
+            section.tuning,
+            section.method_config,
+            visual_checkpointing_layers=section.vit_ckpt_layer if section.vit_grad_ckpt else 0,
+            textual_checkpointing_layers=section.text_ckpt_layer,
         )
-        if cfg.get("load_finetuned", False):
-            model.load_checkpoint(cfg["finetuned"])
-        if cfg.get("adapter_ckpt"):
-            model.load_adapter(cfg["adapter_ckpt"])
+        if section.load_finetuned:
+            model.load_checkpoint(section.finetuned)
+        if section.adapter_ckpt is not None:
+            model.load_adapter(section.adapter_ckpt)
         return model
 
     @classmethod
@@ -159,17 +92,16 @@ class TunedBlip(AdapterVerbs):
         raise NotImplementedError
 
     @staticmethod
-    def build_tokenizer(cfg: Mapping[str, Any], vocab_size: int) -> BertTokenizer:
+    def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
         """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
 
         Args:
-            cfg: ``tokenizer`` is a folder with ``vocab.txt``, or a name on the hub.
+            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
             vocab_size: tokens that the text encoder or decoder knows.
 
         Raises:
             ConfigError: if it is neither, or it has more tokens.
         """
-        name_or_folder = cfg.get("tokenizer", "bert-base-uncased")
         folder = paths.find(name_or_folder)
         try:
             tokenizer = BertTokenizer.from_pretrained(
@@ -320,10 +252,3 @@ class TunedBlip(AdapterVerbs):
                 )
         self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-
-def plain(section: Any) -> dict[str, Any] | None:
-    """An OmegaConf section, or a mapping, as a dict."""
-    if OmegaConf.is_config(section):
-        return OmegaConf.to_container(section, resolve=True)
-    return section

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from lavis_uniadapter.backbone import build_text_decoder
-from lavis_uniadapter.common import lavis_versions, paths
-from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema.model import CaptionModel
 from lavis_uniadapter.models.generation import GeneratingBlip
 
 logger = logging.getLogger(__name__)
@@ -37,12 +37,9 @@ class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
         >>> model.generate({"video": vis["eval"]("clip.mp4")[None]})
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_caption_{name}.yaml")
-        for name in ("coco", "msrvtt", "msvd", "shapes")
-    }
+    CONFIG = CaptionModel
+    PRETRAINED_MODEL_CONFIG_DICT = CaptionModel.files()
     SETTINGS = (*GeneratingBlip.SETTINGS, "prompt")
-    MODEL_KEYS = (*GeneratingBlip.MODEL_KEYS, "prompt")
 
     def __init__(
         self,
@@ -66,12 +63,6 @@ class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
         self.prompt_length = len(tokenizer(prompt).input_ids) - 1
         self.max_txt_len = max_txt_len
         self.load_base(None)
-
-    @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        super().check_config(cfg)
-        if not isinstance(cfg.get("prompt") or "", str):
-            raise ConfigError(f"model.prompt is {cfg['prompt']!r}; it must be a text.")
 
     @classmethod
     def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:

@@ -22,16 +22,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common import lavis_versions
-from lavis_uniadapter.common.config import our_run_keys
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import K_TEST
+from lavis_uniadapter.common.schema import Evaluation
 
 logger = logging.getLogger("lavis_uniadapter")
 
 
 def is_lavis_model(model_cls: type) -> bool:
     """Whether a registered model is LAVIS's own: this package's check their configuration."""
-    return not hasattr(model_cls, "check_config")
+    return not hasattr(model_cls, "CONFIG")
 
 
 def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
@@ -60,8 +59,6 @@ def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Datase
             )
     if hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP):
         _check_reranking(config, datasets)
-    if ignored := sorted(our_run_keys().intersection(run)):
-        logger.info("LAVIS's '%s' does not read run.%s.", model.arch, ", run.".join(ignored))
 
 
 def _check_weights(model: DictConfig) -> None:
@@ -86,8 +83,8 @@ def _check_visual_kind(model_cls: type, config: Config) -> None:
 
 def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
     """LAVIS reranks at least one candidate, and gives each process a share of the queries."""
-    arch, k_test, processes = config.model_cfg.arch, config.run_cfg.get("k_test"), get_world_size()
-    if k_test is not None and k_test < 1:
+    arch, k_test, processes = config.model_cfg.arch, config.run_cfg.k_test, get_world_size()
+    if k_test < 1:
         raise ConfigError(
             f"run.k_test is {k_test}; LAVIS's '{arch}' always reranks. Set it to at least 1."
         )
@@ -116,7 +113,8 @@ def lavis_similarities(
         loader: of a whole split; every process encodes all of it.
         run_cfg: with ``k_test``, which is lowered to the number of candidates.
     """
-    k_test = min(run_cfg.get("k_test", K_TEST), len(loader.dataset.text), len(loader.dataset.image))
+    k_test = Evaluation.pick(run_cfg, "run").k_test
+    k_test = min(k_test, len(loader.dataset.text), len(loader.dataset.image))
     task_cfg = OmegaConf.merge(run_cfg, {"k_test": k_test})
     with torch.autocast(model.device.type, enabled=False), _IndicesFollow():
         return model.compute_sim_matrix(loader, task_cfg=task_cfg)

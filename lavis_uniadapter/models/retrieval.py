@@ -20,29 +20,20 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.adapters.config import MethodConfig
 from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, encode_frames
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
-from lavis_uniadapter.common import lavis_versions, paths
-from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import Matcher, settings_of, two_stage_scores
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.common.schema.methods import MethodConfig
+from lavis_uniadapter.common.schema.model import RetrievalModel
+from lavis_uniadapter.evaluation.two_stage import Matcher, two_stage_scores
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
 # Label of pairs that the matching loss ignores.
 IGNORED = -100
-# (least, most) of each number in the ``model:`` section.
-MODEL_NUMBERS = {
-    "queue_size": (0, float("inf")),
-    "embed_dim": (1, float("inf")),
-    "max_txt_len": (2, 512),
-    "alpha": (0, 1),
-    "alpha_rampup_epochs": (0, float("inf")),
-    "momentum": (0, 1),
-    "adapter_momentum": (0, 1),
-}
 
 
 @registry.register_model("blip_uniadapter_retrieval")
@@ -58,25 +49,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_retrieval", "msrvtt")
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_retrieval_{name}.yaml")
-        for name in ("coco", "flickr", "msrvtt", "didemo", "shapes")
-    }
+    CONFIG = RetrievalModel
+    PRETRAINED_MODEL_CONFIG_DICT = RetrievalModel.files()
     HEADS = ("vision_proj", "text_proj", "itm_head")
-    HAS_FRAME_FEATURES = True
     TEXT_MODE = True
-    # keys of the ``run:`` section that compute_sim_matrix reads, whatever the task
-    RUN_KEYS = ("k_test", "itc_weight", "rerank_batch", "feature_memory")
-    MODEL_KEYS = (
-        *TunedBlip.MODEL_KEYS,
-        "embed_dim",
-        "queue_size",
-        "alpha",
-        "alpha_rampup_epochs",
-        "momentum",
-        "adapter_momentum",
-        "negative_all_rank",
-    )
 
     def __init__(
         self,
@@ -112,16 +88,6 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         self.negative_all_rank = negative_all_rank
         self.max_txt_len = max_txt_len
         self.load_base(None)
-
-    @classmethod
-    def check_config(cls, cfg: Mapping[str, Any]) -> None:
-        super().check_config(cfg)
-        for key, (least, most) in MODEL_NUMBERS.items():
-            value = cfg.get(key, least)
-            if not isinstance(value, int | float) or not least <= value <= most:
-                raise ConfigError(
-                    f"model.{key} is {value!r}; it must be a number from {least} to {most}."
-                )
 
     @classmethod
     def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
@@ -402,7 +368,8 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         Returns:
             (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
         """
-        v2t, t2v = two_stage_scores(self, data_loader, **settings_of(task_cfg))
+        settings = Evaluation.pick(task_cfg, "run").two_stage
+        v2t, t2v = two_stage_scores(self, data_loader, **settings)
         return v2t.cpu().numpy(), t2v.cpu().numpy()
 
 

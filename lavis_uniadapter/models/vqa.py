@@ -12,7 +12,8 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, build_text_encoder
 from lavis_uniadapter.backbone.features import visual_input
-from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema.model import VqaModel
 from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
 from lavis_uniadapter.models.generation import GeneratingBlip
 
@@ -34,10 +35,8 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
         >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_vqa", "msrvtt_qa")
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {
-        name: str(paths.PACKAGE_ROOT / f"configs/models/blip_uniadapter_vqa_{name}.yaml")
-        for name in ("vqav2", "msrvtt_qa", "msvd_qa", "shapes")
-    }
+    CONFIG = VqaModel
+    PRETRAINED_MODEL_CONFIG_DICT = VqaModel.files()
 
     def __init__(
         self,

@@ -95,10 +95,11 @@ class TrainingEpoch:
         self._runner = runner
         self._progress = progress
         self._loader = runner.train_loader
+        run = runner.config.run_cfg
         self._updates = Updates(
-            partial(take_step, runner.optimizer, runner.scaler, runner.settings.max_grad_norm),
+            partial(take_step, runner.optimizer, runner.scaler, run.max_grad_norm),
             partial(runner.faults.skipped_step, self._loader.dataset),
-            runner.settings.max_skipped_steps,
+            run.max_skipped_steps,
         )
         self._saved_at = progress.step
         self._started = time.perf_counter() - progress.seconds
@@ -195,7 +196,7 @@ class TrainingEpoch:
         runner, progress = self._runner, self._progress
         runner.faults.unreadable(batch.unreadable, progress.epoch, progress.step)
         number = progress.unreadable + len(batch.unreadable)
-        threshold = runner.settings.unreadable_threshold
+        threshold = runner.config.run_cfg.unreadable_threshold
         items = len(self._loader) * self._loader.batch_size
         if batch.unreadable and number > threshold * items:
             last = batch.unreadable[-1]
@@ -208,7 +209,7 @@ class TrainingEpoch:
         progress.unreadable = number
 
     def _save_now_and_then(self) -> None:
-        frequency, progress = self._runner.settings.checkpoint_freq, self._progress
+        frequency, progress = self._runner.config.run_cfg.checkpoint_freq, self._progress
         due = frequency and progress.step - self._saved_at >= frequency
         if not due or progress.step == len(self._loader):
             return

@@ -24,6 +24,7 @@ from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa import VQATask
+from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -51,7 +52,6 @@ from lavis_uniadapter.runners.console import (
 )
 from lavis_uniadapter.runners.epoch import AnotherRankFailed
 from lavis_uniadapter.runners.resuming import choose_folder
-from lavis_uniadapter.runners.settings import Settings
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
@@ -137,18 +137,18 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
 def _build(config: Config, job_id: str) -> RunnerBase:
     """The runner, with everything that can be checked before it starts checked."""
     run_cfg = config.run_cfg
-    settings, seed = Settings.from_run(run_cfg), int(run_cfg.seed)
+    seed = run_cfg.seed
     runner_cls = registry.get_runner_class(run_cfg.runner)
     if is_stock(run_cfg):
         runner_cls = stock_runners.recording(runner_cls)
-    set_cache_root(settings)
+    set_cache_root(run_cfg)
     # The same on every rank while the model is built; different when batches are drawn.
     seed_everything(seed)
-    precision.set_matmul_precision(settings.matmul_precision)
+    precision.set_matmul_precision(run_cfg.matmul_precision)
     task, datasets = _build_datasets(config)
     model = task.build_model(config)
     # the last of the checks, as it opens every file
-    check_built(datasets, config.datasets_cfg, settings.check_files)
+    check_built(datasets, config.datasets_cfg, run_cfg.check_files)
     seed_everything(seed + get_rank())
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if run_cfg.evaluate and run_cfg.get("resume_ckpt_path"):
@@ -161,7 +161,7 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
     _check_allow_missing(config, task)
     run_cfg = config.run_cfg
     kinds = ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS
-    splits = {kind: list(run_cfg.get(kind) or ()) for kind in kinds}
+    splits = {kind: list(run_cfg[kind]) for kind in kinds}
     make_buildable(config.datasets_cfg, {name for names in splits.values() for name in names})
     datasets = task.build_datasets(config)
     available = sorted({split for by_split in datasets.values() for split in by_split})
@@ -184,14 +184,13 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
         ConfigError, DatasetError, CheckpointError: as ``run`` raises them.
     """
     config = load_config(cfg_path, [*options, "run.evaluate=True"] if evaluate else options)
-    settings = Settings.from_run(config.run_cfg)
-    set_cache_root(settings)
+    set_cache_root(config.run_cfg)
     base = str(config.model_cfg.get("pretrained") or "")
     ours = not is_lavis_model(registry.get_model_class(config.model_cfg.arch))
     if ours and base and "://" not in base and paths.find(base) is None:
         raise CheckpointError(f"No checkpoint at '{base}' (model.pretrained).")
     _, datasets = _build_datasets(config)
-    check_built(datasets, config.datasets_cfg, settings.check_files)
+    check_built(datasets, config.datasets_cfg, config.run_cfg.check_files)
     logger.info("model: %s, %s", config.model_cfg.arch, config.model_cfg.model_type)
     for name, by_split in datasets.items():
         sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in by_split.items())
@@ -249,12 +248,12 @@ def _check_allow_missing(config: Config, task: BaseTask) -> None:
         )
 
 
-def set_cache_root(settings: Settings) -> None:
+def set_cache_root(run_cfg: DictConfig) -> None:
     """Set where LAVIS looks for data with relative paths; its default is its authors' folder.
 
     ``run.cache_root``, else the environment's ``LAVIS_CACHE_ROOT``, else ``./cache``.
     """
-    root = settings.cache_root or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
+    root = run_cfg.cache_root or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MATMUL_PRECISIONS = ("highest", "high")
 
 
-def choose_amp(requested: str | bool | None, device: str) -> str | bool | None:
-    """What ``run.amp`` means on a device: ``auto`` is bf16 where the hardware computes in it.
+def choose_amp(requested: str | None, device: str) -> str | None:
+    """What ``run.amp`` means on a device: ``auto`` takes bf16 where the hardware computes with it.
 
     Elsewhere bf16 is emulated, which is slower than float32.
     """
@@ -32,8 +31,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def describe(run_cfg: Mapping[str, Any]) -> str:
-    """The number format of a run, for logs and comparisons."""
-    amp = run_cfg.get("amp") or "float32"
-    amp = "fp16" if amp is True else amp  # LAVIS's True
-    tf32 = run_cfg.get("matmul_precision") == "high" and run_cfg.get("device") == "cuda"
+    """The number format of a run, for people and for comparisons."""
+    amp = run_cfg.amp or "float32"
+    tf32 = run_cfg.matmul_precision == "high" and run_cfg.device == "cuda"
     return f"{amp} (TF32)" if tf32 else amp

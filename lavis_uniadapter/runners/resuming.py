@@ -13,7 +13,6 @@ from typing import Any
 from lavis_uniadapter.common.errors import ConfigError, name_some
 from lavis_uniadapter.runners import run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_folders import CONFIG
-from lavis_uniadapter.runners.settings import Settings
 from lavis_uniadapter.runners.stock_runners import is_stock
 
 logger = logging.getLogger(__name__)
@@ -39,10 +38,10 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
         ConfigError: if a new run would overwrite the checkpoints of another.
     """
     run = config["run"]
-    settings, of_lavis = Settings.from_run(run), is_stock(run)
+    of_lavis = is_stock(run)
     output_dir = Path.cwd() / run["output_dir"]
-    job_id = settings.job_id
-    if not job_id and settings.resume and not run["evaluate"]:
+    job_id = run["job_id"]
+    if not job_id and run["resume"] and not run["evaluate"]:
         job_id = find_unfinished_run(output_dir, config, of_lavis)
     if not job_id:
         return _new_folder(output_dir), None
@@ -51,7 +50,7 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
         return folder, None
     with run_folders.sole_user(folder):
         checkpoint = run_checkpoints.newest_whole(folder, of_lavis)
-    if checkpoint is not None and not settings.resume:
+    if checkpoint is not None and not run["resume"]:
         raise ConfigError(
             f"'{folder}' holds a run already. Set run.resume=auto to continue it; use another "
             "run.job_id or delete the folder to start anew."

@@ -34,7 +34,6 @@ from lavis_uniadapter.runners.faults import FaultLog
 from lavis_uniadapter.runners.precision import AMP_DTYPES
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST, PREVIOUS
 from lavis_uniadapter.runners.run_folders import LOG, BestEpoch
-from lavis_uniadapter.runners.settings import Settings
 from lavis_uniadapter.runners.signals import Interrupted, InterruptionWatch
 
 logger = logging.getLogger(__name__)
@@ -55,13 +54,11 @@ class RunnerUniAdapter(RunnerBase):
     finite are skipped, counted and logged, up to a limit.
 
     Attributes:
-        settings: what the runner reads of ``run:`` beyond LAVIS's keys.
         best: the best epoch so far.
     """
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
-        self.settings = Settings.from_run(cfg.run_cfg)
         amp = cfg.run_cfg.get("amp") or None
         self.amp = "fp16" if amp is True else amp  # LAVIS's True is fp16
         self.best = BestEpoch()
@@ -90,7 +87,7 @@ class RunnerUniAdapter(RunnerBase):
         if self._wrapped_model is None:
             self._model = self._model.to(self.device)
             self._wrapped_model = self._model
-            if self.settings.compile:
+            if self.config.run_cfg.compile:
                 compile_visual_encoder(self._model)
             if self.use_distributed:
                 # Queues and averages start alike, and every rank then computes them alike.
@@ -117,7 +114,7 @@ class RunnerUniAdapter(RunnerBase):
             run = self.config.run_cfg
             parameters = self.unwrap_dist_model(self.model).parameters()
             trained = [p for p in parameters if p.requires_grad]
-            min_axes = 0 if self.settings.weight_decay_on == "all" else 2  # of what decays
+            min_axes = 0 if run.weight_decay_on == "all" else 2  # of what decays
             groups = [
                 ([p for p in trained if p.ndim >= min_axes], float(run.weight_decay)),
                 ([p for p in trained if p.ndim < min_axes], 0.0),
@@ -125,7 +122,7 @@ class RunnerUniAdapter(RunnerBase):
             self._optimizer = torch.optim.AdamW(
                 [{"params": p, "weight_decay": decay} for p, decay in groups if p],
                 lr=float(run.init_lr),
-                betas=(0.9, self.settings.beta2),
+                betas=(0.9, run.beta2),
                 fused=True,  # so that the device can skip a step
             )
         return self._optimizer
@@ -185,7 +182,7 @@ class RunnerUniAdapter(RunnerBase):
             batch_size=batch_size,
             num_workers=run.num_workers,
             collate_fn=getattr(dataset, "collater", None),
-            timeout=self.settings.data_timeout,
+            timeout=self.config.run_cfg.data_timeout,
             drop_last=training,
             pin_memory=self.cuda_enabled,
         )

@@ -17,21 +17,11 @@ from lavis.runners.runner_base import RunnerBase
 from omegaconf import DictConfig
 
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.schema.run import OURS, unread
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.run_folders import BestEpoch
 
-OURS = "runner_uniadapter"
 DEVICE = "cuda"  # to which LAVIS's PrefetchLoader moves batches, whatever run.device says
-# What runner_uniadapter alone reads of the ``run:`` section.
-OUR_KEYS = (
-    "max_grad_norm",
-    "compile",
-    "checkpoint_freq",
-    "data_timeout",
-    "unreadable_threshold",
-    "max_skipped_steps",
-    "weight_decay_on",
-)
 
 
 def is_stock(run: Mapping[str, Any]) -> bool:
@@ -40,33 +30,13 @@ def is_stock(run: Mapping[str, Any]) -> bool:
 
 
 def check(run: Mapping[str, Any]) -> None:
-    """Check a ``run:`` section for what one of LAVIS's runners would ignore or misread.
-
-    Does nothing for a run of this package's runner.
+    """Check a ``run:`` section that LAVIS's own train script has read, unchecked.
 
     Raises:
         ConfigError: naming the key and what to do.
     """
-    if not is_stock(run):
-        return
-    runner = run.get("runner", "runner_base")
-    instead = f"or set run.runner: {OURS}"
-    # The position that runner_iter saves is not an epoch.
-    for key in (*OUR_KEYS, *(("resume",) if runner == "runner_iter" else ())):
-        if run.get(key) is not None and run[key] is not False:
-            raise ConfigError(f"{runner} does not read run.{key}. Remove it, {instead}.")
-    amp = run.get("amp")
-    if amp and amp not in (True, "fp16"):
-        raise ConfigError(
-            f"run.amp is {amp!r}, and {runner} would compute in fp16. Set it to fp16 or null, "
-            f"{instead}."
-        )
-    valid_splits = run.get("valid_splits") or ()
-    if valid_splits and "val" not in valid_splits:
-        raise ConfigError(
-            f"run.valid_splits is {list(valid_splits)}, and {runner} saves the best epoch of the "
-            f"split 'val' alone. Add it, set run.valid_splits=[], {instead}."
-        )
+    if problem := unread(run, run.get("runner", "runner_base")):
+        raise ConfigError(f"run.{problem}")
 
 
 def prepare(run: DictConfig) -> None:
@@ -84,9 +54,7 @@ def prepare(run: DictConfig) -> None:
     run.gpu = int(os.environ.get("LOCAL_RANK", 0))
     # A relative folder would be below the installed LAVIS.
     run.output_dir = str(Path.cwd() / run.output_dir)
-    for kind in ("train_splits", "valid_splits", "test_splits"):
-        run[kind] = run.get(kind) or []
-    for name in ("output_dir", "result_dir"):  # which LAVIS registers only once in a process
+    for name in ("output_dir", "result_dir"):  # which LAVIS registers once in a process
         registry.mapping["paths"].pop(name, None)
 
 

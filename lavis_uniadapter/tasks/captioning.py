@@ -29,7 +29,7 @@ class UniAdapterCaptionTask(PredictionTask):
     not scored; ``selection_metric`` (cider).
     """
 
-    METHOD, MODEL, METRIC = "generate", "blip_uniadapter_caption", "cider"
+    NAME, METHOD, MODEL = "uniadapter_captioning", "generate", "blip_uniadapter_caption"
     WRONG_PREDICTION = {"caption": ""}
 
     def __init__(self, run_cfg):
@@ -37,7 +37,7 @@ class UniAdapterCaptionTask(PredictionTask):
         self.check_selection_metric(METRICS)
         if self.selection_metric == "meteor" and not has_java():
             raise ConfigError("run.selection_metric is meteor, which needs Java. Install Java.")
-        self.report_metric = run_cfg.get("report_metric", True)
+        self.report_metric = self.settings.report_metric
         if not self.report_metric:
             self.selection_metric = "agg_metrics"
 
@@ -82,9 +82,9 @@ class UniAdapterCaptionTask(PredictionTask):
     def predict(self, model, samples):
         captions = model.generate(
             samples,
-            num_beams=self.cfg.get("num_beams", 3),
-            max_length=self.cfg.get("max_len", 30),
-            min_length=self.cfg.get("min_len", 5),
+            num_beams=self.settings.num_beams,
+            max_length=self.settings.max_len,
+            min_length=self.settings.min_len,
         )
         ids = samples["image_id"]
         ids = ids.tolist() if torch.is_tensor(ids) else ids

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.distributed import gather_to_main
 from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.loading import samples_of
 from lavis_uniadapter.datasets.reading import Unreadable
 from lavis_uniadapter.runners import run_folders, stock_runners
@@ -35,22 +36,23 @@ class MeasuredTask(BaseTask, ABC):
     """A task that writes metrics to the run's folder, one of which selects the best epoch.
 
     Attributes:
+        NAME: in LAVIS's registry.
         METHOD: of the models that can run the task.
         MODEL: such a model of this package.
-        METRIC: the default of ``run.selection_metric``.
         LOWER_IS_BETTER: endings of the metrics that are best when they are low.
     """
 
+    NAME: str
     METHOD: str
     MODEL: str
-    METRIC: str
     LOWER_IS_BETTER: tuple[str, ...] = ()
     reads_batches = True  # of runner_uniadapter's loaders; LAVIS's tasks read samples
 
     def __init__(self, run_cfg: Mapping[str, Any]):
         BaseTask.__init__(self)
         self.cfg = run_cfg
-        self.selection_metric = run_cfg.get("selection_metric") or self.METRIC
+        self.settings = Evaluation.for_task(self.NAME, run_cfg)
+        self.selection_metric = self.settings.selection_metric
 
     @classmethod
     def setup_task(cls, cfg):

@@ -12,20 +12,13 @@ from lavis.tasks.retrieval import RetrievalTask
 from lavis_uniadapter.datasets.loading import SamplesView
 from lavis_uniadapter.datasets.reading import Unreadable
 from lavis_uniadapter.evaluation.ranking_metrics import (
-    MEAN_RECALL,
     RANKS,
     metric_names,
     retrieval_metrics,
     retrieval_outcomes,
     retrieval_ranks,
 )
-from lavis_uniadapter.evaluation.two_stage import (
-    K_TEST,
-    RERANK_BATCH,
-    check_settings,
-    score_gallery,
-    settings_of,
-)
+from lavis_uniadapter.evaluation.two_stage import score_gallery
 from lavis_uniadapter.models.lavis_models import is_lavis_model, lavis_similarities
 from lavis_uniadapter.tasks.prediction import MeasuredTask, visual_kind
 
@@ -40,17 +33,7 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
     """
 
     METHOD, MODEL = "compute_sim_matrix", "blip_uniadapter_retrieval"
-    METRIC, LOWER_IS_BETTER = MEAN_RECALL, RANKS
-
-    @classmethod
-    def setup_task(cls, cfg):
-        run = cfg.run_cfg
-        check_settings(
-            run.get("k_test", K_TEST),
-            run.get("rerank_batch", RERANK_BATCH),
-            run.get("feature_memory", 0),
-        )
-        return super().setup_task(cfg)
+    NAME, LOWER_IS_BETTER = "uniadapter_retrieval", RANKS
 
     def build_datasets(self, cfg):
         """LAVIS's datasets.
@@ -69,7 +52,7 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
             scores = lavis_similarities(model, SamplesView(data_loader), self.cfg)
             unreadable: Mapping[int, Unreadable] = {}
         else:
-            *scores, unreadable = score_gallery(model, data_loader, **settings_of(self.cfg))
+            *scores, unreadable = score_gallery(model, data_loader, **self.settings.two_stage)
         if not is_main_process():
             return None
         data = data_loader.dataset

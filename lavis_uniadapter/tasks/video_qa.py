@@ -25,7 +25,7 @@ from lavis_uniadapter.tasks.prediction import PredictionTask
 
 logger = logging.getLogger("lavis_uniadapter")
 
-SETTINGS = ("inference_method", "num_ans_candidates", "num_beams", "max_len", "min_len")
+SETTINGS = {"inference_method", "num_ans_candidates", "num_beams", "max_len", "min_len"}
 
 
 @registry.register_task("video_qa")
@@ -43,16 +43,13 @@ class VideoQATask(PredictionTask):
     (accuracy).
     """
 
-    METHOD, MODEL, METRIC = "predict_answers", "blip_uniadapter_vqa", "accuracy"
+    NAME, METHOD, MODEL = "video_qa", "predict_answers", "blip_uniadapter_vqa"
     WRONG_PREDICTION = {"prediction": ""}
     num_classes: int | None = None  # of a classifier
 
     def __init__(self, run_cfg):
         super().__init__(run_cfg)
         self.check_selection_metric(METRICS)
-        method = run_cfg.get("inference_method") or "rank"
-        if method not in ("rank", "generate"):
-            raise ConfigError(f"run.inference_method is '{method}'; it must be rank or generate.")
 
     @classmethod
     def fits(cls, model_cls):
@@ -137,7 +134,7 @@ class VideoQATask(PredictionTask):
             best = model.predict(samples)["predictions"].argmax(dim=1)
             answers = [self.answer_list[i] for i in best.tolist()]
         else:
-            settings = {key: self.cfg[key] for key in SETTINGS if self.cfg.get(key) is not None}
+            settings = self.settings.model_dump(include=SETTINGS)
             answers = model.predict_answers(samples, answer_list=self.answer_list, **settings)
         return [{"prediction": answer} for answer in answers]
 

@@ -81,7 +81,7 @@ def test_lora_equals_peft(build_small):
 )
 def test_impossible_lora_is_named(section, key):
     with pytest.raises(ConfigError, match=key):
-        LoraConfig.from_mapping(section)
+        LoraConfig.read(section, "model.lora")
 
 
 def test_lora_of_another_rank_or_target_is_refused(build_small, tmp_path):

@@ -24,12 +24,12 @@ from small_models import (
 )
 from torch import nn
 
-from lavis_uniadapter.adapters.config import AdapterConfig
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
 from lavis_uniadapter.backbone import attach
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.common.schema.methods import AdapterConfig
 
 BLIP_BASE = BackboneGeometry(768, 12, 768, 12, {"text_encoder": 768})
 NOTHING_SHARED = {"share": "none", "reuse_textual_up": False}
@@ -365,4 +365,4 @@ def test_frame_aware_attention_cannot_be_merged(build_small):
 )
 def test_impossible_adapter_configuration_is_named(adapter, key):
     with pytest.raises(ConfigError, match=key):
-        AdapterConfig.from_mapping(adapter)
+        AdapterConfig.read(adapter, "model.adapter")

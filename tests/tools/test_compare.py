@@ -347,8 +347,8 @@ def test_folder_without_results_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({"runs": None}, "has no runs"),
-        ({"metrics": None}, "has no metrics"),
+        ({"runs": None}, "runs is missing"),
+        ({"metrics": []}, r"metrics is \[\]; it must be a list of names"),
         ({"seed": [1]}, "Did you mean 'seeds'"),
         ({"cfg_path": "no.yaml"}, "no.yaml"),
         ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),
@@ -356,7 +356,7 @@ def test_folder_without_results_is_named(tmp_path, capsys):
         ({"runs": {"a b": {}, "a-b": {}}}, "same folder"),
         ({"runs": {"a": {"evaluate": True}, "b": {"learning_rate_of": "a"}}}, "'a' of 'b'"),
         ({"runs": ["a"]}, "runs is"),
-        ({"runs": {1: {}}}, "runs.1 must be"),
+        ({"runs": {1: {}}}, "runs.1: the name 1 is a number"),
         ({"seeds": 3}, "seeds is 3"),
         ({"metrics": "t2v_r1"}, "metrics is 't2v_r1'"),
         ({"base": "x.yaml"}, "base is 'x.yaml'"),

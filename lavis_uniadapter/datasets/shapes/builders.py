@@ -20,9 +20,9 @@ from lavis.datasets.datasets.video_caption_datasets import (
     VideoCaptionDataset,
     VideoCaptionEvalDataset,
 )
-from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
+from lavis_uniadapter.common.schema.shapes import Clips, Stills
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.shapes.generation import (
     ANNOTATIONS,
@@ -32,7 +32,6 @@ from lavis_uniadapter.datasets.shapes.generation import (
     RETRIEVAL_FILES,
     ensure_generated,
 )
-from lavis_uniadapter.datasets.shapes.options import ClipsConfig, ShapesConfig, StillsConfig
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "datasets" / "shapes"
 _QA_FILES = {**QUESTION_FILES, "ans2label": LABELS_FILE}
@@ -45,7 +44,7 @@ class ShapesBuilder(BaseDatasetBuilder):
     used generates all of it.
     """
 
-    options_cls: type[ShapesConfig]
+    options_cls: type[Stills]
     annotation_files: Mapping[str, str]  # by their names in build_info.annotations
 
     def prepare(self) -> None:
@@ -55,8 +54,8 @@ class ShapesBuilder(BaseDatasetBuilder):
             ConfigError: the `generate` block or a storage path is not as the generator needs it.
             FileExistsError: the storage folder holds something else.
         """
-        options = OmegaConf.to_container(OmegaConf.create(self.config.get("generate") or {}))
-        ensure_generated(self.options_cls.from_mapping(options), self._storage_folder())
+        options = self.options_cls.read(self.config.get("generate"), "generate")
+        ensure_generated(options, self._storage_folder())
 
     def _download_data(self) -> None:
         self.prepare()
@@ -83,7 +82,7 @@ class ShapesBuilder(BaseDatasetBuilder):
 class ShapesStillsBuilder(ShapesBuilder):
     """Captioned stills of one coloured shape."""
 
-    options_cls = StillsConfig
+    options_cls = Stills
     train_dataset_cls, eval_dataset_cls = RetrievalDataset, RetrievalEvalDataset
     annotation_files = RETRIEVAL_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images.yaml")}
@@ -93,7 +92,7 @@ class ShapesStillsBuilder(ShapesBuilder):
 class ShapesClipsBuilder(ShapesBuilder):
     """Captioned clips of a coloured shape, visible for a few frames."""
 
-    options_cls = ClipsConfig
+    options_cls = Clips
     train_dataset_cls, eval_dataset_cls = VideoRetrievalDataset, VideoRetrievalEvalDataset
     annotation_files = RETRIEVAL_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips.yaml")}
@@ -103,7 +102,7 @@ class ShapesClipsBuilder(ShapesBuilder):
 class ShapesStillsQABuilder(ShapesBuilder, VideoQABuilder):
     """Questions about the one coloured shape of a still."""
 
-    options_cls = StillsConfig
+    options_cls = Stills
     train_dataset_cls = eval_dataset_cls = ImageQADataset
     annotation_files = _QA_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images_qa.yaml")}
@@ -113,7 +112,7 @@ class ShapesStillsQABuilder(ShapesBuilder, VideoQABuilder):
 class ShapesClipsQABuilder(ShapesBuilder, VideoQABuilder):
     """Questions about the coloured shape of a clip."""
 
-    options_cls = ClipsConfig
+    options_cls = Clips
     annotation_files = _QA_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips_qa.yaml")}
 
@@ -122,7 +121,7 @@ class ShapesClipsQABuilder(ShapesBuilder, VideoQABuilder):
 class ShapesStillsCaptionBuilder(ShapesBuilder):
     """Stills to caption; in evaluation a list of all right captions."""
 
-    options_cls = StillsConfig
+    options_cls = Stills
     train_dataset_cls, eval_dataset_cls = CaptionDataset, CaptionEvalDataset
     annotation_files = CAPTION_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "images_caption.yaml")}
@@ -132,7 +131,7 @@ class ShapesStillsCaptionBuilder(ShapesBuilder):
 class ShapesClipsCaptionBuilder(ShapesBuilder):
     """Clips to caption; in evaluation a list of all right captions."""
 
-    options_cls = ClipsConfig
+    options_cls = Clips
     train_dataset_cls, eval_dataset_cls = VideoCaptionDataset, VideoCaptionEvalDataset
     annotation_files = CAPTION_FILES
     DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "clips_caption.yaml")}

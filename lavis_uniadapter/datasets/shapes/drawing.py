@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from lavis_uniadapter.common.schema.shapes import Clips, Stills
 from lavis_uniadapter.datasets.shapes.contents import (
     POSITIONS,
     SHAPES,
@@ -15,7 +16,6 @@ from lavis_uniadapter.datasets.shapes.contents import (
     Content,
     pick,
 )
-from lavis_uniadapter.datasets.shapes.options import ClipsConfig, StillsConfig
 
 RGB = {
     "red": (215, 30, 35),
@@ -73,7 +73,7 @@ CENTRES = {
 }
 
 
-def draw_still(options: StillsConfig, content: Content, rng: np.random.Generator) -> np.ndarray:
+def draw_still(options: Stills, content: Content, rng: np.random.Generator) -> np.ndarray:
     """A coloured shape on a plain ground, uint8 (image_size, image_size, 3)."""
     side = options.image_size
     # dark to light
@@ -86,7 +86,7 @@ def draw_still(options: StillsConfig, content: Content, rng: np.random.Generator
 
 
 def draw_clip(
-    options: ClipsConfig, content: Content, visible: Sequence[int], rng: np.random.Generator
+    options: Clips, content: Content, visible: Sequence[int], rng: np.random.Generator
 ) -> np.ndarray:
     """A coloured shape in the ``visible`` frames, grey ones in others.
 

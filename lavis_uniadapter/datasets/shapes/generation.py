@@ -27,6 +27,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from lavis_uniadapter.common.schema.shapes import Clips, Stills
 from lavis_uniadapter.datasets.shapes.contents import (
     ANSWERS,
     CLIPS,
@@ -41,7 +42,6 @@ from lavis_uniadapter.datasets.shapes.contents import (
     shuffled,
 )
 from lavis_uniadapter.datasets.shapes.drawing import draw_clip, draw_still, write_mp4
-from lavis_uniadapter.datasets.shapes.options import ClipsConfig, ShapesConfig, StillsConfig
 
 FORMAT_VERSION = 5
 MARKER = "generated.json"
@@ -54,12 +54,12 @@ QUESTION_FILES = {split: f"qa_{split}.json" for split in SPLITS}
 LABELS_FILE = "qa_ans2label.json"
 
 
-def kind_of(options: ShapesConfig) -> Kind:
+def kind_of(options: Stills) -> Kind:
     """Whether options are those of stills or of clips."""
-    return CLIPS if isinstance(options, ClipsConfig) else STILLS
+    return CLIPS if isinstance(options, Clips) else STILLS
 
 
-def ensure_generated(options: ShapesConfig, folder: Path) -> None:
+def ensure_generated(options: Stills, folder: Path) -> None:
     """Generate the stills or clips into `folder`, unless it holds them already.
 
     Raises:
@@ -81,7 +81,7 @@ def ensure_generated(options: ShapesConfig, folder: Path) -> None:
                 raise
 
 
-def _generate(options: ShapesConfig, folder: Path) -> None:
+def _generate(options: Stills, folder: Path) -> None:
     kind, annotations = kind_of(options), folder / ANNOTATIONS
     write_item = _write_clip if kind is CLIPS else _write_still
     annotations.mkdir(parents=True)
@@ -105,7 +105,7 @@ def _generate(options: ShapesConfig, folder: Path) -> None:
 
 
 def _write_still(
-    options: StillsConfig, split: str, index: int, content: Content, path: Path
+    options: Stills, split: str, index: int, content: Content, path: Path
 ) -> list[dict[str, Any]]:
     """Draw one still; returns its records for retrieval."""
     rng = STILLS.rng(options.seed, split, index)
@@ -122,7 +122,7 @@ def _write_still(
 
 
 def _write_clip(
-    options: ClipsConfig, split: str, index: int, content: Content, path: Path
+    options: Clips, split: str, index: int, content: Content, path: Path
 ) -> list[dict[str, Any]]:
     """Draw and encode one clip; returns its records for retrieval."""
     rng = CLIPS.rng(options.seed, split, index)
@@ -143,11 +143,11 @@ def _write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     path.write_text(f"[\n{lines}\n]\n")
 
 
-def _description(options: ShapesConfig) -> dict[str, Any]:
+def _description(options: Stills) -> dict[str, Any]:
     return {"format": FORMAT_VERSION, "kind": kind_of(options).visual_folder, **vars(options)}
 
 
-def _holds(options: ShapesConfig, folder: Path) -> bool:
+def _holds(options: Stills, folder: Path) -> bool:
     """Whether `folder` holds the finished data of `options`; False if there is no folder."""
     if not folder.exists():
         return False

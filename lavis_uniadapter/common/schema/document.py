@@ -1,0 +1,75 @@
+"""Write ``docs/configuration.md``: ``python -m lavis_uniadapter.common.schema.document``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lavis_uniadapter.common.schema import data, methods, model, processors, run, shapes
+from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
+from lavis_uniadapter.common.schema.section import Section, wanted
+
+PAGE = Path(__file__).resolve().parents[3] / "docs/configuration.md"
+INTRODUCTION = """# Configuration
+
+A run is described by a YAML file with the sections `model`, `datasets` and `run`. Options on the
+command line, `section.key=value`, win over the file; the file wins over the model type's and the
+dataset's own defaults, and those win over the defaults below. Unknown keys are errors. A value may
+refer to another one of the file or of the model type, as in `${model.image_size}`.
+
+LAVIS's own models have their own keys under `model`, which are not checked here. LAVIS's processors
+have the options of their constructors.
+
+This page is generated: `python -m lavis_uniadapter.common.schema.document`.
+"""
+SECTIONS: list[tuple[str, type[Section]]] = [
+    ("`run`", run.RunSection),
+    ("`model`: all architectures", model.ModelSection),
+    *((f"`model`: `{arch}`", section) for arch, section in model.MODELS.items()),
+    ("`model.vit`", model.VitSection),
+    ("`model.adapter`", methods.AdapterConfig),
+    ("`model.lora`", methods.LoraConfig),
+    ("`datasets.<name>`", data.DatasetSection),
+    ("`datasets.<name>.build_info`", data.BuildInfo),
+    ("`datasets.<name>.build_info.annotations.<split>`, `.images`, `.videos`", data.Source),
+    *((f"Processor `{name}`", section) for name, section in processors.PROCESSORS.items()),
+    ("`datasets.shapes_image_….generate`", shapes.Stills),
+    ("`datasets.shapes_….generate`", shapes.Clips),
+    ("Comparison files", PlanFile),
+    ("Comparison files: `base`, `runs.<name>`", RunEntry),
+]
+
+
+def render() -> str:
+    """The page, a table for each section."""
+    return "\n".join([INTRODUCTION, *(_table(title, section) for title, section in SECTIONS)])
+
+
+def _table(title: str, section: type[Section]) -> str:
+    lines = [f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
+    keys = section.model_fields
+    if section in model.MODELS.values():
+        keys = [key for key in keys if key in section.__annotations__]
+    for key in keys:
+        field = section.model_fields[key]
+        description = field.description or model.ModelSection.model_fields[key].description
+        default = "required" if field.is_required() else f"`{_as_yaml(field.get_default())}`"
+        if isinstance(field.default, Section):
+            default = "see below"
+        readers = [mark for mark in field.metadata if isinstance(mark, run.ReadBy)]
+        note = f" Read by `{'`, `'.join(readers[0].runners)}` only." if readers else ""
+        meaning = " ".join(description.replace("``", "`").split()) + note
+        lines.append(
+            f"| `{key}` | {wanted(field.annotation, field.metadata)} | {default} | {meaning} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _as_yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    return "null" if value is None else '""' if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(render(), encoding="utf-8")

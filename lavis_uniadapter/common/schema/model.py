@@ -1,0 +1,160 @@
+"""``model:``, a class for each architecture of this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from lavis_uniadapter.common.schema.methods import (
+    METHODS,
+    AdapterConfig,
+    LoraConfig,
+    MethodConfig,
+)
+from lavis_uniadapter.common.schema.section import (
+    Amount,
+    Count,
+    Dropout,
+    Positive,
+    Section,
+    Share,
+    Size,
+    Text,
+    option,
+)
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TextLength = Annotated[int, Field(ge=2, le=512)]
+
+
+class VitSection(Section):
+    """``model.vit``: the sizes of a visual encoder with ``vit_type: custom``."""
+
+    width: Size = option(..., "Width of the hidden states.")
+    depth: Size = option(..., "Number of blocks.")
+    num_heads: Size = option(..., "Attention heads; their number divides `width`.")
+    patch_size: Size = option(..., "Side of a patch in pixels; it divides `image_size`.")
+    mlp_ratio: Positive = option(..., "Width of the FFN over `width`.")
+    pos_embed_std: Positive | None = option(
+        None, "Standard deviation of the initial positional embedding; null: LAVIS's 0.02."
+    )
+
+
+class ModelSection(Section):
+    """What all architectures of this package have in common."""
+
+    HAS_FRAME_FEATURES: ClassVar[bool] = False
+
+    arch: str = option(..., "Name of the model in LAVIS's registry.")
+    model_type: str = option(..., "Its default configuration; wins over the defaults given here.")
+    pretrained: Text | None = option(None, "BLIP's weights, a path or URL; null: random weights.")
+    load_finetuned: bool = option(False, "Load `finetuned`.")
+    finetuned: Text | None = option(None, "A checkpoint of a run, loaded after `pretrained`.")
+    adapter_ckpt: Text | None = option(None, "A folder written by `save_adapter`.")
+    tokenizer: Text = option("bert-base-uncased", "Folder with `vocab.txt`, or hub name.")
+    vit_type: Literal["base", "large", "custom"] = option("base", "Size of the visual encoder.")
+    vit: VitSection | None = option(None, "Its sizes, with `vit_type: custom`.")
+    drop_path_rate: Dropout | None = option(None, "Stochastic depth; null: LAVIS's own.")
+    vit_grad_ckpt: bool = option(False, "Checkpoint activations of the visual encoder.")
+    vit_ckpt_layer: Count = option(0, "How many of its last blocks, with `vit_grad_ckpt`.")
+    text_ckpt_layer: Count = option(0, "The same for the last layers of the text encoder.")
+    med_config_path: Text = option("configs/models/med_config.json", "BERT configuration.")
+    image_size: Size = option(384, "Side of images and frames in pixels; the processors' too.")
+    max_txt_len: TextLength = option(35, "Texts are cut at so many tokens.")
+    tuning: Literal["uniadapter", "adapter", "lora", "bitfit", "linear", "full"] = option(
+        "uniadapter", "What trains; `linear`: the heads, `full`: everything."
+    )
+    adapter: AdapterConfig = option(AdapterConfig(), "Options of `uniadapter` and `adapter`.")
+    lora: LoraConfig = option(LoraConfig(), "Read by `lora`.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.vit_type == "custom") != (self.vit is not None):
+            raise ValueError(
+                f"vit_type is '{self.vit_type}', and model.vit is "
+                f"{'null' if self.vit is None else 'given'}. Give model.vit with vit_type: custom, "
+                "and only then."
+            )
+        patch_size = 16 if self.vit is None else self.vit.patch_size
+        if self.image_size % patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of the patch size {patch_size}."
+            )
+        if self.vit is not None and self.vit.width % self.vit.num_heads:
+            raise ValueError(
+                f"vit.width {self.vit.width} is not a multiple of num_heads {self.vit.num_heads}."
+            )
+        if self.load_finetuned and self.finetuned is None:
+            raise ValueError("load_finetuned is True, and model.finetuned names no file.")
+        if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
+            raise ValueError(
+                "adapter.frame_aware is True. Frame-aware attention weighs frames by contrastive "
+                f"features, and '{self.arch}' has none. Set it to False."
+            )
+        return self
+
+    @property
+    def method_config(self) -> MethodConfig:
+        """The configuration of the chosen tuning method."""
+        config = METHODS[self.tuning]
+        section = getattr(self, config.SECTION) if config.SECTION else None
+        return config(**{key: getattr(section, key) for key in config.model_fields})
+
+    @classmethod
+    def files(cls) -> dict[str, str]:
+        """The default configurations of the model types, as LAVIS's models name them."""
+        (arch,) = get_args(cls.model_fields["arch"].annotation)
+        return {
+            name: str(CONFIGS / f"models/{arch}_{name}.yaml")
+            for name in get_args(cls.model_fields["model_type"].annotation)
+        }
+
+
+class RetrievalModel(ModelSection):
+    """Retrieval."""
+
+    HAS_FRAME_FEATURES: ClassVar[bool] = True
+
+    arch: Literal["blip_uniadapter_retrieval"]
+    model_type: Literal["coco", "flickr", "msrvtt", "didemo", "shapes"]
+    embed_dim: Size = option(256, "Width of the contrastive features.")
+    queue_size: Count = option(57600, "Earlier features that contrastive learning compares with.")
+    alpha: Share = option(0.4, "Weight of the momentum encoders' soft targets.")
+    alpha_rampup_epochs: Amount = option(2.0, "Epochs over which `alpha` grows from 0.")
+    momentum: Share = option(0.995, "Decay of the moving averages of encoders and heads.")
+    adapter_momentum: Share = option(0.990025, "Decay of the moving averages of adapters.")
+    negative_all_rank: bool = option(True, "Draw hard negatives from the batches of all processes.")
+
+
+class VqaModel(ModelSection):
+    """Question answering."""
+
+    arch: Literal["blip_uniadapter_vqa"]
+    model_type: Literal["vqav2", "msrvtt_qa", "msvd_qa", "shapes"]
+
+
+class CaptionModel(ModelSection):
+    """Captioning."""
+
+    arch: Literal["blip_uniadapter_caption"]
+    model_type: Literal["coco", "msrvtt", "msvd", "shapes"]
+    max_txt_len: TextLength = option(40, "Captions are cut at so many tokens.")
+    prompt: str = option("", "What captions begin with; the text processor puts it there.")
+
+
+MODELS: dict[str, type[ModelSection]] = {
+    "blip_uniadapter_retrieval": RetrievalModel,
+    "blip_uniadapter_vqa": VqaModel,
+    "blip_uniadapter_caption": CaptionModel,
+}
+
+
+def default_file(model: Any) -> str | None:
+    """The default configuration that a ``model:`` section asks for, if it is one of ours."""
+    arch, model_type = (model.get(key) for key in ("arch", "model_type"))
+    if not (isinstance(arch, str) and isinstance(model_type, str) and arch in MODELS):
+        return None
+    return MODELS[arch].files().get(model_type)
