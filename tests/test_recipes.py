@@ -91,16 +91,6 @@ def test_recipe_is_the_released_configuration(name):
     assert found | numbers == RELEASED[name]
 
 
-@pytest.mark.parametrize("name", ["coco_retrieval", "flickr_retrieval", "vqav2"])
-@pytest.mark.parametrize("key", ["bottleneck", "kv_bottleneck"])
-def test_training_and_evaluation_build_the_same_adapter(name, key):
-    train, evaluation = (
-        load_config(TRAIN.parent / kind / f"{name}.yaml", options).model_cfg.adapter[key]
-        for kind, options in (("train", ()), ("eval", ["run.evaluate=True"]))
-    )
-    assert train == evaluation
-
-
 @pytest.mark.parametrize(
     "name", ["msrvtt_retrieval", "didemo_retrieval", "msrvtt_qa", "msvd_qa", "msrvtt_caption"]
 )

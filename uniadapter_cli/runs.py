@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from types import ModuleType
 
+from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.tools import recipes
 
 
@@ -101,6 +102,7 @@ def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, evaluate: 
         given = ", ".join(names) or "none"
         parser.error(f"give one recipe, and values as section.key=value; recipes given: {given}")
     path = recipes.find(names[0], recipes.runs())
+    validate(path, [*options, "run.evaluate=True"] if evaluate else options)
 
     launch = import_launch()
     work = launch.check if args.dry_run else launch.run_and_report

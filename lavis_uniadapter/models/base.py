@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
-from lavis_uniadapter.adapters.methods import tuning_method
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.checkpoints import blip_files
@@ -163,10 +163,11 @@ class TunedBlip(AdapterVerbs):
     ) -> None:
         """Make the encoders adapter-aware, create what trains and freeze the rest.
 
-        Raises:
-            ConfigError: for an unknown method.
+        Args:
+            tuning: a key of ``adapters.methods.TUNING_METHODS``.
+            method_config: of the class that ``common.schema.methods.METHODS`` has for it.
         """
-        set_cls = tuning_method(tuning).set_cls
+        set_cls = TUNING_METHODS[tuning]
         self.tuning = tuning
         self.method_config = method_config
         self.adapters = AdapterBank()
@@ -194,7 +195,7 @@ class TunedBlip(AdapterVerbs):
     def new_adapter_set(self) -> AdapterSet:
         """A fresh set of the model's tuning method, with copies of BLIP's heads."""
         heads = {name: copy.deepcopy(getattr(self, name)) for name in self.HEADS}
-        set_cls = tuning_method(self.tuning).set_cls
+        set_cls = TUNING_METHODS[self.tuning]
         return set_cls(heads, self.method_config, geometry_of(self)).to(self.device)
 
     # --- computing ------------------------------------------------------------------------------

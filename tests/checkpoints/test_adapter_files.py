@@ -24,7 +24,7 @@ from lavis_uniadapter.checkpoints.adapter_files import CARD, CONFIG, TENSORS
 from lavis_uniadapter.checkpoints.blip_files import base_state_dict
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 
-BESIDE_A_BACKBONE = [name for name, method in TUNING_METHODS.items() if method.set_cls]
+BESIDE_A_BACKBONE = [name for name, set_cls in TUNING_METHODS.items() if set_cls]
 
 
 def test_folder_holds_no_backbone_queue_or_average(build_model, tmp_path):

@@ -56,6 +56,8 @@ def light(tmp_path):
         (["train", "msrvtt_retrieval", "didemo_retrieval"], 2, "give one recipe"),
         (["train", "msrvtt_retreival"], 2, "Did you mean 'msrvtt_retrieval'?"),
         (["evaluate", "none.yaml"], 2, "No configuration file or recipe 'none.yaml'"),
+        (["train", "shapes_retrieval", "run.k_tets=3"], 2, "Did you mean 'k_test'?"),
+        (["train", "shapes_retrieval", "run.init_lr=-1"], 2, "run.init_lr is -1"),
         (["compare", "vqa"], 2, "Did you mean 'vqav2'?"),
         (["compare"], 2, "Give a PLAN"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lavis_uniadapter.adapters.methods import TUNING_METHODS, TuningMethod
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,7 @@ def test_the_method_of_the_tutorial_trains(build_model, video_batch, monkeypatch
     code = re.search(r"```python title=\"\S+attention_bias.py\"\n(.*?)```", page, re.DOTALL)[1]
     namespace: dict = {}
     exec(compile(code, "adding-a-method.md", "exec"), namespace)
-    monkeypatch.setitem(
-        TUNING_METHODS, "attention_bias", TuningMethod(namespace["AttentionBiasSet"])
-    )
+    monkeypatch.setitem(TUNING_METHODS, "attention_bias", namespace["AttentionBiasSet"])
     model = build_model(tuning="attention_bias").train()
     model(video_batch).loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

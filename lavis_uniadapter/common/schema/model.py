@@ -64,7 +64,7 @@ class ModelSection(Section):
     med_config_path: Text = option("configs/models/med_config.json", "BERT configuration.")
     image_size: Size = option(384, "Side of images and frames in pixels; the processors' too.")
     max_txt_len: TextLength = option(35, "Texts are cut at so many tokens.")
-    tuning: Literal["uniadapter", "adapter", "lora", "bitfit", "linear", "full"] = option(
+    tuning: Literal[tuple(METHODS)] = option(  # type: ignore[valid-type]
         "uniadapter", "What trains; `linear`: the heads, `full`: everything."
     )
     adapter: AdapterConfig = option(AdapterConfig(), "Options of `uniadapter` and `adapter`.")
