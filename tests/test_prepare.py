@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from lavis_uniadapter.common.atomic import write_together
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
-from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS
+from lavis_uniadapter.tools import recipes
 from lavis_uniadapter.tools.prepare import annotations, didemo, msrvtt, videos
 from lavis_uniadapter.tools.prepare.__main__ import main
 from lavis_uniadapter.tools.prepare.annotations import AnnotationFile
@@ -980,7 +980,7 @@ def test_the_report_of_didemo_counts_what_the_files_hold(did):
 
 def printed_commands(report):
     lines = report.split("next:\n")[1].replace("\\\n", " ").splitlines()
-    return {Path(words[3]).stem: words for words in map(shlex.split, lines)}
+    return {words[2]: words for words in map(shlex.split, lines)}
 
 
 @pytest.fixture
@@ -991,8 +991,8 @@ def process_group():
 
 def built(command, workplace, monkeypatch):
     """The datasets of a printed command, as a run builds and checks them."""
-    assert command[:3] == ["python", "train.py", "--cfg-path"] and command[4] == "--options"
-    config = load_config(PACKAGE_ROOT.parent / command[3], command[5:])
+    assert command[:2] == ["uniadapter", "train"]
+    config = load_config(recipes.find(command[2], recipes.runs()), command[3:])
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(workplace.root / "elsewhere"))
     init_process_group("cpu")
     run = config.run_cfg

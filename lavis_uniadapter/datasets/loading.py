@@ -155,8 +155,8 @@ class BatchLoader:
             said = (str(error).strip() or type(error).__name__).splitlines()[-1]
             what = f"A data worker died ({said})"
         return (
-            f"{what}. Being read: {reading or 'nothing'}. Check such a file with python -m "
-            "lavis_uniadapter.prepare check; if it fails again, remove it from the annotations."
+            f"{what}. Being read: {reading or 'nothing'}. Check such a file with uniadapter "
+            "prepare check; if it fails again, remove it from the annotations."
         )
 
 

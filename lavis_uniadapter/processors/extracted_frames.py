@@ -2,7 +2,7 @@
 
 An uncompressed zip archive of JPEG pictures, called like the video plus ``.frames.zip``. It lies
 beside the video or replaces it in a folder of its own: everything that reads a video reads it.
-``python -m lavis_uniadapter.prepare frames`` writes them.
+``uniadapter prepare frames`` writes them.
 """
 
 from __future__ import annotations

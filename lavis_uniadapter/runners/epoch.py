@@ -204,7 +204,7 @@ class TrainingEpoch:
                 f"{number} of the {items} items of this epoch could not be read, more than "
                 f"run.unreadable_threshold {threshold:g} allows; the last: '{last.file}' "
                 f"({last.reason}). All are listed in {runner.output_dir}. Is the disk mounted? "
-                "python -m lavis_uniadapter.prepare check checks a folder."
+                "uniadapter prepare check checks a folder."
             )
         progress.unreadable = number
 

@@ -1,4 +1,4 @@
-"""``python -m lavis_uniadapter.prepare <command>``; a command is a module with `add_parser`."""
+"""``uniadapter prepare <command>``; a command is a module with `add_parser`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lavis_uniadapter.tools.prepare import check, didemo, frames, msrvtt
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and print its report; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lavis_uniadapter.prepare",
+        prog="uniadapter prepare",
         description="Convert the published files of a benchmark to LAVIS's annotations, and videos "
         "to frames that train faster; check files.",
     )

@@ -215,7 +215,7 @@ def retrieval_files(names: Collection[str]) -> dict[str, str]:
 
 
 def _training_command(dataset: str, args: argparse.Namespace, files: Mapping[str, str]) -> str:
-    """The command that trains with the configuration called like LAVIS's dataset builder."""
+    """The command that trains by the recipe of a dataset builder's name."""
     build_info = f"datasets.{dataset}.build_info"
     options = [
         # Absolute, as LAVIS's relative paths start at its cache root.
@@ -224,5 +224,4 @@ def _training_command(dataset: str, args: argparse.Namespace, files: Mapping[str
     ]
     options.append(f"{build_info}.videos.storage={os.path.abspath(args.videos)}")
     options.append(f"run.valid_splits=[{'val' if 'val' in files else ''}]")
-    command = f"python train.py --cfg-path projects/uniadapter/train/{dataset}.yaml --options"
-    return " \\\n      ".join([f"  {command}", *map(shlex.quote, options)])
+    return " \\\n      ".join([f"  uniadapter train {dataset}", *map(shlex.quote, options)])
