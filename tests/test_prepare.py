@@ -846,7 +846,7 @@ def test_every_video_is_decoded_at_its_end_and_once(msr, monkeypatch):
 
 # --- writing --------------------------------------------------------------------------------------
 
-CONTENTS = {"a.json": b"new", "b.json": "neu", "c.json": b"3"}
+CONTENTS = {"a.json": b"new", "b.json": b"neu", "c.json": b"3"}
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
     lines += added
     folder = plan.output_dir if plan else Path(args.output_dir)
-    table = write_report(lines, args.metrics or plan.metrics, folder, plan and plan.reference)
+    metrics = args.metrics or (plan.metrics if plan else ())
+    table = write_report(lines, metrics, folder, plan.reference if plan else None)
     print(f"\n{table}\n\nwritten: {folder / 'comparison.{md,csv,json,png}'}")
     return 1 if any(line.failures for line in lines) else 0
 

@@ -134,9 +134,10 @@ def install_command(module: str) -> str:
 def run_probes() -> Iterator[Finding]:
     """Run `probes.main` in another process; the probe in which that ends is a problem."""
     command = [sys.executable, "-W", "ignore", "-m", "uniadapter_cli.probes"]
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": TIMEOUT}
     try:
-        done = subprocess.run(command, **options)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+        )
     except subprocess.TimeoutExpired:
         yield Finding(PROBLEM, "imports", f"no answer in {TIMEOUT} seconds", EITHER_SET)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class AdapterSet(nn.Module):
         self.deltas = nn.ModuleDict()
         self.build(config, geometry)
 
-    def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
+    def build(self, config: Any, geometry: BackboneGeometry) -> None:
         """Create the modules of the method."""
         raise NotImplementedError
 

@@ -18,11 +18,10 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     killed process leaves ``.<name>.<pid>.tmp`` behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,8 +44,24 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_together(contents: Mapping[Path, str]) -> None:
-    """Write several text files; none is replaced before all are written."""
-    with contextlib.ExitStack() as stack:
-        for path, text in contents.items():
-            stack.enter_context(atomic(path)).write_text(text, encoding="utf-8")
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files; none is replaced before all are on the disk."""
+    temporaries = {path: _temporary(path) for path in contents}
+    try:
+        for path, temporary in temporaries.items():
+            temporary.write_bytes(contents[path])
+            _flush(temporary)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

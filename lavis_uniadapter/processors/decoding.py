@@ -130,7 +130,7 @@ def frames_problem(path: str, choose: ChooseFrames) -> str | None:
         decode_file(path, first_part, _PROBE_SIZE)
         for start in range(_PROBED_AT_ONCE, len(indices), _PROBED_AT_ONCE):
             part = indices[start : start + _PROBED_AT_ONCE]
-            decode_file(path, lambda _, part=part: part, _PROBE_SIZE)
+            decode_file(path, lambda _, part=part: part, _PROBE_SIZE)  # type: ignore[misc]
     except VideoDecodeError as error:
         return error.reason
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def copy(name: str, target: Path) -> Path:
 
 def description(path: Path) -> str:
     """The first part of the comment at the top of a recipe."""
-    comment = re.match(r"(?:#.*\n)*", path.read_text())[0].replace("\n#", "").lstrip("# ")
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
     return re.split(r"[:;]\s|\.\s", comment)[0].strip(" .\n")
 
 

@@ -46,12 +46,12 @@ def render() -> str:
 
 def _table(title: str, section: type[Section]) -> str:
     lines = [f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
-    keys = section.model_fields
+    keys = list(section.model_fields)
     if section in model.MODELS.values():
         keys = [key for key in keys if key in section.__annotations__]
     for key in keys:
         field = section.model_fields[key]
-        description = field.description or model.ModelSection.model_fields[key].description
+        description = field.description or model.ModelSection.model_fields[key].description or ""
         default = "required" if field.is_required() else f"`{_as_yaml(field.get_default())}`"
         if isinstance(field.default, Section):
             default = "see below"

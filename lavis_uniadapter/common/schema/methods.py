@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -68,7 +68,7 @@ class LoraConfig(MethodConfig):
     @field_validator("targets")
     @classmethod
     def _in_order(cls, targets: tuple[Role, ...]) -> tuple[Role, ...]:
-        return tuple(role for role in Role.__args__ if role in targets)
+        return tuple(role for role in get_args(Role) if role in targets)
 
 
 METHODS: dict[str, type[MethodConfig]] = {

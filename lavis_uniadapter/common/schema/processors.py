@@ -30,7 +30,9 @@ class VideoTrain(VideoEval):
     All frames of a clip are treated alike.
     """
 
-    name: Literal["blip_video_train"] = option("blip_video_train", "Name of the processor.")
+    name: Literal["blip_video_train"] = option(  # type: ignore[assignment]
+        "blip_video_train", "Name of the processor."
+    )
     min_scale: Annotated[float, Field(gt=0, le=1)] = option(
         0.5, "Smallest area of the random crop, as a share of the frame's."
     )

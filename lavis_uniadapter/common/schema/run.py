@@ -157,7 +157,7 @@ class RunSection(Evaluation):
     @field_validator("amp")
     @classmethod
     def _name_amp(cls, amp: str | bool | None) -> str | None:
-        return {True: "fp16", False: None}.get(amp, amp)
+        return "fp16" if amp is True else amp or None
 
     @field_validator("resume_ckpt_path")
     @classmethod

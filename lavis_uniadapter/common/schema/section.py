@@ -140,7 +140,9 @@ def _explain(error: ValidationError, section: type[Section], values: Any, where:
     errors = error.errors(include_url=False)
     unknown = ("extra_forbidden", "invalid_key")
     first = next((e for e in errors if e["type"] in unknown), errors[0])
-    path, annotation, metadata = [where] if where else [], section, ()
+    path = [where] if where else []
+    annotation: Any = section
+    metadata: Sequence[Any] = ()
     for part in first["loc"]:
         if (inside := _inside(annotation, part)) is None:
             break

@@ -86,7 +86,9 @@ def _plan(file: PlanFile, folder: Path, options: Sequence[str], output_dir: str 
     reference = file.reference or [*trained, *entries][0]
     if reference not in entries:
         raise ConfigError(f"reference '{reference}' is no run.{nearest(reference, entries)}")
-    base = file.base and file.base.model_copy(update={"learning_rates": ()})
+    base = None
+    if file.base is not None:
+        base = entry("base", file.base.model_copy(update={"learning_rates": ()}), ())
     return Plan(
         output_dir=Path(output_dir or file.output_dir),
         metrics=file.metrics,
@@ -94,7 +96,7 @@ def _plan(file: PlanFile, folder: Path, options: Sequence[str], output_dir: str 
         tuning_seed=file.tuning_seed,
         tuning_options=file.tuning_options,
         reference=reference,
-        base=base and entry("base", base, ()),
+        base=base,
         entries=tuple(entries.values()),
     )
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError, as_completed
+from concurrent.futures import Future, TimeoutError, as_completed
 from typing import TypeVar
 
 import torch
@@ -58,13 +58,13 @@ def _outcomes(
         context.set_forkserver_preload([__name__, getattr(examine, "func", examine).__module__])
     pool = ProcessPool(workers, max_tasks, _start_worker, context=context)
     try:
-        futures = {
+        futures: dict[Future, T] = {
             pool.schedule(_examine_guarded, (examine, seconds, file), timeout=seconds): file
             for file in files
         }
         for future in as_completed(futures):
             try:
-                outcome = future.result()
+                outcome: str | ProcessExpired | None = future.result()
             except TimeoutError:
                 outcome = f"it took longer than {seconds:g} s to decode"
             except ProcessExpired as error:
