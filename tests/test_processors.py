@@ -347,7 +347,7 @@ def rotten(tmp_path, noise_clip):
 def test_rotten_files_are_named(rotten, kind, reason, processor):
     path = rotten(kind)
     with pytest.raises(VideoDecodeError, match=reason) as caught:
-        processor(SIZE)(path)
+        processor(image_size=SIZE)(path)
     assert path in str(caught.value)
     assert "Download or re-encode" in str(caught.value)
 

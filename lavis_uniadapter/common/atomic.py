@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; what is written there replaces ``path`` at the end.
 
     The content reaches the disk before the name does. After an error ``path`` is unchanged. A
-    killed process leaves ``.<name>.<pid>.tmp`` behind.
+    killed process leaves ``.<name>.<random>.tmp`` behind.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -59,7 +60,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush(path: Path) -> None:

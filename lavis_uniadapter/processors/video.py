@@ -32,6 +32,7 @@ class BlipVideoBaseProcessor(BaseProcessor):
     def __init__(self, **options):
         super().__init__()
         self.options = self.OPTIONS.read(options, "vis_processor")
+        self.n_frms = self.options.n_frms  # as LAVIS's video processors have it
 
     @classmethod
     def from_config(cls, cfg=None):

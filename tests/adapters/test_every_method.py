@@ -22,7 +22,7 @@ from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.checkpoints.blip_files import base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
 
-BESIDE_A_BACKBONE = [name for name, method in TUNING_METHODS.items() if method.set_cls]
+BESIDE_A_BACKBONE = [name for name, set_cls in TUNING_METHODS.items() if set_cls]
 FOLDABLE = ["lora", "bitfit", "linear"]
 OF_HEADS = ("visual embeds", "text embeds")  # which linear probing does not change
 

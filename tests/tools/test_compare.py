@@ -393,7 +393,7 @@ def test_compares_for_real_and_goes_on_where_it_stopped(
         "impossible": {"options": ["model.adapter.bottleneck=0"]},
         "zero-shot": {"options": ["model.tuning=full"], "evaluate": True},
     }
-    path = plan_file(options=tiny, runs=runs)
+    path = plan_file(options=tiny, runs=runs, reference="linear")
     assert main([str(path), "--jobs", "2"]) == 1  # for the impossible one
     said = capsys.readouterr().out
     table = (tmp_path / "out/comparison.md").read_text()
