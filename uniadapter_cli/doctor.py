@@ -30,6 +30,7 @@ LAVIS_SET = f"{PIP} -e . -c constraints/lavis.txt"
 MODERN_SET = f"{PIP} -r constraints/modern.txt && {PIP} --no-deps -e . salesforce-lavis==1.0.2"
 EITHER_SET = f"in a fresh environment, {LAVIS_SET} or {MODERN_SET}"
 # Modules that a distribution of another name brings.
+OPENCVS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless")
 DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",
     "skimage": "scikit-image",
@@ -112,10 +113,13 @@ def check_requirements(
             # the modern set has NumPy 2 on any Python
             if not applies or requirement.name == "numpy":
                 continue
-            version = versions.get(normalise(requirement.name))
+            names = OPENCVS if requirement.name in OPENCVS else (requirement.name,)
+            version = next(filter(None, (versions.get(normalise(n)) for n in names)), None)
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 found = f"{version or 'missing'}, and {name} needs {requirement}"
                 fix = f"{PIP} '{requirement.name}{requirement.specifier}'"
+                if requirement.name == "salesforce-lavis":
+                    fix = LAVIS_ALONE
                 yield Finding(PROBLEM, requirement.name, found, fix)
 
 
@@ -172,7 +176,7 @@ def explain(status: int, stderr: str) -> tuple[str, str]:
 
 
 def check_machine() -> Iterator[Finding]:
-    """Programs that are used where they are there, disk space and shared memory."""
+    """Optional programs, disk space and shared memory."""
     for label, names, effect, package in (
         ("Java", ["java"], "captions are scored without METEOR", "default-jre-headless"),
         ("C++ compiler", ["g++", "clang++", "c++"], "leave run.compile False on a CPU", "g++"),

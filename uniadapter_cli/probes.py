@@ -1,6 +1,6 @@
 """What the doctor tries in a process of its own; see ``doctor.run_probes``.
 
-A probe returns what it found, and the fix if that is not well. An error of any kind ends the
+A probe returns what it found, and and the fix, if one is needed. An error of any kind ends the
 process, and the doctor reports it.
 """
 
@@ -25,8 +25,7 @@ def probe_torch() -> tuple[str, str]:
     found = f"{torch.__version__}, {names or f'CPU, {torch.get_num_threads()} threads'}"
     backend = "nccl" if count else "gloo"
     if not (dist.is_available() and getattr(dist, f"is_{backend}_available")()):
-        fix = "python -m pip install --force-reinstall torch torchvision"
-        return f"{found}; without {backend} for several processes", fix
+        raise RuntimeError(f"{found}, built without {backend}, which every run needs")
     if not count and os.path.exists("/proc/driver/nvidia/version"):
         fix = "install a PyTorch built for the CUDA version that nvidia-smi shows"
         return f"{found}; there is an NVIDIA driver that this PyTorch cannot use", fix

@@ -6,6 +6,7 @@ A module of commands parses arguments and finds files first, and imports LAVIS a
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -72,8 +73,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def names_and_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What is given before and among the options: names, and ``section.key=value``."""
-    names = [argument for argument in args.arguments if "=" not in argument]
-    return names, [argument for argument in args.arguments if "=" in argument] + args.options
+    names = [each for each in args.arguments if "=" not in each or os.path.isfile(each)]
+    return names, [each for each in args.arguments if each not in names] + args.options
 
 
 def _parser(command: str, description: str, more_usage: str = "") -> argparse.ArgumentParser:

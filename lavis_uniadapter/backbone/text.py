@@ -70,6 +70,8 @@ class AdaptedBertLayer(BertLayer):
         )
         adapter = self.adapter()
         if mode == "multimodal":
+            if encoder_hidden_states is None:
+                raise ValueError("Multimodal mode needs encoder_hidden_states, a VisualMemory.")
             c, _ = self.crossattention(a, attention_mask, head_mask, encoder_hidden_states)
             out = self.feed_forward_chunk(c)
             delta = None if adapter is None else adapter.cross_modal(a, c)

@@ -54,4 +54,5 @@ class AdaptedBlock(Block):
         x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
         out = x + self.drop_path(self.mlp(self.norm2(x)))
         adapter = self.adapter()
-        return out if adapter is None else out + adapter.visual(x)
+        delta = None if adapter is None else adapter.visual(x)
+        return out if delta is None else out + delta

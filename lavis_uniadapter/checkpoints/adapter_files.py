@@ -94,16 +94,22 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
         (new / TENSORS).write_bytes(content)
         (new / CONFIG).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (new / CARD).write_text(_model_card(model, about, tensors), encoding="utf-8")
+        old = Path(temporary) / "old"
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def _refuse_other_content(folder: Path) -> None:
     """Raise ConfigError if replacing a folder would delete anything but an adapter."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"'{folder}' is a file, and an adapter is a folder. Name a new folder.")
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file():
-        names = [folder.name]
     if others := set(names) - {TENSORS, CONFIG, CARD}:
         raise ConfigError(
             f"'{folder}' is not an adapter folder and is not replaced: it holds "
@@ -127,8 +133,8 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         raise CheckpointError(
             f"'{folder}' was trained on another base checkpoint: '{about.base.name}' "
             f"({about.base.fingerprint[:8]}), and the model holds '{model.base_name}' "
-            f"({model.base_fingerprint[:8]}). Load that base, or try all the same by "
-            "load_adapter(folder, force=True)."
+            f"({model.base_fingerprint[:8]}). Load that base, or load the adapter "
+            "anyway with load_adapter(folder, force=True)."
         )
     new = name not in model.adapters
     target = model.new_adapter_set() if new else model.adapters[name]

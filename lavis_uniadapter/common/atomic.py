@@ -22,7 +22,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     try:
         for path, temporary in temporaries.items():
             temporary.write_bytes(contents[path])
-            _flush(temporary)
+            flush(temporary)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     finally:
@@ -63,6 +63,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make sure that a file's content is on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

@@ -193,8 +193,14 @@ def _complete_model(model: dict[str, Any]) -> dict[str, Any]:
     model_cls = registry.get_model_class(model["arch"])
     types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
     _check_name("model.model_type", model.get("model_type"), types)
-    defaults = OmegaConf.load(model_cls.default_config_path(model["model_type"])).model
-    return _overlay(OmegaConf.to_container(defaults), model)
+    path = model_cls.default_config_path(model["model_type"])
+    defaults = OmegaConf.to_container(OmegaConf.load(path).model)
+    for key, default in defaults.items():
+        kind = next((k for k in (Mapping, list) if isinstance(default, k)), None)
+        if kind and model.get(key) is not None and not isinstance(model[key], kind):
+            must = "a section" if kind is Mapping else "a list"
+            raise ConfigError(f"model.{key} is {model[key]!r}; it must be {must}.")
+    return _overlay(defaults, model)
 
 
 def _complete_dataset(name: str, section: dict[str, Any]) -> dict[str, Any]:

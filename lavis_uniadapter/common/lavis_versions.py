@@ -4,7 +4,6 @@
 \                                     1.0.2               main
 ====================================  ==================  ==========================
 ``task.train_step`` returns           the loss            the loss, and all losses
-the model's parameter groups          none                ``get_optimizer_params``
 ``BlipBase`` needs transformers       any                 before 4.27
 numbers in a batch are                a tensor            a list
 ====================================  ==================  ==========================

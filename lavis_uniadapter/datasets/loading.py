@@ -150,12 +150,12 @@ class BatchLoader:
             for index, seconds in self._items.monitor.in_progress()
         )
         if "timed out" in str(error):
-            what = f"A data worker gave nothing for {self._timeout:g} s (run.data_timeout)"
+            what = f"A data worker returned no batch for {self._timeout:g} s (run.data_timeout)"
         else:
             said = (str(error).strip() or type(error).__name__).splitlines()[-1]
             what = f"A data worker died ({said})"
         return (
-            f"{what}. Being read: {reading or 'nothing'}. Check such a file with uniadapter "
+            f"{what}. Files being read: {reading or 'none'}. Check such a file with uniadapter "
             "prepare check; if it fails again, remove it from the annotations."
         )
 

@@ -177,10 +177,17 @@ class EvaluationItems(TrainingItems):
             annotation[index] = record
 
     def replace(self, fault: Unreadable) -> tuple[int, Any]:
-        for step in range(1, MAX_REPLACEMENTS + 1) if self.allow_missing else ():
-            item, failure = self.try_to_read(fault.index, (fault.index + step) % len(self))
+        tried = {fault.file}
+        for step in range(1, len(self)) if self.allow_missing else ():
+            shown = (fault.index + step) % len(self)
+            if (file := file_of(self.dataset, shown)) in tried:
+                continue  # many questions may be about one clip
+            item, failure = self.try_to_read(fault.index, shown)
             if failure is None:
                 return fault.index, item
+            tried.add(file)
+            if len(tried) > MAX_REPLACEMENTS:
+                break
         raise DatasetError(
             f"'{fault.file}' cannot be read ({fault.reason}). Replace the file; or set "
             "allow_missing: True of the dataset, and its items are scored as wrong and counted, as "

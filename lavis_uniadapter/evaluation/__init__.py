@@ -1,1 +1,1 @@
-"""Scores and metrics of the tasks, independent of LAVIS's models, registry and configurations."""
+"""Scores and metrics, called by the tasks and the models."""

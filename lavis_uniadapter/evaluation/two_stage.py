@@ -9,6 +9,7 @@ pair shortlisted in both directions is scored once; texts are padded only to the
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def score_gallery(
     k_test: int,
     itc_weight: float,
     rerank_batch: int,
-    feature_memory: float = 16.0,
+    feature_memory: float = math.inf,
 ) -> tuple[Tensor, Tensor, Mapping[int, Unreadable]]:
     """Score a gallery in both directions.
 

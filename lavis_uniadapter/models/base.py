@@ -19,7 +19,7 @@ from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geo
 from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.checkpoints import blip_files
 from lavis_uniadapter.common import paths
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError, nearest
 from lavis_uniadapter.common.schema import ModelSection
 from lavis_uniadapter.common.schema.methods import MethodConfig
 from lavis_uniadapter.models.adapter_verbs import DEFAULT_SET, AdapterVerbs
@@ -110,9 +110,10 @@ class TunedBlip(AdapterVerbs):
         # For a missing vocab.txt, later releases of transformers raise TypeError, or ImportError
         # because there is no protobuf to read another format with.
         except (OSError, ValueError, TypeError, ImportError) as error:
+            reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
             raise ConfigError(
                 f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                "BERT's vocab.txt, or a hub name while online."
+                f"BERT's vocab.txt, or a hub name while online.{reason}"
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -166,7 +167,15 @@ class TunedBlip(AdapterVerbs):
         Args:
             tuning: a key of ``adapters.methods.TUNING_METHODS``.
             method_config: of the class that ``common.schema.methods.METHODS`` has for it.
+
+        Raises:
+            ConfigError: for an unknown method.
         """
+        if tuning not in TUNING_METHODS:
+            raise ConfigError(
+                f"model.tuning is {tuning!r}.{nearest(tuning, TUNING_METHODS)} "
+                f"Known: {', '.join(TUNING_METHODS)}."
+            )
         set_cls = TUNING_METHODS[tuning]
         self.tuning = tuning
         self.method_config = method_config

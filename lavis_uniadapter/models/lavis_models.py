@@ -29,7 +29,7 @@ logger = logging.getLogger("lavis_uniadapter")
 
 
 def is_lavis_model(model_cls: type) -> bool:
-    """Whether a registered model is LAVIS's own: this package's check their configuration."""
+    """Whether a registered model is LAVIS's own; this package's have a ``CONFIG`` schema."""
     return not hasattr(model_cls, "CONFIG")
 
 

@@ -24,7 +24,7 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
 
     Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
     encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
-    as by LAVIS's ``BlipVQA``, whose ``forward`` this is, without its repeated computations.
+    as by LAVIS's ``BlipVQA``, whose ``forward`` is inherited; repeated computations are removed.
 
     Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
     ``shapes`` (the small model of the embedded example).
@@ -140,7 +140,7 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
     def _generate_answers(self, samples, num_beams=3, max_length=10, min_length=1) -> list[str]:
         """Beam search (``lavis`` ``BlipVQA``) that masks the questions' padding.
 
-        In LAVIS answers attend to it, so that they depend on the batch.
+        In LAVIS answers attend to the padding and so depend on the batch.
         """
         memory = self._question_memory(samples)
         start = torch.full((len(memory.states), 1), self.tokenizer.bos_token_id, device=self.device)

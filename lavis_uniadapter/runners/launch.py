@@ -22,7 +22,6 @@ from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
-from lavis.tasks.retrieval import RetrievalTask
 from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
@@ -40,7 +39,6 @@ from lavis_uniadapter.common.errors import CheckpointError, ConfigError, nearest
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
-from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.runners.console import (
@@ -56,6 +54,7 @@ from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
 from lavis_uniadapter.tasks.prediction import PredictionTask
+from lavis_uniadapter.tasks.retrieval import UniAdapterRetrievalTask
 
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
 # Errors whose message is all that a user needs; others keep their traceback.
@@ -125,7 +124,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
         if is_main_process():
             # of an earlier run in the folder
             (folder / run_folders.SUMMARY).unlink(missing_ok=True)
-            write_json(folder / run_folders.CONFIG, asked)
+            if checkpoint is None:  # a resumed run has it
+                write_json(folder / run_folders.CONFIG, asked)
         log_to_file(folder)
         describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
@@ -238,7 +238,7 @@ def _check_allow_missing(config: Config, task: BaseTask) -> None:
     names = [name for name, cfg in config.datasets_cfg.items() if cfg.get("allow_missing")]
     model_cls = registry.get_model_class(config.model_cfg.arch)
     scores_them = isinstance(task, PredictionTask) or (
-        isinstance(task, RetrievalTask) and issubclass(model_cls, BlipUniAdapterRetrieval)
+        isinstance(task, UniAdapterRetrievalTask) and not is_lavis_model(model_cls)
     )
     if names and (is_stock(config.run_cfg) or not scores_them):
         raise ConfigError(

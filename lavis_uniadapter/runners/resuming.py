@@ -41,7 +41,7 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
     of_lavis = is_stock(run)
     output_dir = Path.cwd() / run["output_dir"]
     job_id = run["job_id"]
-    if not job_id and run["resume"] and not run["evaluate"]:
+    if not job_id and run.get("resume") and not run["evaluate"]:
         job_id = find_unfinished_run(output_dir, config, of_lavis)
     if not job_id:
         return _new_folder(output_dir), None
@@ -50,7 +50,7 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
         return folder, None
     with run_folders.sole_user(folder):
         checkpoint = run_checkpoints.newest_whole(folder, of_lavis)
-    if checkpoint is not None and not run["resume"]:
+    if checkpoint is not None and not run.get("resume"):
         raise ConfigError(
             f"'{folder}' holds a run already. Set run.resume=auto to continue it; use another "
             "run.job_id or delete the folder to start anew."

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lavis_uniadapter.common.atomic import atomic
+from lavis_uniadapter.common.atomic import atomic, flush
 from lavis_uniadapter.common.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def write_latest(content: Mapping[str, Any], folder: Path) -> None:
     """Write the newest state of a run; keep the one before beside it."""
     with atomic(folder / LATEST) as temporary:
         torch.save(content, temporary)
+        flush(temporary)
         if (folder / LATEST).is_file():
             os.replace(folder / LATEST, folder / PREVIOUS)
 

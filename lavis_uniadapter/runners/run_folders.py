@@ -61,7 +61,7 @@ class RunSummary:
         best: the best validation score (``agg_metrics``, of which more is better).
         seconds: of training and evaluation, earlier processes of the run included.
         peak_bytes: most memory of the main process; on CUDA, of the device.
-        outcomes: by metric, what each query contributes; see ``tasks.prediction.write_outcomes``.
+        outcomes: by metric, what each query contributes; see ``MeasuredTask.write``.
         precision: the number format, such as float32 or bf16.
     """
 
@@ -171,7 +171,7 @@ def _read_summary(folder: Path, split: str) -> RunSummary:
 
 def _lavis_results(folder: Path, split: str) -> dict[str, float]:
     """The last result that a LAVIS task wrote."""
-    last = list(_json_values((folder / LAVIS_RESULTS).read_text()))[-1]
+    last = list(json_values((folder / LAVIS_RESULTS).read_text()))[-1]
     if split in last:  # captioning and classification name the split
         last = _in_percent(last[split])
     return {k: v for k, v in last.items() if isinstance(v, int | float)}
@@ -187,11 +187,11 @@ def _in_percent(classification: dict[str, float]) -> dict[str, float]:
 def _logged_seconds(folder: Path) -> float | None:
     if not (folder / LOG).is_file():
         return None
-    lines = _json_values((folder / LOG).read_text())
+    lines = json_values((folder / LOG).read_text())
     return sum(v for line in lines for k, v in line.items() if k.endswith("_seconds"))
 
 
-def _json_values(text: str) -> Iterator[dict[str, Any]]:
+def json_values(text: str) -> Iterator[dict[str, Any]]:
     """JSON objects one after another, on one line or several."""
     decoder, at = json.JSONDecoder(), 0
     while text[at:].strip():

@@ -51,7 +51,8 @@ class RunnerUniAdapter(RunnerBase):
     over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
     ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the middle of an
     epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or gradient is not
-    finite are skipped, counted and logged, up to a limit.
+    finite are skipped, counted and logged, up to a limit. The configuration is one that
+    ``load_config`` has completed.
 
     Attributes:
         best: the best epoch so far.
@@ -59,8 +60,7 @@ class RunnerUniAdapter(RunnerBase):
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
-        amp = cfg.run_cfg.get("amp") or None
-        self.amp = "fp16" if amp is True else amp  # LAVIS's True is fp16
+        self.amp = cfg.run_cfg.amp
         self.best = BestEpoch()
         self.watch = InterruptionWatch()
         self.faults = FaultLog(self.output_dir)

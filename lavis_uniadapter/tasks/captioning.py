@@ -55,7 +55,7 @@ class UniAdapterCaptionTask(PredictionTask):
                 if not isinstance(dataset, CAPTION_DATASETS):
                     raise ConfigError(
                         f"run.task is uniadapter_captioning, and '{name}', {split} is a "
-                        f"{type(dataset).__name__}, which is none of LAVIS's caption datasets."
+                        f"{type(dataset).__name__}, which is not one of LAVIS's caption datasets."
                     )
                 if split == "train":
                     _check_prompt(dataset, cfg.model_cfg.get("prompt") or "", name)

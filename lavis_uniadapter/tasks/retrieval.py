@@ -58,7 +58,8 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
         data = data_loader.dataset
         ranks = retrieval_ranks(*scores, data.txt2img, data.img2txt, visual_kind(data))
         metrics = self.summary(retrieval_metrics(ranks), len(unreadable))
-        return metrics, retrieval_outcomes(ranks), [asdict(fault) for fault in unreadable.values()]
+        faults = [asdict(fault) for _, fault in sorted(unreadable.items())]
+        return metrics, retrieval_outcomes(ranks), faults
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""

@@ -44,7 +44,7 @@ class PlanFile(Section):
 
     @field_validator("runs", mode="before")
     @classmethod
-    def _allow_nothing_to_say(cls, runs: Any) -> Any:
+    def _allow_empty_runs(cls, runs: Any) -> Any:
         if not isinstance(runs, dict):
             return runs
         return {name: {} if entry is None else entry for name, entry in runs.items()}

@@ -14,7 +14,7 @@ INTRODUCTION = """# Configuration
 A run is described by a YAML file with the sections `model`, `datasets` and `run`. Options on the
 command line, `section.key=value`, win over the file; the file wins over the model type's and the
 dataset's own defaults, and those win over the defaults below. Unknown keys are errors. A value may
-refer to another one of the file or of the model type, as in `${model.image_size}`.
+refer to another one of the file or of this package's model types, as in `${model.image_size}`.
 
 LAVIS's own models have their own keys under `model`, which are not checked here. LAVIS's processors
 have the options of their constructors.

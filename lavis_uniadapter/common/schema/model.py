@@ -63,7 +63,7 @@ class ModelSection(Section):
     text_ckpt_layer: Count = option(0, "The same for the last layers of the text encoder.")
     med_config_path: Text = option("configs/models/med_config.json", "BERT configuration.")
     image_size: Size = option(384, "Side of images and frames in pixels; the processors' too.")
-    max_txt_len: TextLength = option(35, "Texts are cut at so many tokens.")
+    max_txt_len: TextLength = option(35, "Maximum number of tokens of a text.")
     tuning: Literal[tuple(METHODS)] = option(  # type: ignore[valid-type]
         "uniadapter", "What trains; `linear`: the heads, `full`: everything."
     )
@@ -141,7 +141,7 @@ class CaptionModel(ModelSection):
 
     arch: Literal["blip_uniadapter_caption"]
     model_type: Literal["coco", "msrvtt", "msvd", "shapes"]
-    max_txt_len: TextLength = option(40, "Captions are cut at so many tokens.")
+    max_txt_len: TextLength = option(40, "Maximum number of tokens of a caption.")
     prompt: str = option("", "What captions begin with; the text processor puts it there.")
 
 

@@ -34,6 +34,7 @@ class ReadBy:
     runners: tuple[str, ...]
 
 
+FolderName = Annotated[Text, Field(pattern=r"^[^/\\]+$"), Wanted("a folder name without / or \\")]
 Splits = Annotated[Texts, Wanted("a list of names, as in [val]")]
 Amp = Annotated[Literal["auto", "bf16", "fp16"] | bool | None, Wanted("auto, bf16, fp16 or null")]
 Ours = ReadBy((OURS,))
@@ -80,7 +81,8 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        if self.min_len > self.max_len:
+        given = {"min_len", "max_len"} <= self.model_fields_set
+        if given and self.min_len > self.max_len:
             raise ValueError(f"min_len {self.min_len} exceeds run.max_len {self.max_len}.")
         return self
 
@@ -92,7 +94,7 @@ class RunSection(Evaluation):
     runner: str = option(OURS, "Ours, `runner_base` or `runner_iter`.")
     evaluate: bool = option(False, "Test only.")
     output_dir: Text = option(..., "Folder of the run's folder; relative to the current one.")
-    job_id: Text | None = option(None, "Name of the run's folder; null: the time.")
+    job_id: FolderName | None = option(None, "Name of the run's folder; null: the time.")
     cache_root: Text | None = option(None, "Where data lies; null: `$LAVIS_CACHE_ROOT` or `cache`.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = option(42, "Seed of all random numbers.")
 
@@ -142,11 +144,11 @@ class RunSection(Evaluation):
     )
     log_freq: Size = option(50, "Steps between lines of the console.")
 
-    distributed: bool = option(False, "Set by the launcher, as are the next five.")
+    distributed: bool = option(False, "Set by the launcher.")
     world_size: Size = option(1, "Number of processes.")
     dist_url: str = option("env://", "Address of the first process.")
-    gpu: Count | None = option(None, "GPU of this process.")
-    rank: Count | None = option(None, "Number of this process.")
+    gpu: Count | None = option(None, "GPU of this process; set for LAVIS's runners.")
+    rank: Count | None = option(None, "Number of this process; set for LAVIS's runners.")
     dist_backend: str | None = option(None, "Set by LAVIS.")
 
     @model_validator(mode="before")
@@ -170,6 +172,10 @@ class RunSection(Evaluation):
     def _check(self) -> Self:
         if self.evaluate and not self.test_splits:
             raise ValueError("test_splits is empty: there is nothing to evaluate on.")
+        if self.runner == "runner_iter" and not self.evaluate:
+            for key in ("max_iters", "iters_per_inner_epoch"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key} is missing: runner_iter needs it.")
         missing = [key for key in _TO_TRAIN if getattr(self, key) is None]
         if missing and not self.evaluate:
             raise ValueError(f"{missing[0]} is missing: training needs it.")

@@ -55,7 +55,6 @@ ANSWERS = (*COLOURS, *SHAPES, *POSITIONS, *SIZES)
 # Combinations of colour, shape and position (of 576) kept for evaluation, whatever the counts.
 RESERVED_COMBINATIONS = {"val": 100, "test": 300}
 # More items would give an evaluation split two with the same right answer.
-MAX_EVALUATION = {split: size * len(SIZES) for split, size in RESERVED_COMBINATIONS.items()}
 
 
 class Kind(NamedTuple):

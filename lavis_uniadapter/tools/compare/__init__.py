@@ -1,1 +1,1 @@
-"""Methods side by side: ``python -m lavis_uniadapter.compare --help`` tells how."""
+"""Methods side by side: ``uniadapter compare``."""

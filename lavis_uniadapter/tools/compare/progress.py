@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -63,10 +64,11 @@ def logged(folder: Path) -> tuple[int, int | None, float]:
     config, log = folder / run_folders.CONFIG, folder / run_folders.LOG
     if config.is_file():
         total = json.loads(config.read_text())["run"].get("max_epoch")
-    for line in log.read_text().splitlines() if log.is_file() else ():
-        values = json.loads(line)
-        epochs += "train_epoch" in values
-        seconds += sum(value for key, value in values.items() if key.endswith("_seconds"))
+    # of LAVIS's runners too, whose log begins with the configuration; the last line may be cut
+    with contextlib.suppress(ValueError):
+        for values in run_folders.json_values(log.read_text() if log.is_file() else ""):
+            epochs += "train_epoch" in values
+            seconds += sum(value for key, value in values.items() if key.endswith("_seconds"))
     return epochs, total, seconds
 
 

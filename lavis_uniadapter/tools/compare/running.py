@@ -28,7 +28,7 @@ CONSOLE = "console.log"
 
 @dataclass
 class Line:
-    """What came of an entry: its finished runs by seed, and what failed."""
+    """Results of an entry: its finished runs by seed, and what failed."""
 
     name: str
     learning_rate: float | None = None
