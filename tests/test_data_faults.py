@@ -221,7 +221,7 @@ def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, m
 
     monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", hang_or_die)
     # PyTorch learns of a death from the signal, from the silence or from the broken connection
-    said = {"hangs": "gave nothing for 8 s", "dies": r"A data worker died \("}[end]
+    said = {"hangs": "returned no batch for 8 s", "dies": r"A data worker died \("}[end]
     with pytest.raises(DatasetError, match=rf"(?s)({said}).*{bad.name}"):
         run("shapes_retrieval", *options, "run.data_timeout=8", "run.job_id=stopped")
     # what was computed before is kept

@@ -66,7 +66,7 @@ def test_the_schema_and_the_methods_name_the_same():
         ({"train_dataset_ratios": {"coco": -1}}, "run.train_dataset_ratios.coco is -1; it must"),
         ({"min_len": 12}, "run.min_len 12 exceeds run.max_len 10."),
         ({"evaluate": False}, "run.batch_size_train is missing: training needs it."),
-        ({"job_id": [1]}, "run.job_id is [1]; it must be a text or null."),
+        ({"job_id": [1]}, "run.job_id is [1]; it must be a folder name without / or \\ or null."),
     ],
 )
 def test_a_message_names_the_key_the_value_and_what_it_must_be(changes, expected):

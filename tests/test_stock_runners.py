@@ -45,7 +45,7 @@ def stock(run, monkeypatch):
 
 def logged(folder: Path, key: str) -> list:
     """The values of a key in ``log.txt``, in their order."""
-    lines = run_folders._json_values((folder / "log.txt").read_text())
+    lines = run_folders.json_values((folder / "log.txt").read_text())
     return [line[key] for line in lines if key in line]
 
 

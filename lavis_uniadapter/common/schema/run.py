@@ -81,8 +81,7 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        given = {"min_len", "max_len"} <= self.model_fields_set
-        if given and self.min_len > self.max_len:
+        if self.min_len > self.max_len:
             raise ValueError(f"min_len {self.min_len} exceeds run.max_len {self.max_len}.")
         return self
 
@@ -172,10 +171,6 @@ class RunSection(Evaluation):
     def _check(self) -> Self:
         if self.evaluate and not self.test_splits:
             raise ValueError("test_splits is empty: there is nothing to evaluate on.")
-        if self.runner == "runner_iter" and not self.evaluate:
-            for key in ("max_iters", "iters_per_inner_epoch"):
-                if getattr(self, key) is None:
-                    raise ValueError(f"{key} is missing: runner_iter needs it.")
         missing = [key for key in _TO_TRAIN if getattr(self, key) is None]
         if missing and not self.evaluate:
             raise ValueError(f"{missing[0]} is missing: training needs it.")
@@ -184,6 +179,10 @@ class RunSection(Evaluation):
         given = {key: getattr(self, key) for key in self.model_fields_set}
         if problem := unread(given, self.runner):
             raise ValueError(problem)
+        if self.runner == "runner_iter" and not self.evaluate:
+            for key in ("max_iters", "iters_per_inner_epoch"):
+                if getattr(self, key) is None:
+                    raise ValueError(f"{key} is missing: runner_iter needs it.")
         return self
 
     def filled_in(self) -> dict[str, Any]:
