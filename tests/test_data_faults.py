@@ -354,6 +354,27 @@ def test_an_unreadable_item_shows_another_file_and_keeps_its_record(run, clips):
     assert torch.equal(second["video"], dataset[2]["video"])
 
 
+def test_an_unreadable_file_with_many_records_shows_another_file(run, clips, monkeypatch):
+    """MSRVTT-QA asks about 24 questions in a row about one clip."""
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0.0)
+    options, _ = clips
+    dataset = run("shapes_retrieval", *options, evaluate=True).runner.datasets["test"]
+    shown = dataset[1]["video"]
+    first = dataset.annotation[0]
+    dataset.annotation[:] = [first] * (reading.MAX_REPLACEMENTS + 4) + dataset.annotation[1:]
+    Path(file_of(dataset, 0)).unlink()
+    items = EvaluationItems(dataset, ReadingMonitor(0), allow_missing=True)
+    (item,), _, (fault,) = items.__getitems__([0])
+    assert fault.index == 0 and torch.equal(item["video"], shown)
+
+
+def test_lavis_own_retrieval_task_may_not_leave_items_out(run, clips):
+    options, _ = clips
+    lavis = [*options, f"{DATASET}.allow_missing=True", "run.task=retrieval"]
+    with pytest.raises(ConfigError, match="run.task 'retrieval'.*cannot score what is missing"):
+        run("shapes_retrieval", *lavis, evaluate=True)
+
+
 @pytest.mark.processes
 def test_a_rank_without_data_ends_the_others_and_says_why(tmp_path, clips):
     """Nobody waits for the process group's timeout, and the failing rank's error is told."""

@@ -226,3 +226,10 @@ def test_model_card_shows_what_it_is_and_code_that_works(
     names: dict = {}
     exec(code.replace("# config.pretrained", f"{base}# config.pretrained"), names)
     assert_same(behaviour(model), behaviour(names["model"]))
+
+
+def test_a_file_is_not_replaced_by_an_adapter(build_model, tmp_path):
+    (tmp_path / "adapter.safetensors").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="is a file, and an adapter is a folder"):
+        build_model().save_adapter(tmp_path / "adapter.safetensors")
+    assert (tmp_path / "adapter.safetensors").read_bytes() == b"mine"
