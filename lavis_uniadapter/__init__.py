@@ -15,4 +15,4 @@ if "uniadapter_cli" not in sys.modules:
     from lavis_uniadapter.registration import *  # noqa: F403
     from lavis_uniadapter.registration import __all__ as _registered
 
-    __all__ += _registered
+    __all__ += _registered  # noqa: PLE0605

@@ -58,7 +58,7 @@ class Finding:
 
 def release(version: str) -> tuple[int, ...]:
     """The numbers of a version: ``2.14.1+cpu`` is (2, 14, 1)."""
-    return tuple(map(int, re.findall(r"\d+", version.split("+")[0])[:3]))
+    return tuple(map(int, re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:3]))
 
 
 def normalise(name: str) -> str:
@@ -140,7 +140,7 @@ def run_probes() -> Iterator[Finding]:
     command = [sys.executable, "-W", "ignore", "-m", "uniadapter_cli.probes"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
         yield Finding(PROBLEM, "imports", f"no answer in {TIMEOUT} seconds", EITHER_SET)

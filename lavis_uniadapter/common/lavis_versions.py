@@ -1,4 +1,4 @@
-"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
+r"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
 
 ====================================  ==================  ==========================
 \                                     1.0.2               main
@@ -68,7 +68,7 @@ def losses(task: BaseTask, model: nn.Module, samples: dict[str, Any]) -> dict[st
     """The losses of a batch by name, the one to minimise as ``loss``."""
     if type(task).train_step is BaseTask.train_step:
         output = model(samples)
-        return {name: output[name] for name in output.keys() if name.startswith("loss")}
+        return {name: output[name] for name in output if name.startswith("loss")}
     result = task.train_step(model=model, samples=samples)
     loss, parts = result if isinstance(result, tuple) else (result, {})
     return {

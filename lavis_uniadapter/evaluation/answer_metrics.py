@@ -74,4 +74,4 @@ def majority_answers(training: Sequence[tuple[str, str]], questions: Sequence[st
         counts[question_type(question)][answer] += 1
     overall = sum(counts.values(), Counter())
     kinds = map(question_type, questions)
-    return [(counts[kind] if kind in counts else overall).most_common(1)[0][0] for kind in kinds]
+    return [counts.get(kind, overall).most_common(1)[0][0] for kind in kinds]

@@ -37,7 +37,8 @@ def has_java() -> bool:
 def _runs(java: str | None) -> bool:
     # It may be a stub: macOS has one that asks to install Java.
     return (
-        java is not None and not subprocess.run([java, "-version"], capture_output=True).returncode
+        java is not None
+        and not subprocess.run([java, "-version"], capture_output=True, check=False).returncode
     )
 
 
@@ -89,7 +90,7 @@ def tokenise_by_java(texts: Sequence[str]) -> list[str]:
     command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "utf-8"]
     text = "".join(f"{line}\n" for line in lines)
-    done = subprocess.run(command, input=text.encode(), capture_output=True)
+    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
     tokenised = done.stdout.decode().split("\n")[:-1]
     if done.returncode or len(tokenised) != len(lines):
         raise RuntimeError(

@@ -157,7 +157,7 @@ def image_problem(path: str, whole: bool) -> str | None:
 
 @contextlib.contextmanager
 def images_read_whole() -> Iterator[None]:
-    """Make truncated images an error. (LAVIS lets Pillow fill them with grey.)"""
+    """Make truncated images an error; LAVIS lets Pillow fill them with grey."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:

@@ -31,7 +31,7 @@ def log_to_console() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    handler.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.ERROR)
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     # LAVIS calls logging.info, which would otherwise give the root logger a console handler

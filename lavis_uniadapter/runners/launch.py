@@ -312,7 +312,7 @@ def exit_status(work: Callable[[], object]) -> int:
     Messages go to the console, and errors that a user can fix are printed in one line.
     """
     log_to_console()
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     status = 0
     try:
         work()

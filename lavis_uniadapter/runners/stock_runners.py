@@ -51,7 +51,7 @@ def prepare(run: DictConfig) -> None:
             f"Set run.runner: {OURS}."
         )
     run.rank = get_rank()
-    run.gpu = int(os.environ.get("LOCAL_RANK", 0))
+    run.gpu = int(os.environ.get("LOCAL_RANK", "0"))
     # A relative folder would be below the installed LAVIS.
     run.output_dir = str(Path.cwd() / run.output_dir)
     for name in ("output_dir", "result_dir"):  # which LAVIS registers once in a process
