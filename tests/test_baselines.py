@@ -48,12 +48,13 @@ FILES = {
     "clip_flickr": ("flickr_retrieval", "t2i_r1", "clip/exp_flickr_ret_eval"),
     "clip_coco": ("coco_retrieval", "i2t_r5", "clip/exp_coco_ret_eval"),
 }
-# Baselines that cannot train with the versions installed here.
-REFUSED = {
-    "alpro_retrieval_msrvtt": not hasattr(np, "Inf"),
-    "alpro_retrieval_didemo": not hasattr(np, "Inf"),
-    "blip_caption_coco": not transformers.__version__.startswith("4.26."),
-}
+
+
+def is_refused(name):
+    """Whether a baseline cannot train with the versions installed here."""
+    if name.startswith("alpro_retrieval"):  # torchmetrics, once imported, gives np.Inf back
+        return not hasattr(np, "Inf")
+    return name == "blip_caption_coco" and not transformers.__version__.startswith("4.26.")
 
 
 def path_of(name):
@@ -108,7 +109,7 @@ def test_every_file_is_tested():
 
 @pytest.mark.parametrize("name", FILES)
 def test_baseline_runs_and_a_comparison_reads_it(start, name, tmp_path):
-    if REFUSED.get(name):
+    if is_refused(name):
         with pytest.raises(ConfigError, match=r"DEPENDENCIES=lavis, constraints/lavis\.txt"):
             start(name)
         return

@@ -142,17 +142,20 @@ def chance(gallery: int) -> dict[str, float]:
 def table(report: Mapping) -> str:
     """The demo's closing table."""
     metrics = METRICS[report["task"]]
-    lines = [" " * 18 + "".join(f"{name:>15}" for name in metrics)]
+    widths = [max(len(name), 6) + 3 for name in metrics]
+    columns = list(zip(metrics, widths, strict=True))
+    lines = [" " * 18 + "".join(f"{name:>{width}}" for name, width in columns)]
     for label, values in report["metrics"].items():
-        lines.append(f"{label:18}" + "".join(f"{values[name]:>15.1f}" for name in metrics))
+        cells = "".join(f"{values[name]:>{width}.1f}" for name, width in columns)
+        lines.append(f"{label:18}{cells}")
     trained, backbone = report["trained_parameters"], report["backbone_parameters"]
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
     return "\n".join(
         [
             *lines,
             "",
-            f"{report['test_items']} test items; their colours, shapes and places are combined as "
-            "in no training item",
+            f"{report['test_items']} test items, with combinations of colour, shape and place that "
+            "no training item has",
             f"trained parameters {trained:,} beside a frozen backbone of {backbone:,} "
             f"({100 * trained / backbone:.1f}%)",
             f"saved adapter {report['adapter_megabytes']:.2f} MB",
