@@ -336,7 +336,7 @@ def test_caption_task_on_another_kind_of_data_is_refused(start):
     config = OmegaConf.load(PROJECTS / "train/msrvtt_caption.yaml")
     config.datasets = {"msrvtt_retrieval": config.datasets.msrvtt_caption}
     OmegaConf.save(config, "mixed.yaml")
-    with pytest.raises(ConfigError, match="none of LAVIS's caption datasets"):
+    with pytest.raises(ConfigError, match="not one of LAVIS's caption datasets"):
         launch.run("mixed.yaml", [f"run.cache_root={start.cache}", "run.device=cpu"])
 
 
