@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("uniadapter_cli.runs:evaluate", "test a recipe with a trained adapter"),
     "compare": ("uniadapter_cli.compare:main", "compare tuning methods"),
     "prepare": ("uniadapter_cli.runs:prepare", "prepare and check data"),
+    "search": ("uniadapter_cli.search:main", "search your own images and clips"),
     "doctor": ("uniadapter_cli.doctor:main", "check this environment"),
     "demo": ("uniadapter_cli.runs:demo", "adapt a small BLIP to video in minutes"),
     "ls": ("uniadapter_cli.listing:ls", "list recipes, model types and datasets"),

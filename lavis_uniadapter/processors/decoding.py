@@ -89,15 +89,32 @@ def decode_file(path: str, choose: ChooseFrames, image_size: int) -> Tensor:
             return read_extracted_frames(path, choose, image_size)
         except (OSError, ValueError) as error:
             raise _decode_error(path, f"it is no archive of frames ({error})") from error
+    with decord_errors(path):
+        reader = open_video(path, image_size)
+        return read_frames(reader, choose(len(reader)))
+
+
+def open_video(path: str, image_size: int) -> VideoReader:
+    """Open a video whose frames are scaled to a square while they are decoded."""
+    with _OPENING:
+        return VideoReader(path, width=image_size, height=image_size, num_threads=1)
+
+
+def read_frames(reader: VideoReader, indices: Sequence[int]) -> Tensor:
+    """Frames of an open video, uint8 RGB (number of indices, height, width, 3)."""
+    frames = reader.get_batch(indices)
+    # LAVIS sets decord's bridge to torch, but the bridge holds for the importing thread only.
+    return frames if isinstance(frames, Tensor) else torch.from_numpy(frames.asnumpy())
+
+
+@contextlib.contextmanager
+def decord_errors(path: str) -> Iterator[None]:
+    """Turn what decord raises about a file into a VideoDecodeError."""
     try:
-        with _OPENING:
-            reader = VideoReader(path, width=image_size, height=image_size, num_threads=1)
-        frames = reader.get_batch(choose(len(reader)))
+        yield
     # decord asserts that there are frames; a DECORDError is no RuntimeError.
     except (RuntimeError, AssertionError, DECORDError) as error:
         raise _decode_error(path, f"decord says: {str(error).strip()}") from error
-    # LAVIS sets decord's bridge to torch, but the bridge holds for the importing thread only.
-    return frames if isinstance(frames, Tensor) else torch.from_numpy(frames.asnumpy())
 
 
 def file_problem(path: str) -> str | None:

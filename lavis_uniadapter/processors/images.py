@@ -1,0 +1,56 @@
+"""Read a user's own images: upright, RGB, with 8 bits per channel.
+
+LAVIS's benchmark data sets are read by LAVIS's own processors, without any of this.
+"""
+
+from __future__ import annotations
+
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lavis_uniadapter.processors.decoding import images_read_whole
+
+# Pillow's modes with more than 8 bits per channel, and the value of white; None: unknown.
+_DEEP = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535, "F": None}
+
+
+class ImageError(ValueError):
+    """An image that cannot be read. The message says why."""
+
+
+def read_image(source: str | IO[bytes], max_pixels: int = 100_000_000) -> Image.Image:
+    """Read an image, turned as its EXIF orientation says.
+
+    Args:
+        source: path or file.
+        max_pixels: refuse an image with more.
+
+    Raises:
+        ImageError: for a file that is no whole image, too large, or has floating-point pixels
+            outside [0, 1].
+    """
+    try:
+        with Image.open(source) as image, images_read_whole():
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"it has {image.width} x {image.height} pixels, too many to read")
+            upright = ImageOps.exif_transpose(image)
+            return _with_8_bits(upright).convert("RGB")
+    except ImageError:
+        raise
+    except Exception as error:  # each of Pillow's many decoders raises its own
+        raise ImageError(f"it cannot be read as an image ({error})") from error
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and floating-point grey to 8 bits; Pillow would cut them at 255."""
+    if image.mode not in _DEEP:
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    white = _DEEP[image.mode]
+    if white is None:
+        white = 1.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
+        raise ImageError(f"its pixels (mode {image.mode}) are outside 0 to {white:g}")
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))

@@ -1,0 +1,278 @@
+"""The record of an index, in SQLite: what it was built with, its files and their segments."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.search.segments import Segment
+from lavis_uniadapter.search.store import Store
+
+FORMAT_VERSION = 1
+FILE = "manifest.sqlite"
+# Ids in one statement; SQLite's limit was 999 before 3.32.
+_AT_ONCE = 900
+
+_SCHEMA = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE files (
+    id INTEGER PRIMARY KEY,
+    path TEXT NOT NULL UNIQUE,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    hash TEXT,
+    problem TEXT
+);
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    file INTEGER NOT NULL REFERENCES files ON DELETE CASCADE,
+    start REAL NOT NULL,
+    end REAL NOT NULL,
+    frames TEXT NOT NULL,
+    times TEXT NOT NULL,
+    feat BLOB NOT NULL,
+    frame_feat BLOB NOT NULL
+);
+CREATE INDEX segments_of_file ON segments (file);
+-- Ids that are being added to the store or deleted from it.
+CREATE TABLE pending (id INTEGER PRIMARY KEY);
+"""
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A file of an index.
+
+    Attributes:
+        path: relative to the root, with ``/``.
+        size, mtime_ns: when it was read.
+        hash: of its content; None if it could not be read.
+        problem: why it could not be read, or None.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    hash: str | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredSegment:
+    """A segment, its number and its file.
+
+    Attributes:
+        id: of the segment, never used again.
+        file: path relative to the root.
+        segment: where in the file.
+        feat: (embed_dim,) unit vector, float16.
+        frame_feat: (frames, embed_dim) unit vectors, float16.
+    """
+
+    id: int
+    file: str
+    segment: Segment
+    feat: Tensor
+    frame_feat: Tensor
+
+
+class Manifest:
+    """Open the record of an index, and create it where there is none.
+
+    Args:
+        folder: of the index.
+        about: what a new index is built with; see ``Index``. None: there must be one.
+
+    Raises:
+        ConfigError: if there is no index, it is of another version, or it is damaged.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any] | None = None):
+        self._path = folder / FILE
+        if about is None and not self._path.is_file():
+            raise ConfigError(
+                f"'{folder}' holds no index. Build one: uniadapter search index DIR --cfg RECIPE "
+                f"--index {folder}"
+            )
+        try:
+            self._database = sqlite3.connect(self._path, check_same_thread=False, timeout=60)
+            self._database.execute("PRAGMA foreign_keys = ON")
+            # readers see the last committed state while an indexer writes
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            if about is not None and not self._has_tables():
+                self._create({"format": FORMAT_VERSION, **about})
+            self.about = self._read_about()
+        except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+            raise ConfigError(
+                f"The index in '{folder}' is damaged ({error}). Delete the folder and build the "
+                "index again."
+            ) from error
+        if self.about.get("format") != FORMAT_VERSION:
+            raise ConfigError(
+                f"The index in '{folder}' has format {self.about.get('format')}, and this version "
+                f"reads {FORMAT_VERSION}. Delete the folder and build the index again."
+            )
+
+    def _has_tables(self) -> bool:
+        found = self._database.execute("SELECT 1 FROM sqlite_master WHERE name = 'about'")
+        return found.fetchone() is not None
+
+    def _create(self, about: dict[str, Any]) -> None:
+        rows = "".join(
+            f"INSERT INTO about VALUES ({_quoted(key)}, {_quoted(json.dumps(value))});\n"
+            for key, value in about.items()
+        )
+        self._database.executescript(f"BEGIN;\n{_SCHEMA}\n{rows}COMMIT;")
+
+    def _read_about(self) -> dict[str, Any]:
+        rows = self._database.execute("SELECT key, value FROM about")
+        return {key: json.loads(value) for key, value in rows}
+
+    def close(self) -> None:
+        self._database.close()
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def files(self) -> dict[str, IndexedFile]:
+        """All files by path."""
+        rows = self._database.execute("SELECT path, size, mtime_ns, hash, problem FROM files")
+        return {row[0]: IndexedFile(*row) for row in rows}
+
+    def counts(self) -> tuple[int, int]:
+        """Numbers of readable files and of segments."""
+        files = self._database.execute("SELECT COUNT(*) FROM files WHERE problem IS NULL")
+        segments = self._database.execute("SELECT COUNT(*) FROM segments")
+        return files.fetchone()[0], segments.fetchone()[0]
+
+    def segments(self, ids: Sequence[int]) -> list[StoredSegment]:
+        """Segments by their ids, in that order; unknown ids are skipped."""
+        found = {}
+        for some in _chunks(ids):
+            marks = ",".join("?" * len(some))
+            rows = self._database.execute(
+                "SELECT segments.id, path, start, end, frames, times, feat, frame_feat "
+                "FROM segments JOIN files ON files.id = segments.file "
+                f"WHERE segments.id IN ({marks})",
+                some,
+            )
+            for number, path, start, end, frames, times, feat, frame_feat in rows:
+                segment = Segment(start, end, tuple(json.loads(frames)), tuple(json.loads(times)))
+                each = _tensor(frame_feat).unflatten(0, (len(segment.times), -1))
+                found[number] = StoredSegment(number, path, segment, _tensor(feat), each)
+        return [found[number] for number in ids if number in found]
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def pending(self, ids: Sequence[int]) -> Iterator[sqlite3.Connection]:
+        """A change of the store and of the record that a killed process leaves undone or whole.
+
+        Inside, the caller changes the store, then the record through the connection. Until both
+        are done the ids are noted, for ``recover``.
+        """
+        with self._database:
+            self._database.executemany("INSERT OR IGNORE INTO pending VALUES (?)", _rows(ids))
+        with self._database:
+            yield self._database
+            self._database.execute("DELETE FROM pending")
+
+    def recover(self, store: Store) -> None:
+        """Delete what a killed process was adding or deleting; its files are read again."""
+        ids = [row[0] for row in self._database.execute("SELECT id FROM pending")]
+        if ids:
+            store.delete(ids)
+            with self._database:
+                self._database.execute(
+                    "DELETE FROM files WHERE id IN (SELECT file FROM segments WHERE id IN "
+                    "(SELECT id FROM pending))"
+                )
+                self._database.execute("DELETE FROM pending")
+
+    def next_ids(self, number: int) -> range:
+        """Ids for new segments."""
+        row = self._database.execute(
+            "SELECT seq FROM sqlite_sequence WHERE name = 'segments'"
+        ).fetchone()
+        last = row[0] if row else 0
+        return range(last + 1, last + 1 + number)
+
+    def ids_of(self, paths: Iterable[str]) -> list[int]:
+        """Ids of the segments of files."""
+        ids = []
+        for some in _chunks(list(paths)):
+            marks = ",".join("?" * len(some))
+            rows = self._database.execute(
+                "SELECT segments.id FROM segments JOIN files ON files.id = segments.file "
+                f"WHERE path IN ({marks})",
+                some,
+            )
+            ids += [row[0] for row in rows]
+        return ids
+
+    def touch(self, file: IndexedFile) -> None:
+        """Note the new size and time of a file whose content is what it was."""
+        with self._database:
+            self._database.execute(
+                "UPDATE files SET size = ?, mtime_ns = ? WHERE path = ?",
+                (file.size, file.mtime_ns, file.path),
+            )
+
+
+def delete_files(database: sqlite3.Connection, paths: Iterable[str]) -> None:
+    """Delete files with their segments; inside ``Manifest.pending``."""
+    database.executemany("DELETE FROM files WHERE path = ?", _rows(paths))
+
+
+def insert_file(
+    database: sqlite3.Connection, file: IndexedFile, segments: Sequence[StoredSegment] = ()
+) -> None:
+    """Insert a file with its segments, or replace it; inside ``Manifest.pending``."""
+    delete_files(database, [file.path])
+    cursor = database.execute(
+        "INSERT INTO files (path, size, mtime_ns, hash, problem) VALUES (?, ?, ?, ?, ?)",
+        (file.path, file.size, file.mtime_ns, file.hash, file.problem),
+    )
+    database.executemany(
+        "INSERT INTO segments (id, file, start, end, frames, times, feat, frame_feat) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                *(stored.id, cursor.lastrowid, stored.segment.start, stored.segment.end),
+                *(json.dumps(stored.segment.frames), json.dumps(stored.segment.times)),
+                *(_bytes(stored.feat), _bytes(stored.frame_feat)),
+            )
+            for stored in segments
+        ],
+    )
+
+
+def _bytes(vectors: Tensor) -> bytes:
+    return vectors.to(torch.float16).cpu().numpy().tobytes()
+
+
+def _tensor(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, np.float16).copy())
+
+
+def _rows(values: Iterable[Any]) -> list[tuple[Any]]:
+    return [(value,) for value in values]
+
+
+def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), _AT_ONCE):
+        yield list(values[start : start + _AT_ONCE])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,357 @@
+// The page of an index: asks the server, shows what it answers. No dependencies, no build step.
+
+const $ = (id) => document.getElementById(id);
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
+
+let about = { segments: 0 };
+let result = { hits: [], query: null, done: false };
+let shown = null; // the hit in the viewer
+let running = null; // aborts the query before
+
+// --- asking --------------------------------------------------------------------------------------
+
+async function search(url, options, query, note = "") {
+  running?.abort();
+  running = new AbortController();
+  const { signal } = running;
+  result = { hits: [], query, done: false };
+  $("hits").classList.add("waiting");
+  $("status").textContent = "Searching…";
+  try {
+    const response = await fetch(url, { ...options, signal });
+    if (!response.ok) throw new Refused((await response.json()).error);
+    for await (const line of lines(response.body)) {
+      const stage = JSON.parse(line);
+      if (stage.error) throw new Refused(stage.error);
+      show(stage, note);
+    }
+    if (!result.done) throw new TypeError("the answer ended early");
+  } catch (error) {
+    if (signal.aborted) return;
+    result = { hits: [], query, done: true };
+    $("status").textContent = "";
+    render();
+    state(error instanceof Refused ? escape(error.message) : gone());
+  } finally {
+    if (!signal.aborted) $("hits").classList.remove("waiting");
+  }
+}
+
+class Refused extends Error {}
+
+async function* lines(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const parts = (rest + value).split("\n");
+    rest = parts.pop();
+    yield* parts.filter(Boolean);
+  }
+}
+
+function show(stage, note) {
+  const seconds = `${stage.seconds.toFixed(2)} s`;
+  if (stage.stage === "matching") {
+    $("status").textContent = `${result.first}. Matching ${stage.matched} of ${stage.total} … ${seconds}`;
+    return;
+  }
+  result.hits = stage.hits;
+  result.done = stage.stage === "done";
+  if (!result.done) {
+    result.first = `Shortlist after ${seconds}`;
+    $("status").textContent = `${result.first}. Matching …`;
+  } else {
+    const matched = stage.total ? `${result.first}, ${stage.total} reranked after ${seconds}` : seconds;
+    $("status").textContent = `${note}${stage.hits.length} results. ${matched}`;
+  }
+  render();
+}
+
+function gone() {
+  return `The server does not answer. Start it again: <code>uniadapter search serve --index ${escape(about.folder ?? "FOLDER")}</code>`;
+}
+
+// --- the list ------------------------------------------------------------------------------------
+
+function render() {
+  const least = $("threshold").value / 100;
+  const hits = result.hits.filter((hit) => hit.probability === null || hit.probability >= least);
+  const list = $("hits");
+  list.replaceChildren(...hits.map(card));
+  $("export").disabled = !result.done || hits.length === 0;
+  state(null);
+  if (!about.segments) {
+    state(`The index is empty. Put images or videos into <code>${escape(about.root ?? "")}</code> and run
+      <code>uniadapter search index ${escape(about.root ?? "DIR")} --index ${escape(about.folder ?? "FOLDER")}</code>`);
+  } else if (result.done && result.query && hits.length === 0) {
+    const best = Math.max(...result.hits.map((hit) => hit.probability ?? 0), 0);
+    state(`Nothing matches with ${percent(least)} or more; the best has ${percent(best)}.
+      Lower the threshold or describe it in other words.`);
+  } else if (!result.query) {
+    state(`${about.segments} segments of ${about.files} files in <code>${escape(about.root ?? "")}</code>.`);
+  }
+}
+
+function card(hit) {
+  const item = $("card").content.cloneNode(true);
+  const image = item.querySelector("img");
+  image.src = `/frame/${hit.segment}/${Math.floor(ownFrames(hit) / 2)}.jpg`;
+  image.onerror = () => { image.alt = "This file cannot be read any more"; };
+  item.querySelector(".bar span").style.width = percent(hit.probability ?? 0);
+  item.querySelector(".name").textContent = hit.file;
+  item.querySelector(".fact").textContent = facts(hit);
+  const button = item.querySelector("button");
+  button.setAttribute("aria-label", `${hit.rank}. ${hit.file}, ${facts(hit)}`);
+  button.onclick = () => open(hit);
+  return item;
+}
+
+// A merged moment has the frames of several segments; the server knows those of its best one.
+function ownFrames(hit) {
+  return Math.min(hit.frames.length, about.frames);
+}
+
+function facts(hit) {
+  const sure = hit.probability === null ? `similarity ${hit.similarity.toFixed(2)}` : percent(hit.probability);
+  return hit.end ? `${clock(hit.start)}–${clock(hit.end)} · ${sure}` : sure;
+}
+
+function clock(seconds) {
+  const whole = Math.floor(seconds);
+  const parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const [hours, minutes, rest] = parts.map((part) => String(part).padStart(2, "0"));
+  return parts[0] ? `${parts[0]}:${minutes}:${rest}` : `${Number(minutes)}:${rest}`;
+}
+
+function state(html) {
+  $("state").hidden = html === null;
+  $("state").innerHTML = html ?? "";
+}
+
+function escape(text) {
+  const element = document.createElement("span");
+  element.textContent = text;
+  return element.innerHTML;
+}
+
+// --- the viewer ----------------------------------------------------------------------------------
+
+function open(hit) {
+  shown = hit;
+  $("title").textContent = `${hit.rank}. ${hit.file}`;
+  $("facts").textContent = `${facts(hit)} · similarity ${hit.similarity.toFixed(3)}`;
+  $("answer").textContent = "";
+  $("ask").hidden = !about.answers;
+  $("screen").replaceChildren(hit.end ? player(hit) : picture(hit));
+  bars(hit);
+  if (!$("viewer").open) $("viewer").showModal();
+}
+
+function picture(hit) {
+  const image = document.createElement("img");
+  image.src = `/media/${hit.segment}`;
+  image.alt = hit.file;
+  image.onerror = () => frames(hit);
+  return image;
+}
+
+function player(hit) {
+  const video = document.createElement("video");
+  video.controls = true;
+  video.autoplay = true;
+  video.muted = true;
+  video.src = `/media/${hit.segment}#t=${hit.start}`;
+  video.onloadedmetadata = () => { video.currentTime = hit.start; };
+  video.onerror = () => frames(hit);
+  video.ontimeupdate = () => cursor(video.currentTime);
+  return video;
+}
+
+// What a browser cannot play is shown by its frames, which the server decodes.
+function frames(hit) {
+  const box = document.createElement("div");
+  const note = document.createElement("p");
+  note.textContent = "This browser cannot play the file; these are its frames.";
+  const grid = document.createElement("div");
+  grid.className = "frames";
+  for (let i = 0; i < ownFrames(hit); i += 1) {
+    const image = document.createElement("img");
+    image.src = `/frame/${hit.segment}/${i}.jpg`;
+    image.alt = `Frame ${i + 1}`;
+    image.onerror = () => {
+      image.remove();
+      if (!grid.children.length) note.textContent = "This file cannot be read any more. Update the index.";
+    };
+    grid.append(image);
+  }
+  box.append(note, grid);
+  $("screen").replaceChildren(box);
+}
+
+function bars(hit) {
+  const svg = $("bars");
+  svg.replaceChildren();
+  svg.toggleAttribute("hidden", !hit.end);
+  svg.style.display = hit.end ? "" : "none";
+  const values = hit.frames.map(([, cosine]) => cosine);
+  const low = Math.min(...values, 0), high = Math.max(...values, low + 1e-6);
+  const length = hit.end - hit.start;
+  hit.frames.forEach(([time, cosine], i) => {
+    const next = hit.frames[i + 1]?.[0] ?? hit.end;
+    const height = 5 + (95 * (cosine - low)) / (high - low);
+    const bar = element("rect", {
+      x: (1000 * (time - hit.start)) / length,
+      y: 100 - height,
+      width: Math.max(4, (1000 * (next - time)) / length - 3),
+      height,
+      tabindex: 0,
+      role: "button",
+      "aria-label": `${clock(time)}, similarity ${cosine.toFixed(2)}`,
+    });
+    bar.append(element("title", {}, `${clock(time)}  ${cosine.toFixed(3)}`));
+    const seek = () => {
+      const video = $("screen").querySelector("video");
+      if (video) video.currentTime = time;
+    };
+    bar.onclick = seek;
+    bar.onkeydown = (event) => {
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); seek(); }
+    };
+    svg.append(bar);
+  });
+  svg.append(element("line", { id: "cursor", x1: 0, x2: 0, y1: 0, y2: 100 }));
+}
+
+function cursor(time) {
+  const at = (1000 * (time - shown.start)) / (shown.end - shown.start);
+  for (const end of ["x1", "x2"]) $("cursor")?.setAttribute(end, Math.min(Math.max(at, 0), 1000));
+}
+
+function element(name, attributes, text = "") {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.textContent = text;
+  return made;
+}
+
+async function ask(question) {
+  $("answer").textContent = "Thinking… (the first question loads the model)";
+  try {
+    const response = await fetch("/api/answer", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ segment: shown.segment, question }),
+    });
+    const said = await response.json();
+    const loading = said.loading ? `, ${said.loading} s to load the model` : "";
+    $("answer").textContent = response.ok ? `${said.answer} (${said.seconds} s${loading})` : said.error;
+  } catch {
+    $("answer").innerHTML = gone();
+  }
+}
+
+// --- the address holds the query -----------------------------------------------------------------
+
+function go(parameters) {
+  const url = new URL(location.pathname, location.href);
+  for (const [key, value] of Object.entries(parameters)) if (value) url.searchParams.set(key, value);
+  history.pushState(null, "", url);
+  follow();
+}
+
+function follow() {
+  const given = new URLSearchParams(location.search);
+  $("viewer").close();
+  $("text").value = given.get("q") ?? "";
+  setThreshold(given.get("least") ?? 0);
+  const query = given.get("q") ?? given.get("like");
+  document.title = query ? `${given.get("q") ?? "More like this"} – Search` : "Search";
+  if (given.get("like")) {
+    const like = given.get("like");
+    search(`/api/search?like=${encodeURIComponent(like)}`, {}, { like }, "More like this: ");
+  } else if (given.get("q")) {
+    search(`/api/search?text=${encodeURIComponent(given.get("q"))}`, {}, { text: given.get("q") });
+  } else {
+    running?.abort();
+    result = { hits: [], query: null, done: true };
+    $("status").textContent = "";
+    render();
+  }
+}
+
+function byImage(file) {
+  if (!file) return;
+  $("viewer").close();
+  $("text").value = "";
+  search("/api/search", { method: "POST", body: file }, { image: file.name }, `Like ${file.name}: `);
+}
+
+function setThreshold(value) {
+  $("threshold").value = value;
+  $("percent").textContent = `${$("threshold").value}%`;
+}
+
+// --- what people do ------------------------------------------------------------------------------
+
+$("form").onsubmit = (event) => {
+  event.preventDefault();
+  const text = $("text").value.trim();
+  if (text) go({ q: text, least: Number($("threshold").value) || null });
+};
+$("threshold").oninput = () => {
+  setThreshold($("threshold").value);
+  const url = new URL(location.href);
+  url.searchParams.set("least", $("threshold").value);
+  history.replaceState(null, "", url);
+  render();
+};
+$("pick").onkeydown = (event) => {
+  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); $("file").click(); }
+};
+$("file").onchange = () => { byImage($("file").files[0]); $("file").value = ""; };
+$("close").onclick = () => $("viewer").close();
+$("viewer").onclose = () => $("screen").replaceChildren();
+$("like").onclick = () => go({ like: shown.segment });
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  if ($("question").value.trim()) ask($("question").value.trim());
+};
+$("export").onclick = () => {
+  const least = $("threshold").value / 100;
+  const hits = result.hits.filter((hit) => hit.probability === null || hit.probability >= least);
+  const content = JSON.stringify({ query: result.query, root: about.root, hits }, null, 2);
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([content], { type: "application/json" }));
+  link.download = "hits.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+};
+addEventListener("popstate", follow);
+addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
+addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+});
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  byImage(event.dataTransfer.files[0]);
+});
+addEventListener("keydown", (event) => {
+  if (event.target.matches("input") || $("viewer").open) return;
+  if (event.key === "/") { event.preventDefault(); $("text").focus(); }
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (step) {
+    const cards = [...document.querySelectorAll(".hit")];
+    const next = cards[cards.indexOf(document.activeElement) + step];
+    next?.focus();
+  }
+});
+
+try {
+  about = await (await fetch("/api/about")).json();
+  follow();
+} catch {
+  state(gone());
+}

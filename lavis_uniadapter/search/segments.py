@@ -1,0 +1,83 @@
+"""Find images and videos, and cut videos into segments, the units of an index."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lavis_uniadapter.processors.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from lavis_uniadapter.processors.sampling import sample_frame_indices
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An image, or a stretch of a video.
+
+    Attributes:
+        start, end: seconds; both 0 for an image.
+        frames: indices of the frames that are encoded; none for an image.
+        times: seconds at which these frames are shown.
+    """
+
+    start: float = 0.0
+    end: float = 0.0
+    frames: tuple[int, ...] = ()
+    times: tuple[float, ...] = (0.0,)
+
+
+def is_video(path: str | os.PathLike) -> bool:
+    """Whether a file is taken for a video, by its extension."""
+    return Path(path).suffix.lower() in VIDEO_EXTENSIONS
+
+
+def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Images and videos below a folder: path relative to the root (with ``/``), and file status.
+
+    Hidden files and folders are skipped. Links to folders are not followed; links to files are, if
+    they stay below the root.
+    """
+    inside = os.path.realpath(root) + os.sep
+    for folder, subfolders, names in os.walk(scope):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if name.startswith(".") or path.suffix.lower() not in MEDIA_EXTENSIONS:
+                continue
+            if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+                continue
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path.stat()
+
+
+MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+
+
+def cut(timestamps: np.ndarray, window: float, n_frms: int) -> list[Segment]:
+    """Cut a video into windows of equal length, the last up to half a window longer or shorter.
+
+    Args:
+        timestamps: (frames, 2) seconds at which each frame begins and ends.
+        window: length in seconds.
+        n_frms: frames that represent a segment, spread over it as ``sample_frame_indices`` does.
+
+    Returns:
+        Segments in order; none for a stretch in which no frame begins.
+    """
+    begins = np.maximum.accumulate(timestamps[:, 0] - timestamps[0, 0])
+    duration = float(max(begins[-1], timestamps[-1, 1] - timestamps[0, 0]))
+    number = max(1, round(duration / window))
+    bounds = [i * window for i in range(number)] + [duration]
+    first = np.searchsorted(begins, bounds)
+    first[-1] = len(begins)
+    segments = []
+    for i in range(number):
+        count = int(first[i + 1] - first[i])
+        if count:
+            frames = tuple(int(first[i]) + j for j in sample_frame_indices(count, n_frms))
+            times = tuple(round(float(begins[j]), 3) for j in frames)
+            segments.append(Segment(round(bounds[i], 3), round(bounds[i + 1], 3), frames, times))
+    return segments

@@ -1,0 +1,185 @@
+"""Where the vectors of segments are kept and searched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lavis_uniadapter.common.errors import ConfigError
+
+# Rows that are compared at a time: 32 MB in float32 at 256 dimensions.
+_BLOCK = 32_768
+
+
+class Store(Protocol):
+    """Unit vectors by the number of their segment, searched by inner product."""
+
+    def add(self, ids: Sequence[int], vectors: Tensor) -> None:
+        """Add vectors (ids, dimensions); the ids must be new."""
+
+    def delete(self, ids: Sequence[int]) -> None:
+        """Delete vectors; unknown ids are skipped."""
+
+    def search(self, query: Tensor, top: int) -> tuple[list[int], list[float]]:
+        """Ids and similarities of the nearest vectors to one of (dimensions,), the best first."""
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+
+    def close(self) -> None:
+        """Release files and connections."""
+
+
+class NumPyStore:
+    """Exact search over two files: vectors in float16, and their ids.
+
+    A deleted vector's id becomes -1, and its place is used again. A vector is written before its
+    id, so that a killed process leaves none without the other.
+
+    Args:
+        folder: of the files.
+        dim: dimensions of a vector.
+    """
+
+    def __init__(self, folder: Path, dim: int):
+        self.dim = dim
+        self._vectors_path, self._ids_path = folder / "vectors.f16", folder / "ids.i64"
+        for path in (self._vectors_path, self._ids_path):
+            path.touch()
+
+    def _open(self) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors (rows, dim) and ids (rows,), mapped from the files as they are now."""
+        rows = min(
+            self._ids_path.stat().st_size // 8, self._vectors_path.stat().st_size // (2 * self.dim)
+        )
+        if rows == 0:
+            return np.empty((0, self.dim), np.float16), np.empty(0, np.int64)
+        vectors = np.memmap(self._vectors_path, np.float16, "r+", shape=(rows, self.dim))
+        return vectors, np.memmap(self._ids_path, np.int64, "r+", shape=(rows,))
+
+    def add(self, ids: Sequence[int], vectors: Tensor) -> None:
+        values = vectors.to(torch.float16).cpu().numpy()
+        rows, row_ids = self._open()
+        free = np.flatnonzero(row_ids == -1)[: len(ids)]
+        rows[free] = values[: len(free)]
+        row_ids[free] = ids[: len(free)]
+        for path, end, new in (
+            (self._vectors_path, len(rows) * self.dim * 2, values[len(free) :]),
+            (self._ids_path, len(rows) * 8, np.asarray(ids[len(free) :], np.int64)),
+        ):
+            with open(path, "r+b") as file:
+                file.seek(end)  # what follows the last whole row was cut short
+                file.write(new.tobytes())
+
+    def delete(self, ids: Sequence[int]) -> None:
+        _, row_ids = self._open()
+        row_ids[np.isin(row_ids, ids)] = -1
+
+    def search(self, query: Tensor, top: int) -> tuple[list[int], list[float]]:
+        vectors, row_ids = self._open()
+        if not len(row_ids):
+            return [], []
+        query = query.detach().float().cpu().reshape(-1)
+        # -1 for a deleted row would let it pass as any other
+        scores = torch.full((len(row_ids),), -torch.inf)
+        for start in range(0, len(row_ids), _BLOCK):
+            block = torch.from_numpy(np.asarray(vectors[start : start + _BLOCK]))
+            scores[start : start + _BLOCK] = block.float() @ query
+        ids = torch.from_numpy(np.asarray(row_ids))
+        scores[ids == -1] = -torch.inf
+        best = scores.topk(min(top, len(ids)))
+        kept = best.values > -torch.inf
+        return ids[best.indices][kept].tolist(), best.values[kept].tolist()
+
+    def __len__(self) -> int:
+        return int((self._open()[1] != -1).sum())
+
+    def close(self) -> None:
+        pass
+
+
+class MilvusStore:
+    """Vectors in Milvus: in a file of its embedded version, or on a server or cluster.
+
+    Args:
+        uri: path of a file that ends in ``.db``, or ``http://host:19530``.
+        collection: its name.
+        dim: dimensions of a vector.
+        token: of a server that asks for one; ``$MILVUS_TOKEN`` by default.
+
+    Raises:
+        ConfigError: if pymilvus is not installed or the server cannot be reached.
+    """
+
+    def __init__(self, uri: str, collection: str, dim: int, token: str | None = None):
+        try:
+            from pymilvus import DataType, MilvusClient
+        except ImportError as error:
+            raise ConfigError(
+                "The store 'milvus' needs pymilvus. Run: pip install 'lavis-uniadapter[milvus]'"
+            ) from error
+        self._collection = collection
+        try:
+            self._client = MilvusClient(uri, token=token or os.environ.get("MILVUS_TOKEN", ""))
+            if not self._client.has_collection(collection):
+                schema = self._client.create_schema(auto_id=False)
+                schema.add_field("id", DataType.INT64, is_primary=True)
+                schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
+                index = self._client.prepare_index_params()
+                kind = "FLAT" if uri.endswith(".db") else "AUTOINDEX"
+                index.add_index("vector", index_type=kind, metric_type="IP")
+                self._client.create_collection(
+                    collection, schema=schema, index_params=index, consistency_level="Strong"
+                )
+            self._client.load_collection(collection)
+        except Exception as error:  # of many layers: gRPC, the server, the embedded version
+            raise ConfigError(f"Milvus at '{uri}' cannot be used: {error}") from error
+
+    def add(self, ids: Sequence[int], vectors: Tensor) -> None:
+        values = vectors.float().cpu().numpy()
+        rows = [{"id": int(i), "vector": v} for i, v in zip(ids, values, strict=True)]
+        if rows:
+            self._client.upsert(self._collection, rows)
+
+    def delete(self, ids: Sequence[int]) -> None:
+        if ids:
+            self._client.delete(self._collection, ids=[int(i) for i in ids])
+
+    def search(self, query: Tensor, top: int) -> tuple[list[int], list[float]]:
+        vector = query.detach().float().cpu().reshape(-1).numpy()
+        # Milvus returns at most 16,384
+        found = self._client.search(self._collection, [vector], limit=min(top, 16_384))[0]
+        return [hit["id"] for hit in found], [hit["distance"] for hit in found]
+
+    def __len__(self) -> int:
+        counted = self._client.query(self._collection, filter="", output_fields=["count(*)"])
+        return int(counted[0]["count(*)"])
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def open_store(spec: str, folder: Path, dim: int, collection: str) -> Store:
+    """Open the store of an index.
+
+    Args:
+        spec: ``numpy``, ``milvus`` (a file in the index's folder) or ``milvus:URI``.
+        folder: of the index.
+        dim: dimensions of a vector.
+        collection: name of the index's collection in Milvus.
+
+    Raises:
+        ConfigError: for another spec, or if Milvus cannot be used.
+    """
+    kind, _, uri = spec.partition(":")
+    if spec == "numpy":
+        return NumPyStore(folder, dim)
+    if kind != "milvus":
+        raise ConfigError(f"The store is {spec!r}; it must be numpy, milvus or milvus:URI.")
+    return MilvusStore(uri or str(folder / "milvus.db"), collection, dim)
