@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lavis_uniadapter.search.manifest import StoredSegment
+
+
+class Frame(NamedTuple):
+    """An encoded frame of a moment: when, how similar, and which of which segment."""
+
+    seconds: float
+    similarity: float
+    segment: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Hit:
         probability: that text and moment match, by the matching head; None if that has not judged
             it (a query by image, or a candidate beyond ``rerank``).
         similarity: cosine of the contrastive features.
-        frames: (seconds, cosine) of each encoded frame.
+        frames: the encoded frames, in order of time.
         segment: id of its best segment.
     """
 
@@ -35,7 +44,7 @@ class Hit:
     end: float
     probability: float | None
     similarity: float
-    frames: tuple[tuple[float, float], ...]
+    frames: tuple[Frame, ...]
     segment: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,7 +123,12 @@ def _hit(candidate: Candidate, vector: Tensor, root: Path) -> Hit:
         end=stored.segment.end,
         probability=candidate.probability,
         similarity=candidate.similarity,
-        frames=tuple(zip(stored.segment.times, cosines, strict=True)),
+        frames=tuple(
+            Frame(seconds, cosine, stored.id, number)
+            for number, (seconds, cosine) in enumerate(
+                zip(stored.segment.times, cosines, strict=True)
+            )
+        ),
         segment=stored.id,
     )
 

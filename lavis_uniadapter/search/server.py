@@ -121,7 +121,6 @@ class _Server:
                 "folder": str(self._index.folder),
                 "files": files,
                 "segments": segments,
-                "frames": self._index.engine.visual.n_frms,
                 "answers": self._answerer is not None,
             }
         )

@@ -7,6 +7,8 @@ let about = { segments: 0 };
 let result = { hits: [], query: null, done: false };
 let shown = null; // the hit in the viewer
 let running = null; // aborts the query before
+let showing = null; // the timer of a clip that is shown by its frames
+let seek = () => {}; // go to a time of what the viewer shows
 
 // --- asking --------------------------------------------------------------------------------------
 
@@ -97,7 +99,7 @@ function render() {
 function card(hit) {
   const item = $("card").content.cloneNode(true);
   const image = item.querySelector("img");
-  image.src = `/frame/${hit.segment}/${Math.floor(ownFrames(hit) / 2)}.jpg`;
+  image.src = frameAddress(bestFrame(hit));
   image.onerror = () => { image.alt = "This file cannot be read any more"; };
   item.querySelector(".bar span").style.width = percent(hit.probability ?? 0);
   item.querySelector(".name").textContent = hit.file;
@@ -108,9 +110,12 @@ function card(hit) {
   return item;
 }
 
-// A merged moment has the frames of several segments; the server knows those of its best one.
-function ownFrames(hit) {
-  return Math.min(hit.frames.length, about.frames);
+function frameAddress([, , segment, number]) {
+  return `/frame/${segment}/${number}.jpg`;
+}
+
+function bestFrame(hit) {
+  return hit.frames.reduce((best, frame) => (frame[1] > best[1] ? frame : best));
 }
 
 function facts(hit) {
@@ -140,6 +145,7 @@ function escape(text) {
 
 function open(hit) {
   shown = hit;
+  clearInterval(showing);
   $("title").textContent = `${hit.rank}. ${hit.file}`;
   $("facts").textContent = `${facts(hit)} · similarity ${hit.similarity.toFixed(3)}`;
   $("answer").textContent = "";
@@ -166,27 +172,35 @@ function player(hit) {
   video.onloadedmetadata = () => { video.currentTime = hit.start; };
   video.onerror = () => frames(hit);
   video.ontimeupdate = () => cursor(video.currentTime);
+  seek = (time) => { video.currentTime = time; };
   return video;
 }
 
-// What a browser cannot play is shown by its frames, which the server decodes.
+// What a browser cannot play is shown by its frames, which the server decodes, at their times.
 function frames(hit) {
   const box = document.createElement("div");
   const note = document.createElement("p");
-  note.textContent = "This browser cannot play the file; these are its frames.";
-  const grid = document.createElement("div");
-  grid.className = "frames";
-  for (let i = 0; i < ownFrames(hit); i += 1) {
-    const image = document.createElement("img");
-    image.src = `/frame/${hit.segment}/${i}.jpg`;
-    image.alt = `Frame ${i + 1}`;
-    image.onerror = () => {
-      image.remove();
-      if (!grid.children.length) note.textContent = "This file cannot be read any more. Update the index.";
-    };
-    grid.append(image);
-  }
-  box.append(note, grid);
+  note.textContent = "This browser cannot play the file. These are frames of it.";
+  const image = document.createElement("img");
+  const times = hit.frames.map(([time]) => time);
+  image.alt = `Frames of ${hit.file}`;
+  image.onerror = () => {
+    clearInterval(showing);
+    image.remove();
+    note.textContent = "This file cannot be read any more. Update the index.";
+  };
+  let number = -1;
+  const to = (time) => {
+    number = Math.max(0, times.findLastIndex((each) => each <= time));
+    image.src = frameAddress(hit.frames[number]);
+    cursor(times[number]);
+  };
+  const step = () => to(times[(number + 1) % times.length]);
+  clearInterval(showing);
+  showing = setInterval(step, Math.max(150, (1000 * (hit.end - hit.start)) / times.length));
+  seek = (time) => { clearInterval(showing); to(time); };
+  step();
+  box.append(image, note);
   $("screen").replaceChildren(box);
 }
 
@@ -211,13 +225,9 @@ function bars(hit) {
       "aria-label": `${clock(time)}, similarity ${cosine.toFixed(2)}`,
     });
     bar.append(element("title", {}, `${clock(time)}  ${cosine.toFixed(3)}`));
-    const seek = () => {
-      const video = $("screen").querySelector("video");
-      if (video) video.currentTime = time;
-    };
-    bar.onclick = seek;
+    bar.onclick = () => seek(time);
     bar.onkeydown = (event) => {
-      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); seek(); }
+      if (event.key === "Enter" || event.key === " ") { event.preventDefault(); seek(time); }
     };
     svg.append(bar);
   });
@@ -312,7 +322,7 @@ $("pick").onkeydown = (event) => {
 };
 $("file").onchange = () => { byImage($("file").files[0]); $("file").value = ""; };
 $("close").onclick = () => $("viewer").close();
-$("viewer").onclose = () => $("screen").replaceChildren();
+$("viewer").onclose = () => { clearInterval(showing); $("screen").replaceChildren(); };
 $("like").onclick = () => go({ like: shown.segment });
 $("ask").onsubmit = (event) => {
   event.preventDefault();
