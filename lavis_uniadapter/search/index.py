@@ -258,7 +258,7 @@ class Index:
         Raises:
             ConfigError: if there is none.
         """
-        found = self.manifest.segments([number])
+        found = self.manifest.segments([number]) if number < 2**63 else []
         if not found:
             raise ConfigError(f"The index has no segment {number}.")
         return found[0]

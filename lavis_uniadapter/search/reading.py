@@ -195,7 +195,11 @@ def read_parts(
 
 def _load(dataset: MediaFiles, workers: int, timeout: float) -> Iterator[Part]:
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, timeout=min(timeout, 1.0) if workers else 0
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        timeout=min(timeout, 1.0) if workers else 0,
+        worker_init_fn=_silence,
     )
     handler = signal.getsignal(signal.SIGCHLD)
     parts = iter(loader)
@@ -214,6 +218,11 @@ def _load(dataset: MediaFiles, workers: int, timeout: float) -> Iterator[Part]:
             raise
         yield part
         waiting_since = time.monotonic()
+
+
+def _silence(_: int) -> None:
+    # What decoders print would break the progress bar; what is wrong with a file is reported.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def hash_file(path: Path) -> str:

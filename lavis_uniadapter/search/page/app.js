@@ -19,6 +19,7 @@ async function search(url, options, query, note = "") {
   result = { hits: [], query, done: false };
   $("hits").classList.add("waiting");
   $("status").textContent = "Searching…";
+  state(null);
   try {
     const response = await fetch(url, { ...options, signal });
     if (!response.ok) throw new Refused((await response.json()).error);

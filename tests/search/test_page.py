@@ -1,0 +1,331 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+from search_media import write_image
+
+from lavis_uniadapter.search import Index
+from lavis_uniadapter.search.server import make_app
+
+webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here"
+)
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Serve an application on a free port; yields its address and what stops it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+
+    def stop():
+        server.should_exit = True
+        thread.join()
+
+    try:
+        yield f"http://127.0.0.1:{port}", stop
+    finally:
+        stop()
+
+
+class Colour:
+    """Answers every question alike."""
+
+    def answer(self, path, segment, question):
+        return {"answer": f"red, in {path.name}", "loading": 1.5, "seconds": 0.2}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    downloads = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.downloads = downloads
+    driver.set_window_size(1000, 800)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, index):
+    """The page of the index, loaded."""
+    with serving(make_app(index, Colour())) as (address, stop):
+        browser.address, browser.stop = address, stop
+        load(browser, "/")
+        yield browser
+        browser.get("about:blank")
+
+
+def wait(browser, condition):
+    return WebDriverWait(browser, 20).until(condition)
+
+
+def find(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def text_of(browser, selector) -> str:
+    return find(browser, selector).text
+
+
+def load(browser, path):
+    browser.get(browser.address + path)
+    wait(browser, lambda b: text_of(b, "#status") or text_of(b, "#state"))
+
+
+def finish(browser):
+    """Wait for the result of a query."""
+    wait(browser, lambda b: "results" in text_of(b, "#status") or text_of(b, "#state"))
+
+
+def cards(browser):
+    return browser.find_elements(By.CSS_SELECTOR, ".hit")
+
+
+def names(browser) -> list[str]:
+    script = "return [...document.querySelectorAll('.hit .name')].map((each) => each.textContent)"
+    return browser.execute_script(script)
+
+
+def type_query(browser, text):
+    field = find(browser, "#text")
+    field.clear()
+    field.send_keys(text + Keys.ENTER)
+    finish(browser)
+
+
+def open_card(browser, name):
+    cards(browser)[names(browser).index(name)].click()
+    wait(browser, lambda b: find(b, "#viewer").get_attribute("open"))
+
+
+def test_type_a_sentence_and_see_the_hits(page, index):
+    assert "7 segments of 5 files" in text_of(page, "#state")
+    type_query(page, "a red circle")
+    assert names(page) == [hit.file for hit in index.query("a red circle", top=24)]
+    status = text_of(page, "#status")
+    assert "Shortlist after" in status and "reranked after" in status
+    for card in cards(page):
+        image = card.find_element(By.CSS_SELECTOR, "img")
+        wait(page, lambda b, image=image: image.get_property("naturalWidth") > 0)
+    assert not [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_the_address_holds_the_query(page):
+    type_query(page, "a red circle")
+    first = names(page)
+    type_query(page, "a blue star & more")
+    second = names(page)
+    page.back()
+    wait(page, lambda b: find(b, "#text").get_property("value") == "a red circle")
+    finish(page)
+    wait(page, lambda b: names(b) == first)
+    page.forward()
+    wait(page, lambda b: find(b, "#text").get_property("value") == "a blue star & more")
+    wait(page, lambda b: names(b) == second)
+    load(page, "/?q=a+red+circle&least=0")
+    wait(page, lambda b: names(b) == first)
+
+
+def test_the_threshold_hides_and_says_what_is_best(page):
+    type_query(page, "a red circle")
+    number = len(cards(page))
+    slide = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    page.execute_script(slide, find(page, "#threshold"), 100)
+    assert not cards(page)
+    assert "Nothing matches with 100% or more; the best has" in text_of(page, "#state")
+    assert "least=100" in page.current_url
+    page.execute_script(slide, find(page, "#threshold"), 0)
+    assert len(cards(page)) == number and not find(page, "#state").is_displayed()
+
+
+def test_a_clip_that_the_browser_cannot_play_is_shown_by_its_frames(page):
+    # OpenCV writes MPEG-4 Part 2, which no browser plays
+    type_query(page, "a red circle")
+    open_card(page, "long.mp4")
+    wait(page, lambda b: "cannot play the file" in text_of(b, "#screen"))
+    bars = page.find_elements(By.CSS_SELECTOR, "#bars rect")
+    assert len(bars) == 6  # two frames of each of three segments that touch
+    image = find(page, "#screen img")
+    bars[-1].send_keys(Keys.ENTER)
+    last = image.get_attribute("src")
+    bars[0].click()
+    wait(page, lambda b: image.get_attribute("src") != last)
+    wait(page, lambda b: image.get_property("naturalWidth") > 0)
+
+
+def test_an_image_is_shown_and_finds_more_like_it(page):
+    type_query(page, "a red circle")
+    open_card(page, "sub/b.jpg")
+    wait(page, lambda b: find(b, "#screen img").get_property("naturalWidth") == 80)
+    assert not find(page, "#bars").is_displayed()
+    find(page, "#like").click()
+    wait(page, lambda b: text_of(b, "#status").startswith("More like this"))
+    assert names(page)[0] == "sub/b.jpg" and "like=" in page.current_url
+
+
+def test_ask_about_a_clip(page):
+    type_query(page, "a red circle")
+    open_card(page, "short.mp4")
+    find(page, "#question").send_keys("what colour?" + Keys.ENTER)
+    wait(page, lambda b: "red, in short.mp4" in text_of(b, "#answer"))
+    assert "1.5 s to load the model" in text_of(page, "#answer")
+
+
+def test_search_by_an_image(page, tmp_path, media):
+    find(page, "#file").send_keys(str(media / "a.png"))
+    finish(page)
+    assert names(page)[0] == "a.png" and text_of(page, "#status").startswith("Like a.png")
+    (tmp_path / "fake.png").write_bytes(b"no image")
+    find(page, "#file").send_keys(str(tmp_path / "fake.png"))
+    wait(page, lambda b: "cannot be used" in text_of(b, "#state"))
+
+
+def test_export_holds_what_is_shown(page):
+    type_query(page, "a red circle")
+    find(page, "#export").click()
+    path = page.downloads / "hits.json"
+    wait(page, lambda b: path.is_file())
+    content = json.loads(path.read_text())
+    assert content["query"] == {"text": "a red circle"}
+    assert [hit["file"] for hit in content["hits"]] == names(page)
+
+
+def test_all_of_it_by_keyboard(page):
+    find(page, "body").send_keys("/")
+    assert page.switch_to.active_element == find(page, "#text")
+    type_query(page, "a red circle")
+    for _ in range(12):
+        if "hit" in (page.switch_to.active_element.get_attribute("class") or ""):
+            break
+        page.switch_to.active_element.send_keys(Keys.TAB)
+    first = page.switch_to.active_element
+    assert first == cards(page)[0]
+    first.send_keys(Keys.ARROW_RIGHT)
+    assert page.switch_to.active_element == cards(page)[1]
+    page.switch_to.active_element.send_keys(Keys.ENTER)
+    wait(page, lambda b: find(b, "#viewer").get_attribute("open"))
+    page.switch_to.active_element.send_keys(Keys.ESCAPE)
+    wait(page, lambda b: not find(b, "#viewer").get_attribute("open"))
+
+
+def test_a_phone_needs_no_sideways_scrolling(page):
+    try:
+        page.set_window_size(500, 800)  # Chromium's least; the page gets 360 by emulation
+        metrics = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        type_query(page, "a red circle")
+        assert page.execute_script("return innerWidth") == 360
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+        open_card(page, names(page)[0])
+        width = page.execute_script("return document.getElementById('viewer').offsetWidth")
+        assert width <= 360
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.set_window_size(1000, 800)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_in_light_and_dark(page, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    type_query(page, "a red circle")
+    for selector in ("#status", ".hit .name", ".hit .fact", "#controls label"):
+        assert contrast(page, selector) >= 4.5, selector
+
+
+def contrast(browser, selector) -> float:
+    """Contrast of a text with what is behind it, by WCAG's formula."""
+    script = """
+        let at = document.querySelector(arguments[0]);
+        const colour = getComputedStyle(at).color;
+        while (getComputedStyle(at).backgroundColor === 'rgba(0, 0, 0, 0)') at = at.parentElement;
+        return [colour, getComputedStyle(at).backgroundColor];
+    """
+    levels = []
+    for colour in browser.execute_script(script, selector):
+        parts = colour[colour.index("(") + 1 : -1].split(",")[:3]
+        channels = [float(part) / 255 for part in parts]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(levels) + 0.05) / (min(levels) + 0.05)
+
+
+def test_a_server_that_is_gone_says_how_to_start_it(page):
+    type_query(page, "a red circle")
+    page.stop()
+    find(page, "#text").send_keys(" again" + Keys.ENTER)
+    wait(page, lambda b: "uniadapter search serve" in text_of(b, "#state"))
+
+
+def test_a_file_that_vanished_says_so(browser, build, own_media, tmp_path):
+    build(own_media)
+    index = Index.open(tmp_path / "index")
+    with serving(make_app(index)) as (address, _):
+        browser.address = address
+        load(browser, "/?q=a+red+circle")
+        finish(browser)
+        (own_media / "short.mp4").unlink()
+        open_card(browser, "short.mp4")
+        wait(browser, lambda b: "cannot be read any more" in text_of(b, "#screen"))
+    index.close()
+
+
+def test_an_empty_index_says_what_to_do(browser, build, own_media, tmp_path):
+    for path in list(own_media.rglob("*.*")):
+        path.unlink()
+    write_image(own_media / "a.png", seed=1)
+    build(own_media)
+    (own_media / "a.png").write_bytes(b"no image any more")
+    build(own_media)
+    index = Index.open(tmp_path / "index")
+    with serving(make_app(index)) as (address, _):
+        browser.address = address
+        load(browser, "/")
+        assert "The index is empty" in text_of(browser, "#state")
+        assert "uniadapter search index" in text_of(browser, "#state")
+    index.close()
+
+
+def test_names_of_files_are_text_and_never_markup(browser, build, tmp_path):
+    folder = tmp_path / "media"
+    folder.mkdir()
+    name = "<img src=x onerror=document.title='bad'>.png"
+    write_image(folder / name, seed=1)
+    build(folder)
+    index = Index.open(tmp_path / "index")
+    with serving(make_app(index)) as (address, _):
+        browser.address = address
+        load(browser, "/?q=%3Cimg%20src=x%20onerror=alert(1)%3E")
+        finish(browser)
+        assert names(browser) == [name]
+        open_card(browser, name)
+        assert name in text_of(browser, "#title") and "bad" not in browser.title.split(" – ")[1:]
+    index.close()

@@ -1,0 +1,36 @@
+"""Clips and images to index, and a recipe for it that takes a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from lavis_uniadapter.tools import recipes
+
+RECIPE = recipes.runs()["shapes_retrieval"]
+TINY = (
+    "model.vit.depth=1",
+    "run.device=cpu",
+    "run.amp=null",
+    "run.batch_size_eval=3",
+    "datasets.shapes_retrieval.vis_processor.eval.n_frms=2",
+)
+
+
+def write_clip(path: Path, seconds: float, seed: int, fps: int = 5) -> None:
+    """A clip whose colours change twice a second."""
+    rng = np.random.default_rng(seed)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (64, 64))
+    for i in range(round(seconds * fps)):
+        if i % 3 == 0:
+            colour = rng.integers(0, 255, 3).astype(np.uint8)
+        writer.write(np.full((64, 64, 3), colour, np.uint8))
+    writer.release()
+
+
+def write_image(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).resize((80, 60)).save(path)
