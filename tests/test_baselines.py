@@ -16,9 +16,9 @@ import transformers
 import yaml
 from lavis.common.utils import get_abs_path
 from miniature import BENCHMARKS, write_video
+from miniature_runs import SMALL_RUN, change
+from miniature_runs import small_options as our_small_options
 from omegaconf import OmegaConf
-from test_benchmarks import SMALL_RUN, change
-from test_benchmarks import small_options as our_small_options
 from tiny_runs import ROOT, TRAIN
 
 from lavis_uniadapter.common.errors import ConfigError

@@ -12,6 +12,14 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from miniature import BENCHMARKS, coco_ground_truth, custom
+from miniature_runs import (
+    PROJECTS,
+    ROOT,
+    SMALL_RUN,
+    SMALL_TRAINING,
+    change,
+    small_options,
+)
 from omegaconf import OmegaConf
 
 from lavis_uniadapter.checkpoints.blip_files import base_state_dict
@@ -23,19 +31,6 @@ from lavis_uniadapter.runners import launch
 from lavis_uniadapter.runners.run_checkpoints import LATEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER, LATEST_ADAPTER
 
-ROOT = Path(__file__).resolve().parents[1]
-PROJECTS = ROOT / "projects/uniadapter"
-SIZE = 32
-SMALL_MODEL = (
-    "model.tokenizer=configs/tokenizers/shapes",
-    "model.vit_type=custom",
-    *("model.vit.width=32", "model.vit.depth=2", "model.vit.num_heads=4"),
-    *("model.vit.patch_size=16", "model.vit.mlp_ratio=2"),
-    f"model.image_size={SIZE}",
-    *("model.adapter.bottleneck=8", "model.adapter.kv_bottleneck=4"),
-)
-SMALL_RUN = ("run.num_workers=0", "run.batch_size_eval=3", "run.device=cpu")
-SMALL_TRAINING = ("run.batch_size_train=3", "run.max_epoch=2")
 LAVIS_BUILDERS = {
     "msrvtt_retrieval": "retrieval_builder",
     "didemo_retrieval": "retrieval_builder",
@@ -49,21 +44,6 @@ LAVIS_BUILDERS = {
     "msrvtt_caption": "caption_builder",
     "msvd_caption": "caption_builder",
 }
-
-
-def small_options(path, med_config):
-    """Options that shrink a benchmark's model, pictures and number of frames."""
-    config = OmegaConf.load(path)
-    options = [*SMALL_MODEL, f"model.med_config_path={med_config}"]
-    if config.model.arch == "blip_uniadapter_retrieval":
-        options += ["model.embed_dim=16", "model.queue_size=12", "run.k_test=2"]
-    for name, section in config.datasets.items():
-        for mode, processor in section.vis_processor.items():
-            where = f"datasets.{name}.vis_processor.{mode}"
-            options.append(f"{where}.image_size={SIZE}")
-            if "n_frms" in processor:
-                options.append(f"{where}.n_frms={processor.n_frms // 4}")
-    return options
 
 
 @pytest.fixture
@@ -390,12 +370,6 @@ def test_lavis_retrieval_task_works_unchanged(start):
 
 
 # --- bad data, found before training ------------------------------------------------------------
-
-
-def change(path, edit):
-    content = json.loads(path.read_text())
-    content = edit(content) or content
-    path.write_text(json.dumps(content))
 
 
 def refused(start, name, path, edit, expected, *options, evaluate=False, error=DatasetError):

@@ -19,7 +19,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from small_models import perturb
-from test_properties import examples
+from test_configurations import examples
 
 from lavis_uniadapter.checkpoints.adapter_files import CONFIG, TENSORS
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError

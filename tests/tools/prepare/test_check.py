@@ -14,10 +14,10 @@ from pathlib import Path
 import decoders
 import pytest
 import torch
+from clips import spoil_from_frame, write_clip
 from miniature import write_image, write_video
 from PIL import Image
 from rotten_videos import KINDS, make_rotten
-from test_preflight import spoil_from_frame, write_clip
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.processors import decoding
@@ -227,7 +227,7 @@ list(examine_isolated(note_and_hang, sys.argv[1:], 1, 2))
 
 def test_a_worker_does_not_outlive_a_killed_check(tmp_path):
     note = tmp_path / "pid"
-    path = os.pathsep.join([str(PACKAGE_ROOT.parent), os.path.dirname(__file__)])
+    path = os.pathsep.join([str(PACKAGE_ROOT.parent), os.path.dirname(decoders.__file__)])
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_CHECK, str(note)], env={**os.environ, "PYTHONPATH": path}
     )
