@@ -29,7 +29,7 @@ from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.tasks import retrieval
 from lavis_uniadapter.tools.compare import running
-from lavis_uniadapter.tools.prepare.__main__ import main as prepare
+from lavis_uniadapter.tools.prepare.command import main as prepare
 from uniadapter_cli.compare import main as compare
 
 BASELINES = ROOT / "projects/baselines"

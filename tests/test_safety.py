@@ -32,7 +32,7 @@ from lavis_uniadapter.processors.extracted_frames import (
     MAX_BYTES,
     read_about,
 )
-from lavis_uniadapter.tools.prepare.__main__ import main
+from lavis_uniadapter.tools.prepare.command import main
 
 # --- file names of records ------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ("uniadapter_cli.runs:train", "train a recipe, then test it"),
     "evaluate": ("uniadapter_cli.runs:evaluate", "test a recipe with a trained adapter"),
     "compare": ("uniadapter_cli.compare:main", "compare tuning methods"),
-    "prepare": ("uniadapter_cli.runs:prepare", "prepare and check data"),
+    "prepare": ("lavis_uniadapter.tools.prepare.command:main", "prepare and check data"),
     "doctor": ("uniadapter_cli.doctor:main", "check this environment"),
     "demo": ("uniadapter_cli.runs:demo", "adapt a small BLIP to video in minutes"),
     "ls": ("uniadapter_cli.listing:ls", "list recipes, model types and datasets"),

@@ -1,4 +1,4 @@
-"""``uniadapter train``, ``evaluate``, ``demo`` and ``prepare``.
+"""``uniadapter train``, ``evaluate`` and ``demo``.
 
 A module of commands parses arguments and finds files first, and imports LAVIS after that.
 """
@@ -47,14 +47,6 @@ def demo(argv: Sequence[str] | None = None) -> int:
     from lavis_uniadapter.tools.demo import run_demo
 
     return launch.exit_status(lambda: run_demo(args.task, args.seed, args.output_dir, args.options))
-
-
-def prepare(argv: Sequence[str] | None = None) -> int:
-    """Prepare or check data; returns the exit status."""
-    import_launch()
-    from lavis_uniadapter.tools.prepare.__main__ import main
-
-    return main(argv)
 
 
 def import_launch() -> ModuleType:

@@ -47,7 +47,7 @@ def light(tmp_path):
     [
         ([], 2, "COMMAND"),
         (["--help"], 0, "copy a recipe"),
-        *(([name, "--help"], 0, f"uniadapter {name}") for name in COMMANDS if name != "prepare"),
+        *(([name, "--help"], 0, f"uniadapter {name}") for name in COMMANDS),
         (["ls"], 0, "MSR-VTT text-video retrieval"),
         (["cp", "msrvtt_retrieval", "my.yaml"], 0, "written: my.yaml"),
         (["cp", "msrvtt_retrieval", "no/my.yaml"], 2, "No folder 'no'"),
