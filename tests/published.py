@@ -160,12 +160,11 @@ def write_csv(path, rows, encoding="utf-8"):
 
 
 def snapshot(folder):
-    """Contents and time of every file below a folder; None if there is no folder."""
+    """Contents of every file below a folder; None if there is no folder."""
     if not folder.exists():
         return None
     return {
-        path.relative_to(folder): (path.is_dir() or path.read_bytes(), path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
+        path.relative_to(folder): path.is_dir() or path.read_bytes() for path in folder.rglob("*")
     }
 
 

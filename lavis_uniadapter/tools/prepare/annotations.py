@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lavis_uniadapter.common.atomic import write_together
 from lavis_uniadapter.common.errors import ConfigError, name_some
@@ -44,7 +45,8 @@ def prepare(args: argparse.Namespace) -> int:
     empty = [f"{split.file} would hold no video." for split in usable if not split.captions]
     raise_if_any(empty, f"{title} cannot be prepared")
     written = [*hold_out(usable[0], args.num_val, args.seed), *usable[1:]]
-    _write({args.output / split.file: encode(split, names) for split in written}, args.overwrite)
+    contents = {split.file: encode(split, names) for split in written}
+    _write(args.output, contents, args.overwrite)
 
     print(f"{title}, annotations in {args.output}:")
     for split in written:
@@ -59,10 +61,9 @@ def prepare(args: argparse.Namespace) -> int:
 
 
 def hold_out(train: Split, number: int, seed: int) -> list[Split]:
-    """Split videos off for validation; returns what is left to train on, and these.
+    """Move videos to a validation split; returns both.
 
-    Videos are ranked by a hash of seed and name, so that the pick depends neither on the order
-    of a file nor on which other videos are there.
+    A hash of seed and name picks them, whatever the order and whichever others are there.
 
     Raises:
         ConfigError: the number is negative, or leaves nothing to train on.
@@ -79,17 +80,13 @@ def hold_out(train: Split, number: int, seed: int) -> list[Split]:
 
 
 def encode(split: Split, names: Mapping[str, str]) -> bytes:
-    """An annotation file: JSON, a record per caption in training, else a record per video.
+    """An annotation file, in ASCII, as LAVIS reads it in the encoding of the locale.
 
-    It is in ASCII, as LAVIS reads it in the encoding of the locale.
-
-    Args:
-        split: what it holds.
-        names: file name of each video.
+    ``names`` has the file name of each video.
     """
-    records: list[dict[str, object]] = []
+    records = []
     for video, captions in split.captions.items():
-        record: dict[str, object] = {"video": names[video]}
+        record: dict[str, Any] = {"video": names[video]}
         if split.captioning:  # LAVIS's task takes int() of it
             record["image_id"] = int(re.findall(r"\d+", video)[0])
         if split.name == "train":
@@ -143,18 +140,16 @@ def _faults(published: Sequence[Split], allow_other_counts: bool) -> Iterator[st
         )
 
 
-def _write(contents: Mapping[Path, bytes], overwrite: bool) -> None:
-    present = {path: path.read_bytes() for path in contents if path.is_file()}
-    changed = {path: new for path, new in contents.items() if present.get(path) != new}
-    different = [str(path) for path in changed if path in present]
+def _write(folder: Path, contents: Mapping[str, bytes], overwrite: bool) -> None:
+    files = {folder / name: content for name, content in contents.items()}
+    different = [str(p) for p, new in files.items() if p.is_file() and p.read_bytes() != new]
     if different and not overwrite:
         raise FileExistsError(
             f"{', '.join(different)} exist with other contents. Replace them with --overwrite, or "
             "name another --output."
         )
-    for folder in {path.parent for path in contents}:
-        folder.mkdir(parents=True, exist_ok=True)
-    write_together(changed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_together(files)
 
 
 def _left_out(published: Sequence[Split], usable: Sequence[Split]) -> Iterator[str]:

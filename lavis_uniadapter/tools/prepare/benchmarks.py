@@ -70,21 +70,18 @@ Text = Annotated[str, Field(description="a string")]
 
 
 class Listed(Record):
-    """A row of MSRVTT_train.9k.csv or MSRVTT_train.7k.csv."""
+    """A row of MSRVTT_train.9k.csv, MSRVTT_train.7k.csv or MSRVTT_JSFUSION_test.csv."""
 
     unique = ("video_id",)
     video_id: VideoId
+    sentence: Text = ""  # of the test
 
 
-class Query(Listed):
-    """A row of MSRVTT_JSFUSION_test.csv."""
-
-    sentence: Text
-
-
-class Video(Listed):
+class Video(Record):
     """An entry of ``videos`` in MSRVTT_data.json."""
 
+    unique = ("video_id",)
+    video_id: VideoId
     split: Annotated[Literal["train", "validate", "test"], Field(description=" or ".join(MSRVTT))]
 
 
@@ -103,11 +100,7 @@ class Description(Record):
 
 
 def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
-    """MSR-VTT: retrieval by the 1k-A protocol, and captioning by the official splits.
-
-    Raises:
-        DatasetError: a file is not as published.
-    """
+    """MSR-VTT: retrieval by the 1k-A protocol, and captioning by the official splits."""
     try:
         data = json.loads(args.data.read_bytes())
         videos, sentences = data["videos"], data["sentences"]
@@ -120,7 +113,7 @@ def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
     official = {video.video_id: video.split for video in found}
     texts = _sound(args.data, check_records(sentences, Sentence, f"'sentences' of {args.data}"))
     captions = _grouped((text.video_id, text.caption) for text in texts)
-    queries = {query.video_id: [query.sentence] for query in _read(args.test_csv, Query)}
+    queries = {query.video_id: [query.sentence] for query in _read(args.test_csv, Listed)}
     source = f"the {args.split} training list"
     if args.train_csv is not None:
         train = [row.video_id for row in _read(args.train_csv, Listed)]
@@ -143,11 +136,7 @@ def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
 
 
 def didemo(args: argparse.Namespace) -> Iterator[Split]:
-    """DiDeMo: retrieval by paragraphs, all descriptions of a video in the order of the file.
-
-    Raises:
-        DatasetError: a file is not as published.
-    """
+    """DiDeMo: retrieval by paragraphs, all descriptions of a video in the order of the file."""
     for name, number in DIDEMO.items():
         if (path := getattr(args, name)) is not None:
             descriptions = _grouped((r.video, r.description) for r in _read(path, Description))

@@ -11,16 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from tqdm import tqdm
 
 from lavis_uniadapter.common.atomic import write_text
 from lavis_uniadapter.datasets.records import (
     DatasetError,
-    FileName,
     Place,
     Problem,
     Record,
+    escapes_root,
     listing,
     read_records,
 )
@@ -93,13 +93,10 @@ def _ends(num_frames: int) -> list[int]:
 
 
 def find_files(folder: Path) -> tuple[dict[str, bool], dict[str, str]]:
-    """What is named as a video, image or archive of frames below a folder, and is it an image.
-
-    This includes folders of such names and dangling links. Links to folders are followed, as a
-    path through them would be.
+    """What is named like a video, an image or extracted frames below a folder or its links.
 
     Returns:
-        Whether each file is an image, by path, and why folders cannot be searched, by path.
+        By path, whether each is an image, and why folders cannot be searched.
     """
     files: dict[str, bool] = {}
     seen = set()
@@ -120,18 +117,14 @@ def find_files(folder: Path) -> tuple[dict[str, bool], dict[str, str]]:
     }
 
 
-OptionalName = Annotated[
-    FileName | None,
-    BeforeValidator(lambda value: None if value == "" else value),
-    Field(description="a file name below the folder"),
-]
+Name = Annotated[str | None, Field(description="a file name")]
 
 
 class NamingRecord(Record):
     """A record of any layout: all that matters is which files it names."""
 
-    video: OptionalName = None
-    image: OptionalName = None
+    video: Name = None
+    image: Name = None
 
 
 def _named_files(annotations: Sequence[Path], folder: Path) -> dict[str, tuple[Place, bool]]:
@@ -141,13 +134,15 @@ def _named_files(annotations: Sequence[Path], folder: Path) -> dict[str, tuple[P
     for item in (item for path in annotations for item in read_records(path, NamingRecord)):
         if isinstance(item, Problem):
             problems.append(item)
-        elif item.record.video is None and item.record.image is None:
-            text = "needs a file name under 'video' or 'image'"
+            continue
+        by_kind = ((item.record.video, False), (item.record.image, True))
+        names = {name: is_image for name, is_image in by_kind if name}
+        if not names or any(map(escapes_root, names)):
+            text = "needs a file name below the folder under 'video' or 'image'"
             problems.append(Problem(item.place, text))
-        else:
-            for name, is_image in ((item.record.video, False), (item.record.image, True)):
-                if name is not None:
-                    named.setdefault(os.path.join(folder, name), (item.place, is_image))
+        for name, is_image in names.items():
+            path = os.path.join(folder, os.path.normpath(name))
+            named.setdefault(path, (item.place, is_image))
     if problems:
         raise DatasetError(
             f"The annotations cannot be used; fix or remove the records:{listing(problems)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.contrib.concurrent import thread_map
 
-from lavis_uniadapter.datasets.records import DatasetError, listing, raise_if_any
+from lavis_uniadapter.datasets.records import DatasetError, listing
 from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, frames_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.tools.prepare.benchmarks import Split
@@ -19,19 +19,15 @@ _THREADS = 8
 
 
 def usable_videos(splits: Sequence[Split], folder: Path, skip_missing: bool) -> dict[str, str]:
-    """Find every annotated video and decode its last frame.
+    """Find every annotated video in a folder and decode its last frame.
 
-    Args:
-        splits: with videos by the names that the published files give them.
-        folder: of the videos; subfolders are not searched, as LAVIS joins folder and name.
-        skip_missing: leave videos out that are missing or cannot be decoded, if only training
-            has them.
+    Subfolders are not searched, as LAVIS joins folder and name.
 
     Returns:
-        File name by annotated name.
+        File name by annotated name, without unusable training videos if ``skip_missing``.
 
     Raises:
-        DatasetError: the videos that are missing, undecodable or ambiguous.
+        DatasetError: videos are missing, undecodable or ambiguous.
     """
     annotated = dict.fromkeys(video for split in splits for video in split.captions)
     names = find_videos(folder, annotated)
@@ -39,33 +35,21 @@ def usable_videos(splits: Sequence[Split], folder: Path, skip_missing: bool) -> 
     reasons = thread_map(_last_frame_problem, paths, max_workers=_THREADS, desc="checking videos")
     unusable = {video: "missing" for video in annotated if video not in names}
     unusable |= {video: why for video, why in zip(names, reasons, strict=True) if why}
-
     evaluated = {v for s in splits if s.name != "train" for v in s.captions if v in unusable}
-    refused = evaluated if skip_missing else unusable.keys()
+    refused = {v: why for v, why in unusable.items() if v in evaluated or not skip_missing}
     if refused:
-        lines = [f"{names.get(v, v)}: {why}" for v, why in unusable.items() if v in refused]
-        faults = [f"{len(refused)} of {len(annotated)} videos cannot be used:{listing(lines)}"]
-        for split in splits:
-            lost = len(evaluated & split.captions.keys())
-            if lost and split.name != "train":
-                faults.append(
-                    f"{split.file} would lack {lost} videos and be another benchmark: get them, or "
-                    "leave out the option for this file."
-                )
-        if len(refused) > len(evaluated):
-            only = len(refused) - len(evaluated)
-            faults.append(f"{only} are for training alone: --skip-missing leaves them out.")
-        raise_if_any(faults, f"Videos of {folder} are missing or cannot be decoded")
+        lines = [f"{names.get(video, video)}: {why}" for video, why in refused.items()]
+        raise DatasetError(
+            f"{len(refused)} of {len(annotated)} videos in {folder} cannot be used:{listing(lines)}"
+            f"\n{len(evaluated)} of them are for validation or test, which must be complete; "
+            f"{len(refused) - len(evaluated)} are for training alone, and --skip-missing leaves "
+            "such out."
+        )
     return {video: name for video, name in names.items() if video not in unusable}
 
 
 def find_videos(folder: Path, annotated: Iterable[str]) -> dict[str, str]:
-    """Match annotated names with the files in a folder.
-
-    The file of just that name, or else the only one that differs in its extensions alone.
-
-    Returns:
-        File name by annotated name, without those that have no file.
+    """File name by annotated name: the same, or else the only one with other extensions.
 
     Raises:
         DatasetError: a name has several files, or a file several names.

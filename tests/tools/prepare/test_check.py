@@ -239,7 +239,7 @@ def test_names_of_another_encoding_are_reported(folder, checked):
         (["--timeout", "0"], "--timeout: 0 is not a number of seconds above 0"),
         (["--timeout", "nan"], "--timeout: nan is not"),
         (["--annotations", "gone.json"], "gone.json: cannot be read"),
-        (["--annotations", "a.csv"], "a.csv:2: needs a file name under 'video' or 'image'"),
+        (["--annotations", "a.csv"], "a.csv:2: needs a file name below the folder"),
         (["--annotations", "out.json"], "out.json, record 0: needs a file name below"),
         (
             ["--output", "nowhere/a.jsonl"],

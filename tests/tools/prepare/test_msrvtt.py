@@ -115,7 +115,7 @@ def test_retrieval_only_writes_no_captioning_and_needs_no_videos_of_it(msr):
     for video in ("video6", "video7"):  # of the official test split, and of no other list in 7k
         (msr.videos / f"{video}.mp4").unlink()
     message = msr.fail("--split", "7k")
-    assert "cap_test.json would lack 2 videos" in message and "video6.mp4" in message
+    assert "2 of them are for validation or test" in message and "video6.mp4" in message
     msr.succeed("--split", "7k", "--retrieval-only")
     files = {path.name for path in msr.output.iterdir()}
     assert files == {"retrieval_train.json", "retrieval_test.json"}
@@ -154,7 +154,7 @@ ERRORS = {
     ),
     "unknown in the test": (
         lambda m: m.test_rows[0].update(video_id="video99"),
-        r"(?s)1 of 11 videos cannot be used:.*video99.mp4: missing",
+        r"(?s)1 of 11 videos in .* cannot be used:.*video99.mp4: missing",
     ),
     "repeated in training": (
         lambda m: m.train_csv([*TRAINING["9k"], "video0"]),
