@@ -35,14 +35,15 @@ def extract(args: argparse.Namespace) -> int:
     }
     if not targets:
         raise DatasetError(f"{args.videos} holds no videos; correct --videos.")
-    todo = [
-        (video, target)
+    todo = {
+        video: target
         for video, target in targets.items()
         if not _is_extracted(target, args.frames, args.image_size)
-    ]
+    }
     reasons = thread_map(
-        lambda pair: _extract(*pair, args.frames, args.image_size),
-        todo,
+        lambda video, target: _extract(video, target, args.frames, args.image_size),
+        todo.keys(),
+        todo.values(),
         max_workers=args.threads,
         desc="extracting",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def examine_isolated(
     examine: Callable[[T], str | None], files: Sequence[T], workers: int, seconds: float
-) -> Iterator[tuple[T, str | None]]:
+) -> Generator[tuple[T, str | None], None, None]:
     """Yield each file and what is wrong with it, or None; closing the iterator ends the workers.
 
     Args:
