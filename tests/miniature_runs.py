@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from miniature import BENCHMARKS
 from omegaconf import OmegaConf
+
+from lavis_uniadapter.runners import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "projects/uniadapter"
@@ -41,3 +44,16 @@ def change(path, edit):
     content = json.loads(path.read_text())
     content = edit(content) or content
     path.write_text(json.dumps(content))
+
+
+def two_retrieval_sets(start, *options):
+    """MSR-VTT and DiDeMo trained together."""
+    BENCHMARKS["msrvtt_retrieval"](start.cache)
+    BENCHMARKS["didemo_retrieval"](start.cache)
+    path = PROJECTS / "train/msrvtt_retrieval.yaml"
+    config = OmegaConf.load(path)
+    config.datasets.didemo_retrieval = config.datasets.msrvtt_retrieval
+    OmegaConf.save(config, "both.yaml")
+    common = [*small_options("both.yaml", start.med_config), *SMALL_RUN, *SMALL_TRAINING]
+    common += ["model.pretrained=null", f"run.cache_root={start.cache}", "run.max_epoch=1"]
+    return launch.run("both.yaml", [*common, *options])
