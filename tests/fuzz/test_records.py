@@ -1,30 +1,32 @@
-"""Files that are damaged, or hold something else than they should: refused, and in a few words."""
+"""Annotations that are damaged, or hold something else than they should: refused, and in short."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import re
-import shutil
-import zipfile
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
+from fuzzing import (
+    EXTREMES,
+    FORMATS,
+    examples,
+    files,
+    harmed,
+    list_text,
+    object_text,
+    proper,
+    record_texts,
+    strange,
+    value_texts,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from PIL import Image
-from small_models import perturb
-from test_configurations import examples
 
-from lavis_uniadapter.checkpoints.adapter_files import CONFIG, TENSORS
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.layouts import (
     LAYOUTS,
     Answer,
@@ -43,171 +45,7 @@ from lavis_uniadapter.datasets.records import (
     problems,
     read_records,
 )
-from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames, image_problem
-from lavis_uniadapter.processors.extracted_frames import (
-    ABOUT,
-    EXTRACTED_SUFFIX,
-    read_about,
-    write_extracted_frames,
-)
-from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare import benchmarks
-
-# --- what files may hold ------------------------------------------------------------------------
-
-strings = st.text(max_size=5) | st.sampled_from(["", " ", "\ud800", "\0", "../a.mp4", "/a.mp4"])
-EXTREMES = {
-    "digits": "1" * 5000,
-    "lists in lists": "[" * 5000 + "]" * 5000,
-    "objects in objects": '{"a":' * 5000 + "1" + "}" * 5000,
-}
-# JSON texts: of some no value of Python is the origin
-scalar_texts = (
-    st.builds(json.dumps, st.none() | st.booleans() | st.integers() | st.floats() | strings)
-    | st.integers(10**30, 10**31).map(str)
-    | st.sampled_from(sorted(EXTREMES)).map(EXTREMES.get)
-)
-
-
-def _list_text(items: list[str]) -> str:
-    return f"[{', '.join(items)}]"
-
-
-def _object_text(items: dict[str, str]) -> str:
-    return f"{{{', '.join(f'{json.dumps(key)}: {text}' for key, text in items.items())}}}"
-
-
-value_texts = st.recursive(
-    scalar_texts,
-    lambda inner: (
-        st.lists(inner, max_size=3).map(_list_text)
-        | st.dictionaries(strings, inner, max_size=3).map(_object_text)
-    ),
-    max_leaves=5,
-)
-FIELDS = ["video", "image", "caption", "question", "answer", "image_id", "question_id"]
-NEARLY_RIGHT = [
-    '"a"',
-    '" a "',
-    '""',
-    '" "',
-    "5",
-    "true",
-    "null",
-    "[]",
-    '["a"]',
-    '["a", 5]',
-    '[" "]',
-]
-
-
-@st.composite
-def sound_records(draw, listed: bool = False) -> dict[str, object]:
-    """A record as any task may read it; `listed`: with a list of captions, as in evaluation."""
-    number = draw(st.integers(0, 1))
-    name = draw(st.sampled_from(["", "./"])) + ["a.mp4", "b.mp4"][number]
-    captions = draw(st.lists(st.sampled_from(["one", "two", " three"]), min_size=1, max_size=2))
-    answer = draw(st.sampled_from(["red", "blue"]))
-    caption = captions if listed else captions[0]
-    values = (name, name, caption, "what?", answer, number, draw(st.integers(0, 9)))
-    return dict(zip(FIELDS, values, strict=True))
-
-
-@st.composite
-def record_texts(draw, listed: bool = False, spoilt: Sequence[str] = FIELDS) -> str:
-    """A record as JSON text, half of the time with one of the `spoilt` fields spoilt."""
-    texts = {key: json.dumps(value) for key, value in draw(sound_records(listed)).items()}
-    if draw(st.booleans()):
-        key = draw(st.sampled_from(spoilt))
-        near = st.sampled_from(NEARLY_RIGHT)
-        texts[key] = draw(near | near | value_texts | st.none())
-        if texts[key] is None:
-            del texts[key]
-    return _object_text(texts)
-
-
-@st.composite
-def harmed(draw, content: bytes) -> bytes:
-    """Content with a byte changed, bytes put in or taken out, or the end cut off."""
-    at = draw(st.integers(0, max(0, len(content) - 1)))
-    harm = draw(st.sampled_from(["change", "insert", "remove", "cut"]))
-    if harm == "cut":
-        return content[:at]
-    if harm == "remove":
-        return content[:at] + content[at + draw(st.integers(1, 4)) :]
-    new = draw(st.binary(min_size=1, max_size=1 if harm == "change" else 4))
-    return content[:at] + new + content[at + (harm == "change") :]
-
-
-cells = st.text('",\t \r\n\0ab', max_size=6) | st.sampled_from(["a.mp4", "b.mp4", "1"])
-
-
-@st.composite
-def tables(draw, delimiter: str) -> str:
-    """A table with a header, most of its rows as they should be."""
-    header = draw(st.permutations(FIELDS) | st.lists(st.sampled_from(FIELDS), max_size=4))
-    rows = []
-    for _ in range(draw(st.integers(0, 3))):
-        record = draw(sound_records())
-        row = [str(record[key]) for key in header]
-        if row and draw(st.integers(0, 2)) == 0:
-            row[draw(st.integers(0, len(row) - 1))] = draw(cells)
-        if draw(st.integers(0, 4)) == 0:
-            row += draw(st.lists(cells, max_size=2))
-        rows.append(row)
-    if draw(st.booleans()):  # nothing quoted that should be
-        return "\n".join(delimiter.join(row) for row in [header, *rows])
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, delimiter=delimiter).writerows([header, *rows])
-    return buffer.getvalue()
-
-
-def encoded(texts: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
-    """In UTF-8, with a byte-order mark or without."""
-    return st.builds(
-        lambda mark, text: mark + text.encode("utf-8", "surrogatepass"),
-        st.sampled_from([b"", b"", b"\xef\xbb\xbf"]),
-        texts,
-    )
-
-
-def proper(ending: str, spoilt: Sequence[str] = FIELDS) -> st.SearchStrategy[bytes]:
-    """A file of the format that its ending names, with records whose `spoilt` fields may be so."""
-    if ending in (".csv", ".tsv"):
-        return encoded(tables({".csv": ",", ".tsv": "\t"}[ending]))
-    if ending == ".txt":
-        return encoded(st.lists(st.sampled_from(["red", "blue", "", " "])).map("\n".join))
-    join = {".json": _list_text, ".jsonl": "\n".join}[ending]
-    return encoded(
-        st.booleans().flatmap(
-            lambda listed: st.lists(record_texts(listed, spoilt), min_size=1, max_size=3).map(join)
-        )
-    )
-
-
-strange = st.binary(max_size=30) | encoded(
-    value_texts
-    | st.lists(value_texts, max_size=3).map(_list_text)
-    | st.lists(value_texts, max_size=3).map("\n".join)
-    | st.text('{}[]:,"\n\r\t\0a1 ', max_size=30)
-)
-
-
-def files(*endings: str, spoilt: Sequence[str] = FIELDS) -> st.SearchStrategy[tuple[str, bytes]]:
-    """An ending, and what a file of that format may hold: mostly records, most of them sound."""
-    return st.sampled_from(endings).flatmap(
-        lambda ending: st.tuples(
-            st.just(ending),
-            proper(ending, spoilt)
-            | proper(ending, spoilt)
-            | proper(ending, spoilt).flatmap(harmed)
-            | strange
-            | st.sampled_from(FORMATS).flatmap(proper),
-        )
-    )
-
-
-FORMATS = (".json", ".jsonl", ".csv", ".tsv")
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +56,6 @@ def folder(tmp_path_factory) -> Path:
     for name in ("a.mp4", "b.mp4"):
         (folder / "files" / name).write_bytes(b"")
     return folder
-
-
-# --- records ------------------------------------------------------------------------------------
 
 
 class Named(Record):
@@ -308,7 +143,7 @@ def is_filled(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-@examples(300)
+@examples(150)
 @given(
     files(*FORMATS),
     st.sampled_from(["retrieval", "caption", "qa"]),
@@ -365,7 +200,6 @@ def test_own_annotations_are_checked(folder, file, task, data_type, split):
 BUILDERS = {"msrvtt_retrieval": "test", "msrvtt_caption": "train", "msrvtt_qa": "train"}
 
 
-@examples(200)
 @given(files(".json"), st.sampled_from(sorted(BUILDERS)))
 def test_published_annotations_are_checked(folder, file, name):
     _, content = file
@@ -477,7 +311,6 @@ def test_a_layout_says_of_any_value_whether_it_fits(text, dataset_cls):
 # --- what benchmarks are published in -----------------------------------------------------------
 
 
-@examples(100)
 @given(files(".json", ".csv", spoilt=["video", "caption"]))
 @example((".json", b'[{"video": 5, "description": "a"}]'))
 def test_published_lists_are_read_or_refused(folder, file):
@@ -499,15 +332,15 @@ def msrvtt_texts(draw) -> bytes:
     video = st.fixed_dictionaries(
         {"video_id": ids.map(json.dumps), "split": st.just('"train"')},
         optional={"more": value_texts},
-    ).map(_object_text)
+    ).map(object_text)
     sentence = st.fixed_dictionaries(
         {"video_id": ids.map(json.dumps) | value_texts, "caption": st.just('"a"') | value_texts}
-    ).map(_object_text)
+    ).map(object_text)
     parts = {
-        key: draw(st.lists(one | value_texts, max_size=3).map(_list_text) | value_texts)
+        key: draw(st.lists(one | value_texts, max_size=3).map(list_text) | value_texts)
         for key, one in (("videos", video), ("sentences", sentence))
     }
-    return _object_text(parts).encode("utf-8", "surrogatepass")
+    return object_text(parts).encode("utf-8", "surrogatepass")
 
 
 @given(strange | proper(".json") | msrvtt_texts() | msrvtt_texts().flatmap(harmed))
@@ -523,260 +356,3 @@ def test_published_objects_are_read_or_refused(folder, content):
     else:
         assert len(splits) == 5
         assert all(re.fullmatch(r"video\d\.mp4", v) for split in splits for v in split.captions)
-
-
-# --- adapter folders ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(build_model, tmp_path_factory):
-    """A model, the folder of its adapter, and where to put a damaged one."""
-    model = build_model()
-    perturb(model.adapters)
-    root = tmp_path_factory.mktemp("adapters")
-    model.save_adapter(root / "sound", {"t2v_r1": 51.25})
-    return model, root / "sound", root / "damaged"
-
-
-def load_or_refuse(saved, **changed: bytes) -> CheckpointError | None:
-    """Load an adapter with other files: refused, or the tensors that were saved."""
-    model, sound, damaged = saved
-    shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(sound, damaged)
-    for name, content in changed.items():
-        (damaged / {"tensors": TENSORS, "config": CONFIG}[name]).write_bytes(content)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    try:
-        model.load_adapter(damaged, "loaded")
-    except CheckpointError as error:
-        assert str(damaged) in str(error)
-        assert list(model.adapters) == ["default"]
-        raised = error
-    else:
-        raised = None
-        loaded, expected = (model.adapters[n].state_dict() for n in ("loaded", "default"))
-        assert list(loaded) == list(expected)
-        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
-        model.set_adapter("default")
-        model.delete_adapter("loaded")
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    return raised
-
-
-@examples(60)
-@given(st.data())
-def test_harmed_tensors_never_load(saved, data):
-    content = (saved[1] / TENSORS).read_bytes()
-    new = data.draw(harmed(content))
-    assert (load_or_refuse(saved, tensors=new) is None) == (new == content)
-
-
-@examples(60)
-@given(st.data())
-def test_tensors_harmed_under_a_right_hash_raise_nothing_else(saved, data):
-    """As a download would be that was damaged before it was saved."""
-    model, sound, damaged = saved
-    content = (sound / TENSORS).read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    new = data.draw(harmed(content[:header])) + content[header:]
-    config = json.loads((sound / CONFIG).read_text())
-    config["blake2b"] = hashlib.blake2b(new, digest_size=16).hexdigest()
-    shutil.rmtree(damaged, ignore_errors=True)
-    shutil.copytree(sound, damaged)
-    (damaged / TENSORS).write_bytes(new)
-    (damaged / CONFIG).write_text(json.dumps(config))
-    try:
-        model.load_adapter(damaged, "loaded")
-    except CheckpointError:
-        assert list(model.adapters) == ["default"]
-    else:
-        model.set_adapter("default")
-        model.delete_adapter("loaded")
-
-
-@examples(60)
-@given(st.data())
-def test_a_harmed_config_is_refused_or_means_the_same(saved, data):
-    load_or_refuse(saved, config=data.draw(harmed((saved[1] / CONFIG).read_bytes())))
-
-
-@examples(60)
-@given(st.data(), value_texts)
-def test_a_config_of_any_values_is_refused_or_means_the_same(saved, data, text):
-    config = json.loads((saved[1] / CONFIG).read_text())
-    mark = "put the value here"
-    inside, key = config, data.draw(st.sampled_from(sorted(config)))
-    if isinstance(config[key], dict) and config[key] and data.draw(st.booleans()):
-        inside, key = config[key], data.draw(st.sampled_from(sorted(config[key])))
-    if data.draw(st.booleans()):
-        inside[key] = mark
-    else:
-        inside[data.draw(strings)] = mark
-    content = json.dumps(config).replace(json.dumps(mark), text)
-    load_or_refuse(saved, config=content.encode("utf-8", "surrogatepass"))
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("configuration", ["bottleneck"]),
-        ("configuration", {"bottelneck": 8}),
-        ("configuration", {"bottleneck": -8}),
-        ("settings", 35),
-        ("base", "random weights"),
-        ("base", {"name": "random weights"}),
-        ("blake2b", None),
-    ],
-)
-def test_a_config_of_other_kinds_is_called_damaged(saved, key, value):
-    config = json.loads((saved[1] / CONFIG).read_text())
-    config[key] = value
-    assert "is damaged" in str(load_or_refuse(saved, config=json.dumps(config).encode()))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace("\n", "\r\n  "),
-        lambda text: text.replace("51.25", "3"),
-        lambda text: json.dumps(dict(reversed(json.loads(text).items()))),
-    ],
-)
-def test_a_config_that_means_the_same_loads(saved, change):
-    text = (saved[1] / CONFIG).read_text()
-    assert change(text) != text
-    assert load_or_refuse(saved, config=change(text).encode()) is None
-
-
-# --- extracted frames ---------------------------------------------------------------------------
-
-SIDE = 16
-
-
-def read_frames_or_refuse(path: Path) -> None:
-    """Decode three frames: three there are, or an error that names the archive."""
-    video = str(path).removesuffix(EXTRACTED_SUFFIX)
-    try:
-        frames = decode_frames(video, lambda number: sample_frame_indices(number, 3), SIDE)
-    except VideoDecodeError as error:
-        assert path.name in str(error)
-    else:
-        assert frames.dtype == torch.uint8 and frames.shape == (3, SIDE, SIDE, 3)
-    try:
-        about = read_about(str(path))
-    except (OSError, ValueError):
-        return
-    assert all(type(about[key]) is int for key in ("num_frames", "image_size", "source_frames"))
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> tuple[Path, bytes]:
-    path = tmp_path_factory.mktemp("frames") / f"clip.mp4{EXTRACTED_SUFFIX}"
-    frames = torch.arange(4 * SIDE * SIDE * 3).reshape(4, SIDE, SIDE, 3) % 256
-    write_extracted_frames(str(path), frames.to(torch.uint8), 9)
-    return path, path.read_bytes()
-
-
-@given(st.data())
-def test_a_harmed_archive_is_read_or_refused(archive, data):
-    path, content = archive
-    path.write_bytes(data.draw(harmed(content)))
-    read_frames_or_refuse(path)
-
-
-@given(st.data())
-def test_an_archive_with_a_harmed_directory_is_read_or_refused(archive, data):
-    """The directory at the end, which no checksum covers, names methods, sizes and places."""
-    path, content = archive
-    start = content.index(b"PK\1\2")
-    path.write_bytes(content[:start] + data.draw(harmed(content[start:])))
-    read_frames_or_refuse(path)
-
-
-@pytest.mark.parametrize(
-    "about, why",
-    [
-        ([4], "TypeError"),
-        ({"image_size": 16, "source_frames": 9}, "num_frames"),
-        ({"num_frames": "4", "image_size": 16, "source_frames": 9}, "num_frames.*'4'"),
-        ({"num_frames": 10**30, "image_size": 16, "source_frames": 9}, "no item named"),
-    ],
-)
-def test_an_archive_that_says_something_else_is_named(archive, about, why):
-    path, content = archive
-    path.write_bytes(content)
-    with zipfile.ZipFile(path) as old:
-        members = {name: old.read(name) for name in old.namelist()}
-    members[ABOUT] = json.dumps(about).encode()
-    with zipfile.ZipFile(path, "w") as new:
-        for name, member in members.items():
-            new.writestr(name, member)
-    with pytest.raises(VideoDecodeError, match=why):
-        decode_frames(str(path).removesuffix(EXTRACTED_SUFFIX), lambda number: [0], SIDE)
-    with pytest.raises(ValueError, match=why):
-        read_about(str(path))
-
-
-@pytest.mark.parametrize("at, byte", [(8, 1), (10, 99)])
-def test_an_archive_of_an_unknown_kind_is_named(archive, at, byte):
-    """One that claims to be encrypted (flags, 8), or compressed in a way unheard of (10)."""
-    path, content = archive
-    directory = content.index(b"PK\1\2")
-    harmed = bytearray(content)
-    harmed[directory + at] = byte
-    path.write_bytes(harmed)
-    with pytest.raises(VideoDecodeError, match="clip.mp4"):
-        decode_frames(str(path).removesuffix(EXTRACTED_SUFFIX), lambda number: [0], SIDE)
-
-
-def pictures() -> st.SearchStrategy[bytes]:
-    """Sound pictures of several kinds, and harmed ones."""
-    sound = []
-    for mode, kind in (("RGB", "JPEG"), ("L", "PNG"), ("P", "GIF"), ("RGBA", "PNG"), ("1", "TIFF")):
-        for size in ((SIDE, SIDE), (5, 7)):
-            content = io.BytesIO()
-            Image.new(mode, size).save(content, kind)
-            sound.append(content.getvalue())
-    return st.sampled_from(sound) | st.sampled_from(sound).flatmap(harmed) | st.binary(max_size=20)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:Corrupt EXIF data", "ignore:Tag data larger", "ignore:Truncated File Read"
-)
-@given(
-    st.lists(pictures(), max_size=4),
-    value_texts
-    | st.fixed_dictionaries(
-        {
-            key: st.integers(0, 5).map(str) | value_texts
-            for key in ("num_frames", "image_size", "source_frames")
-        }
-    ).map(_object_text),
-    st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA]),
-)
-def test_an_archive_of_anything_is_read_or_refused(archive, members, about, method):
-    path, _ = archive
-    with zipfile.ZipFile(path, "w", method) as file:
-        for number, content in enumerate(members):
-            file.writestr(f"{number:05d}.jpg", content)
-        file.writestr(ABOUT, about.encode("utf-8", "surrogatepass"))
-    read_frames_or_refuse(path)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:Corrupt EXIF data", "ignore:Tag data larger", "ignore:Truncated File Read"
-)
-@given(pictures())
-def test_a_picture_is_opened_or_named(folder, content):
-    path = folder / "picture"
-    path.write_bytes(content)
-    for whole in (False, True):
-        assert image_problem(str(path), whole) != ""
-
-
-def test_a_picture_with_a_harmed_chunk_is_named(folder):
-    content = io.BytesIO()
-    Image.new("L", (SIDE, SIDE)).save(content, "PNG")
-    path = folder / "harmed.png"
-    path.write_bytes(content.getvalue().replace(b"IDAT", b"IDA\x9c"))
-    assert "cannot be read as an image" in image_problem(str(path), whole=False)
