@@ -28,27 +28,17 @@ def prepare(args: argparse.Namespace) -> int:
         ConfigError, DatasetError: the options, published files or videos cannot be used.
         FileExistsError: the output folder holds other annotations.
     """
-    title, read = BENCHMARKS[args.benchmark]
-    published = list(read(args))
-    splits = [_keep(split, split.captions) for split in published]
-    raise_if_any(_faults(published, args.allow_other_counts), f"{title} cannot be prepared")
-    stale = args.output / "retrieval_val.json"
-    is_replaced = args.num_val or stale.name in {split.file for split in splits}
-    if stale.exists() and not is_replaced:
-        raise FileExistsError(
-            f"{stale} is left from an earlier run, and its videos may now be trained on. Delete "
-            "it, or name another --output."
-        )
-
-    names = usable_videos(splits, args.videos, args.skip_missing)
-    usable = [_keep(split, names) for split in splits]
+    published = list(BENCHMARKS[args.benchmark](args))
+    raise_if_any(_faults(published, args.allow_other_counts), "The annotations cannot be written")
+    names = usable_videos(published, args.videos, args.skip_missing)
+    usable = [_keep(split, names) for split in published]
     empty = [f"{split.file} would hold no video." for split in usable if not split.captions]
-    raise_if_any(empty, f"{title} cannot be prepared")
+    raise_if_any(empty, "The annotations cannot be written")
     written = [*hold_out(usable[0], args.num_val, args.seed), *usable[1:]]
     contents = {split.file: encode(split, names) for split in written}
     _write(args.output, contents, args.overwrite)
 
-    print(f"{title}, annotations in {args.output}:")
+    print(f"annotations in {args.output}:")
     for split in written:
         videos, captions = _size(split)
         print(f"  {split.file:<20}  {videos:>6} videos  {captions:>7} captions")
@@ -142,14 +132,19 @@ def _faults(published: Sequence[Split], allow_other_counts: bool) -> Iterator[st
 
 def _write(folder: Path, contents: Mapping[str, bytes], overwrite: bool) -> None:
     files = {folder / name: content for name, content in contents.items()}
-    different = [str(p) for p, new in files.items() if p.is_file() and p.read_bytes() != new]
-    if different and not overwrite:
+    other = [path for path, new in files.items() if path.is_file() and path.read_bytes() != new]
+    # held out in an earlier run; its videos may now be trained on
+    left_over = {folder / "retrieval_val.json"}.difference(files)
+    other += filter(Path.is_file, left_over)
+    if other and not overwrite:
         raise FileExistsError(
-            f"{', '.join(different)} exist with other contents. Replace them with --overwrite, or "
-            "name another --output."
+            f"{', '.join(map(str, other))} exist with other contents. Replace them with "
+            "--overwrite, or name another --output."
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_together(files)
+    for path in left_over:
+        path.unlink(missing_ok=True)
 
 
 def _left_out(published: Sequence[Split], usable: Sequence[Split]) -> Iterator[str]:

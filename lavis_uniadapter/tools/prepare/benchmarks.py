@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -109,9 +109,9 @@ def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
             f"{args.data} is not MSRVTT_data.json as published ({type(error).__name__}: {error}); "
             "download it again."
         ) from error
-    found = _sound(args.data, check_records(videos, Video, f"'videos' of {args.data}"))
-    official = {video.video_id: video.split for video in found}
-    texts = _sound(args.data, check_records(sentences, Sentence, f"'sentences' of {args.data}"))
+    listed = _sound(check_records(videos, Video, f"'videos' of {args.data}"))
+    official = {video.video_id: video.split for video in listed}
+    texts = _sound(check_records(sentences, Sentence, f"'sentences' of {args.data}"))
     captions = _grouped((text.video_id, text.caption) for text in texts)
     queries = {query.video_id: [query.sentence] for query in _read(args.test_csv, Listed)}
     source = f"the {args.split} training list"
@@ -145,13 +145,13 @@ def didemo(args: argparse.Namespace) -> Iterator[Split]:
 
 
 def _read(path: Path, schema: type[R]) -> list[R]:
-    return _sound(path, read_records(path, schema, formats=(".csv", ".json")))
+    return _sound(read_records(path, schema, formats=(".csv", ".json")))
 
 
-def _sound(path: Path, items: Iterable[Found[R] | Problem]) -> list[R]:
+def _sound(items: Iterable[Found[R] | Problem]) -> list[R]:
     items = list(items)
     if wrong := problems(items):
-        raise DatasetError(f"{path} is not as it is published:{listing(wrong)}")
+        raise DatasetError(f"The files are not as they are published:{listing(wrong)}")
     return [item.record for item in items if isinstance(item, Found)]
 
 
@@ -166,7 +166,4 @@ def _files(videos: Iterable[str], captions: dict[str, list[str]]) -> dict[str, l
     return {f"{video}.mp4": captions.get(video, []) for video in videos}
 
 
-BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], Iterator[Split]]]] = {
-    "msrvtt": ("MSR-VTT", msrvtt),
-    "didemo": ("DiDeMo", didemo),
-}
+BENCHMARKS = {"msrvtt": msrvtt, "didemo": didemo}
