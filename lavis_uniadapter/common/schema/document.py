@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lavis_uniadapter.common.schema import data, methods, model, processors, run, shapes
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
-from lavis_uniadapter.common.schema.section import Section, wanted
+from lavis_uniadapter.common.schema.section import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/configuration.md"
 INTRODUCTION = """# Configuration
@@ -21,6 +23,21 @@ have the options of their constructors.
 
 This page is generated: `python -m lavis_uniadapter.common.schema.document`.
 """
+WORDS = {
+    "array": "list",
+    "boolean": "True or False",
+    "integer": "whole number",
+    "null": "null",
+    "number": "number",
+    "string": "text",
+}
+LIMITS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of",
+}
 SECTIONS: list[tuple[str, type[Section]]] = [
     ("`run`", run.RunSection),
     ("`model`: all architectures", model.ModelSection),
@@ -46,22 +63,29 @@ def render() -> str:
 
 def _table(title: str, section: type[Section]) -> str:
     lines = [f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
-    keys = list(section.model_fields)
-    if section in model.MODELS.values():
-        keys = [key for key in keys if key in section.__annotations__]
-    for key in keys:
-        field = section.model_fields[key]
+    schema = section.model_json_schema()["properties"]
+    own = section.__annotations__ if section in model.MODELS.values() else schema
+    for key, field in section.model_fields.items():
+        if key not in own:
+            continue
         description = field.description or model.ModelSection.model_fields[key].description or ""
         default = "required" if field.is_required() else f"`{_as_yaml(field.get_default())}`"
         if isinstance(field.default, Section):
             default = "see below"
-        readers = [mark for mark in field.metadata if isinstance(mark, run.ReadBy)]
-        note = f" Read by `{'`, `'.join(readers[0].runners)}` only." if readers else ""
-        meaning = " ".join(description.replace("``", "`").split()) + note
-        lines.append(
-            f"| `{key}` | {wanted(field.annotation, field.metadata)} | {default} | {meaning} |"
-        )
+        readers = run.READ_BY.get(key) if section is run.RunSection else None
+        note = f" Read by `{'`, `'.join(readers)}` only." if readers else ""
+        lines.append(f"| `{key}` | {_value(schema[key])} | {default} | {description}{note} |")
     return "\n".join(lines) + "\n"
+
+
+def _value(schema: Mapping[str, Any]) -> str:
+    """What a value must be, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(map(_value, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return ", ".join(map(str, schema.get("enum") or [schema["const"]]))
+    limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
+    return f"{WORDS.get(schema.get('type'), 'section')} {', '.join(limits)}".strip()
 
 
 def _as_yaml(value: object) -> str:

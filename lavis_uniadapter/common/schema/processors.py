@@ -7,11 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lavis_uniadapter.common.schema.section import Section, Share, Size, Wanted, option
+from lavis_uniadapter.common.schema.section import Section, Share, Size, option
 
-Colour = Annotated[
-    tuple[float, float, float], Field(strict=False), Wanted("a list of three numbers")
-]
+Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
 class VideoEval(Section):

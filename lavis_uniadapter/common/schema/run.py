@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -19,26 +18,26 @@ from lavis_uniadapter.common.schema.section import (
     Size,
     Text,
     Texts,
-    Wanted,
     option,
     shown,
 )
 
 OURS = "runner_uniadapter"
-
-
-@dataclass(frozen=True)
-class ReadBy:
-    """Marks a key that only some runners read."""
-
-    runners: tuple[str, ...]
-
-
-FolderName = Annotated[Text, Field(pattern=r"^[^/\\]+$"), Wanted("a folder name without / or \\")]
-Splits = Annotated[Texts, Wanted("a list of names, as in [val]")]
-Amp = Annotated[Literal["auto", "bf16", "fp16"] | bool | None, Wanted("auto, bf16, fp16 or null")]
-Ours = ReadBy((OURS,))
-Iter = ReadBy(("runner_iter",))
+# Keys that only some runners read.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "checkpoint_freq": (OURS,),
+    "compile": (OURS,),
+    "data_timeout": (OURS,),
+    "max_grad_norm": (OURS,),
+    "max_skipped_steps": (OURS,),
+    "unreadable_threshold": (OURS,),
+    "weight_decay_on": (OURS,),
+    "resume": (OURS, "runner_base"),
+    "max_iters": ("runner_iter",),
+    "iters_per_inner_epoch": ("runner_iter",),
+    "train_dataset_ratios": ("runner_iter",),
+}
+FolderName = Annotated[Text, Field(pattern=r"^[^/\\]+$")]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "uniadapter_retrieval": {"selection_metric": "mean_recall"},
     "video_qa": {"selection_metric": "accuracy"},
@@ -97,9 +96,9 @@ class RunSection(Evaluation):
     cache_root: Text | None = option(None, "Where data lies; null: `$LAVIS_CACHE_ROOT` or `cache`.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = option(42, "Seed of all random numbers.")
 
-    train_splits: Splits = option((), "Trained on.")
-    valid_splits: Splits = option((), "Evaluated after each epoch; the first picks the best.")
-    test_splits: Splits = option((), "Tested in the end.")
+    train_splits: Texts = option((), "Trained on.")
+    valid_splits: Texts = option((), "Evaluated after each epoch; the first picks the best.")
+    test_splits: Texts = option((), "Tested in the end.")
     batch_size_train: Size | None = option(None, "On each process. Needed to train.")
     batch_size_eval: Size = option(..., "On each process.")
     num_workers: Count = option(..., "Processes that read data, beside each training process.")
@@ -114,33 +113,33 @@ class RunSection(Evaluation):
     warmup_steps: Count = option(0, "Steps of warm-up.")
     lr_decay_rate: Amount | None = option(None, "Factor of LAVIS's step schedule.")
     weight_decay: Amount | None = option(None, "Weight decay of AdamW. Needed to train.")
-    weight_decay_on: Annotated[Literal["matrices", "all"], Ours] = option(
+    weight_decay_on: Literal["matrices", "all"] = option(
         "matrices", "What decays: matrices as in LAVIS, or all tensors as the authors do."
     )
     beta2: Annotated[float, Field(ge=0, lt=1)] = option(0.999, "Second coefficient of AdamW.")
     accum_grad_iters: Size = option(1, "Batches whose gradients make one step.")
-    max_grad_norm: Annotated[Positive | None, Ours] = option(None, "Null: no clipping.")
-    max_skipped_steps: Annotated[Size, Ours] = option(20, "Non-finite steps in a row, at most.")
-    max_iters: Annotated[Size | None, Iter] = option(None, "Steps in all.")
-    iters_per_inner_epoch: Annotated[Size | None, Iter] = option(None, "Between evaluations.")
-    train_dataset_ratios: Annotated[dict[str, Amount] | None, Iter] = option(
+    max_grad_norm: Positive | None = option(None, "Null: no clipping.")
+    max_skipped_steps: Size = option(20, "Non-finite steps in a row, at most.")
+    max_iters: Size | None = option(None, "Steps in all.")
+    iters_per_inner_epoch: Size | None = option(None, "Between evaluations.")
+    train_dataset_ratios: dict[str, Amount] | None = option(
         None, "How often each dataset is drawn from."
     )
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "`auto`: CUDA where there is any.")
-    amp: Amp = option(None, "Mixed precision; `auto`: bf16 where the hardware has it.")
+    amp: Literal["auto", "bf16", "fp16"] | None = option(
+        None, "Mixed precision; `auto`: bf16 where the hardware has it."
+    )
     matmul_precision: Literal["highest", "high"] = option("highest", "`high`: TF32 on CUDA.")
-    compile: Annotated[bool, Ours] = option(False, "Compile the blocks of the visual encoder.")
+    compile: bool = option(False, "Compile the blocks of the visual encoder.")
 
-    resume: Annotated[Literal["auto"] | None, ReadBy((OURS, "runner_base"))] = option(
+    resume: Literal["auto"] | None = option(
         None, "`auto`: continue the unfinished run of the same configuration."
     )
     resume_ckpt_path: Text | None = option(None, "Checkpoint to continue from, or to test.")
-    checkpoint_freq: Annotated[Count, Ours] = option(500, "Steps between checkpoints.")
-    data_timeout: Annotated[Amount, Ours] = option(300.0, "Seconds to wait for a batch.")
-    unreadable_threshold: Annotated[Share, Ours] = option(
-        0.01, "Share of an epoch's items that may be unreadable."
-    )
+    checkpoint_freq: Count = option(500, "Steps between checkpoints.")
+    data_timeout: Amount = option(300.0, "Seconds to wait for a batch.")
+    unreadable_threshold: Share = option(0.01, "Share of an epoch's items that may be unreadable.")
     log_freq: Size = option(50, "Steps between lines of the console.")
 
     distributed: bool = option(False, "Set by the launcher.")
@@ -152,13 +151,15 @@ class RunSection(Evaluation):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_task_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_in_task_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
         return _with_task_defaults(values, values.get("task"))
 
-    @field_validator("amp")
+    @field_validator("amp", mode="before")
     @classmethod
-    def _name_amp(cls, amp: str | bool | None) -> str | None:
-        return "fp16" if amp is True else amp or None
+    def _name_amp(cls, amp: Any) -> Any:
+        return {True: "fp16", False: None}[amp] if isinstance(amp, bool) else amp
 
     @field_validator("resume_ckpt_path")
     @classmethod
@@ -187,7 +188,7 @@ class RunSection(Evaluation):
 
     def filled_in(self) -> dict[str, Any]:
         """The keys that the run's runner reads, each with its value."""
-        skipped = {key for key, runners in _readers(type(self)) if self.runner not in runners}
+        skipped = {key for key, runners in READ_BY.items() if self.runner not in runners}
         return self.model_dump(mode="json", exclude=skipped)
 
 
@@ -199,7 +200,7 @@ def _with_task_defaults(values: Mapping[str, Any], task: object) -> dict[str, An
 def unread(given: Mapping[str, Any], runner: str) -> str | None:
     """What a runner would skip or misread of a ``run:`` section, beginning with the key."""
     instead = f"Remove it, or set run.runner: {OURS}."
-    for name, runners in _readers(RunSection):
+    for name, runners in READ_BY.items():
         value = given.get(name)
         if runner not in runners and value is not None and value is not False:
             instead = f"Remove it, or set run.runner: {runners[0]}."
@@ -215,11 +216,3 @@ def unread(given: Mapping[str, Any], runner: str) -> str | None:
             f"alone. {instead}"
         )
     return None
-
-
-def _readers(section: type[Section]) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The keys that only some runners read, and those runners."""
-    for key, field in section.model_fields.items():
-        for mark in field.metadata:
-            if isinstance(mark, ReadBy):
-                yield key, mark.runners
