@@ -69,7 +69,7 @@ def test_the_schema_and_the_methods_name_the_same():
         ({"job_id": [1]}, "run.job_id is [1]; it must be a text."),
         ({"job_id": "a/b"}, "run.job_id is 'a/b'; it must be a name without / or \\."),
         ({"amp": [1]}, "run.amp is [1]; it must be one of auto, bf16, fp16."),
-        ({"train_splits": "train"}, "run.train_splits is 'train'; it must be a list, as in [a, b]."),
+        ({"train_splits": "a"}, "run.train_splits is 'a'; it must be a list, as in [a, b]."),
     ],
 )
 def test_a_message_names_the_key_the_value_and_what_it_must_be(changes, expected):

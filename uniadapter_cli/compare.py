@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     lines += added
-    folder = plan.output_dir if plan else Path(args.output_dir)
+    folder = Path(plan.output_dir if plan else args.output_dir)
     metrics = args.metrics or (plan.metrics if plan else ())
     table = write_report(lines, metrics, folder, plan.reference if plan else None)
     print(f"\n{table}\n\nwritten: {folder / 'comparison.{md,csv,json,png}'}")

@@ -88,7 +88,7 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
         },
     }
     write_json(folder / "demo.json", report)
-    plot_curves(folder / run_folders.LOG, METRICS[task][:1], folder / "curves.png")
+    plot_curves(folder / run_folders.LOG, METRICS[task][0], folder / "curves.png")
     draw = _draw_matches if task == "retrieval" else _draw_descriptions
     draw(adapted, folder / "clips.png")
     say("\n%s", table(report))

@@ -7,14 +7,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import numpy as np
 from matplotlib import pyplot as plt
 from torch import Tensor
+from torchvision.utils import make_grid
+
+PLAIN = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
 
 
 @dataclass
@@ -26,24 +35,21 @@ class Cell:
     framed: bool = False
 
 
-def plot_curves(log: Path, metrics: Sequence[str], picture: Path) -> None:
-    """Losses and validation metrics over epochs, from a runner's ``log.txt``."""
+@plt.rc_context(PLAIN)
+def plot_curves(log: Path, metric: str, picture: Path) -> None:
+    """Losses and a validation metric over epochs, from a runner's ``log.txt``."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    train = [line for line in lines if "train_epoch" in line]
-    val = [line for line in lines if "val_epoch" in line]
-    losses = [key for key in train[0] if key.startswith("train_loss")]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for one, records, split, keys in (
-        (axes[0], train, "train_", losses),
-        (axes[1], val, "val_", [f"val_{name}" for name in metrics]),
-    ):
-        epochs = [record[f"{split}epoch"] + 1 for record in records]
-        for key in keys:
-            values = [record[key] for record in records]
-            one.plot(epochs, values, marker=".", label=key.removeprefix(split))
-        one.set(xlabel="epoch", ylabel="training" if one is axes[0] else "validation")
-        one.set_ylim(bottom=0)
-        _finish(one)
+    figure, grid = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axes, split in zip(grid, ("train", "val"), strict=True):
+        records = [line for line in lines if f"{split}_epoch" in line]
+        epochs = [record[f"{split}_epoch"] + 1 for record in records]
+        for key in records[0]:
+            if key.startswith("train_loss") or key == f"val_{metric}":
+                values = [record[key] for record in records]
+                axes.plot(epochs, values, marker=".", label=key.removeprefix(f"{split}_"))
+        axes.set(xlabel="epoch", ylabel=split)
+        axes.set_ylim(bottom=0)
+        axes.legend()
     _save(figure, picture)
 
 
@@ -59,7 +65,9 @@ def plot_clips(rows: Sequence[Sequence[Cell]], picture: Path, title: str) -> Non
         axes.spines[:].set_color("none")
     for row, cells in zip(grid, rows, strict=True):
         for axes, cell in zip(row, cells, strict=False):
-            axes.imshow(_contact_sheet(cell.clip))
+            frames = cell.clip.clamp(0, 1).transpose(0, 1)
+            sheet = make_grid(frames, nrow=(len(frames) + 1) // 2, padding=0)
+            axes.imshow(sheet.permute(1, 2, 0))
             axes.set_title(cell.text, loc="left", fontsize=9)
             if cell.framed:
                 axes.spines[:].set(color="tab:green", linewidth=5)
@@ -67,49 +75,34 @@ def plot_clips(rows: Sequence[Sequence[Cell]], picture: Path, title: str) -> Non
     _save(figure, picture)
 
 
-def _contact_sheet(clip: Tensor) -> np.ndarray:
-    """Frames of a (3, T, H, W) clip in two rows, as a (2H, T/2 W, 3) picture."""
-    frames = clip.permute(1, 2, 3, 0).clamp(0, 1).numpy()
-    if len(frames) % 2:
-        frames = np.concatenate([frames, frames[-1:]])
-    half = len(frames) // 2
-    rows = [np.concatenate(list(part), axis=1) for part in (frames[:half], frames[half:])]
-    return np.concatenate(rows, axis=0)
-
-
-def plot_comparison(
-    points: Mapping[str, tuple[float, float, float]], metric: str, picture: Path
-) -> None:
-    """A metric against trained parameters, a point a method.
+@plt.rc_context(PLAIN)
+def plot_comparison(rows: Sequence[Mapping[str, Any]], metric: str, picture: Path) -> None:
+    """A metric against trained parameters, a point a method; a line, if it trains nothing.
 
     Args:
-        points: by method (trained parameters, mean, standard deviation); methods that train
-            nothing are drawn as a line across.
+        rows: of a comparison's report.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     drawn: Counter[float] = Counter()
-    for index, (name, (parameters, mean, deviation)) in enumerate(points.items()):
-        if not parameters:
+    for index, row in enumerate(rows):
+        name, parameters, mean = row["method"], row["trained parameters"], row[metric]
+        if mean is None or parameters is None:
+            continue
+        if parameters == 0:
             axes.axhline(mean, color="grey", linestyle=":", label=name)
             continue
         # side by side, where methods train as many
         x = parameters * 1.025 ** drawn[parameters]
         drawn[parameters] += 1
         style = f"C{index % 10}{'osD^vP*X<>'[index // 10 % 10]}"
-        axes.errorbar(x, mean, deviation, fmt=style, capsize=3, label=name)
+        axes.errorbar(x, mean, row[f"{metric} std"] or 0, fmt=style, capsize=3, label=name)
     title = "mean ± standard deviation over seeds"
     axes.set(xlabel="trained parameters", ylabel=metric, xscale="log", title=title)
-    _finish(axes)
-    axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     _save(figure, picture)
 
 
-def _finish(axes) -> None:
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure, picture: Path) -> None:
+def _save(figure: Any, picture: Path) -> None:
     figure.savefig(picture, dpi=130)
     plt.close(figure)

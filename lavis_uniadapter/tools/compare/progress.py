@@ -6,6 +6,8 @@ import contextlib
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -16,26 +18,20 @@ from lavis_uniadapter.runners import run_folders
 
 
 class Progress:
-    """A table of the running runs on a terminal, renewed every second; elsewhere nothing.
+    """The runs that are running, by folder, and how many have finished or failed."""
 
-    Args:
-        console: where it is drawn.
-    """
-
-    def __init__(self, console: Console | None = None):
-        console = console or Console()
+    def __init__(self) -> None:
         self._started: dict[Path, float] = {}
         self._counts: Counter[str] = Counter()
-        self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
-        self._visible = console.is_terminal
 
-    def __enter__(self) -> Progress:
-        if self._visible:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
+    @contextlib.contextmanager
+    def shown(self, console: Console) -> Iterator[None]:
+        """Inside, a table is drawn every second on a terminal; elsewhere nothing."""
+        if not console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self.table, console=console, refresh_per_second=1):
+            yield
 
     def start(self, folder: Path) -> None:
         """Note that a run has started."""
@@ -52,9 +48,9 @@ class Progress:
         table = Table("run", "epoch", "elapsed", "time left", caption=counts or None)
         for folder, started in list(self._started.items()):
             epochs, total, seconds = logged(folder)
-            elapsed = time.time() - started
-            left = "" if not epochs or not total else _minutes(seconds / epochs * (total - epochs))
-            table.add_row(folder.name, f"{epochs}/{total or '?'}", _minutes(elapsed), left)
+            left = _clock(seconds / epochs * (total - epochs)) if epochs and total else ""
+            elapsed = _clock(time.time() - started)
+            table.add_row(folder.name, f"{epochs}/{total or '?'}", elapsed, left)
         return table
 
 
@@ -72,5 +68,5 @@ def logged(folder: Path) -> tuple[int, int | None, float]:
     return epochs, total, seconds
 
 
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

@@ -31,71 +31,67 @@ def rows_of(
         row["learning rate"] = line.learning_rate
         row["at edge of grid"] = line.at_edge
         first = line.runs[0] if line.runs else None
-        row["trained parameters"] = first.trained_parameters if first else None
-        row["total parameters"] = first.total_parameters if first else None
+        row["trained parameters"] = first and first.trained_parameters
+        row["total parameters"] = first and first.total_parameters
         for name in metrics:
             values = [value for run in line.runs if (value := run.metric(name)) is not None]
-            row[name] = statistics.fmean(values) if values else None
+            row[name] = _mean(values)
             row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else None
             difference = None
             if line.name != reference:
                 difference = paired_difference(line.runs, reference_runs, name)
             for part in ("mean", "low", "high"):
                 row[f"{name} difference {part}"] = difference and getattr(difference, part)
-        for name, values in (
-            ("seconds", [run.seconds for run in line.runs]),
-            ("peak bytes", [run.peak_bytes for run in line.runs]),
-        ):
-            known = [value for value in values if value is not None]
-            row[name] = statistics.fmean(known) if known else None
+        row["seconds"] = _mean([run.seconds for run in line.runs])
+        row["peak bytes"] = _mean([run.peak_bytes for run in line.runs])
         row["precision"] = ", ".join(sorted({run.precision for run in line.runs if run.precision}))
         row["failures"] = "; ".join(line.failures)
         rows.append(row)
     return rows
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], reference: str | None = None
 ) -> str:
-    compared = f"{metrics[0]} - {reference}'s [95%]"
-    has_differences = any(row[f"{metrics[0]} difference mean"] is not None for row in rows)
+    """The rows as a table, and below it what needs attention."""
+    parts = [f"{metrics[0]} difference {part}" for part in ("mean", "low", "high")]
+    compared = any(row[parts[0]] is not None for row in rows)
     header = ["method", "learning rate", "trained", "share", *metrics]
-    header += [*([compared] if has_differences else []), "seeds", "min", "peak GB"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    header += [f"{metrics[0]} - {reference}'s [95%]"] if compared else []
+    table = [[*header, "seeds", "min", "peak GB"], ["---"] * (len(header) + 3)]
     for row in rows:
         trained, total = row["trained parameters"], row["total parameters"]
-        rate = row["learning rate"]
         cells = [
             row["method"],
-            "" if rate is None else f"{rate:g}" + ("*" if row["at edge of grid"] else ""),
-            "" if trained is None else f"{trained:,}",
-            f"{100 * trained / total:.2f}%" if trained is not None and total else "",
-            *(_mean_and_deviation(row[name], row[f"{name} std"]) for name in metrics),
-            *([_interval(row, metrics[0])] if has_differences else []),
-            str(row["seeds"]),
-            "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
-            "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}",
+            _cell("{:g}", row["learning rate"]) + "*" * row["at edge of grid"],
+            _cell("{:,}", trained),
+            _cell("{:.2%}", trained / total if total else None),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells += [_cell("{:.1f}", row[m]) + _cell(" ± {:.1f}", row[f"{m} std"]) for m in metrics]
+        if compared:
+            cells.append(_cell("{:+.1f} [{:+.1f}, {:+.1f}]", *(row[part] for part in parts)))
+        cells.append(str(row["seeds"]))
+        cells.append(_cell("{:.1f}", row["seconds"] and row["seconds"] / 60))
+        cells.append(_cell("{:.2f}", row["peak bytes"] and row["peak bytes"] / 1e9))
+        table.append(cells)
+    notes = ["| " + " | ".join(cells) + " |" for cells in table]
     if any(row["at edge of grid"] for row in rows):
-        lines += ["", "\\* the best learning rate is the smallest or largest that was tried"]
+        notes += ["", "\\* the best learning rate is the smallest or largest that was tried"]
     known = [(row["method"], row["precision"]) for row in rows if row["precision"]]
     if len({one for _, precision in known for one in precision.split(", ")}) > 1:
         each = "; ".join(f"{method} in {precision}" for method, precision in known)
-        lines += ["", f"Not all runs computed in the same precision: {each}."]
+        notes += ["", f"Not all runs computed in the same precision: {each}."]
     failures = [f"- {row['method']}: {row['failures']}" for row in rows if row["failures"]]
-    return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
+    return "\n".join(notes + (["", "Failed:", "", *failures] if failures else []))
 
 
-def _mean_and_deviation(mean: float | None, deviation: float | None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def _interval(row: Mapping[str, Any], metric: str) -> str:
-    mean, low, high = (row[f"{metric} difference {part}"] for part in ("mean", "low", "high"))
-    return "" if mean is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _cell(template: str, *values: float | None) -> str:
+    return "" if None in values else template.format(*values)
 
 
 def write_report(
@@ -111,14 +107,7 @@ def write_report(
         writer.writeheader()
         writer.writerows(rows)
     write_json(folder / "comparison.json", rows)
-    first = metrics[0]
-    points = {
-        row["method"]: (row["trained parameters"], row[first], row[f"{first} std"] or 0.0)
-        for row in rows
-        if row[first] is not None and row["trained parameters"] is not None
-    }
-    if points:
-        plot_comparison(points, first, folder / "comparison.png")
+    plot_comparison(rows, metrics[0], folder / "comparison.png")
     return table
 
 
