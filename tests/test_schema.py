@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema import MODELS, Evaluation, RunSection, document
@@ -94,3 +95,10 @@ def test_defaults_depend_on_the_task_where_they_must():
 
 def test_names_that_look_like_numbers_are_names():
     assert RunSection.read({**EVALUATED, "job_id": 20240101}, "run").job_id == "20240101"
+
+
+def test_retrieval_settings_are_refused_for_other_models():
+    recipes = PACKAGE_ROOT.parent / "projects/uniadapter/train"
+    with pytest.raises(ConfigError, match="run.rerank_batch is given, and model.arch"):
+        validate(recipes / "shapes_qa.yaml", ["run.rerank_batch=8"])
+    validate(recipes / "shapes_retrieval.yaml", ["run.rerank_batch=8"])

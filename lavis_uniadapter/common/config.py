@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 from lavis_uniadapter.common.errors import ConfigError, nearest, reject_unknown_keys
-from lavis_uniadapter.common.schema import MODELS, RunSection, read_dataset
+from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dataset
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
-from lavis_uniadapter.common.schema.model import default_file
+from lavis_uniadapter.common.schema.model import RetrievalModel, default_file
 from lavis_uniadapter.common.schema.processors import PROCESSORS
 
 if TYPE_CHECKING:
@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lavis_uniadapter")
 
-SECTIONS = ("model", "datasets", "run")
-# Evaluation settings that LAVIS's own models do not read.
-NOT_READ_BY_LAVIS = ("feature_memory", "itc_weight", "rerank_batch")
+# Evaluation settings that only retrieval models read; LAVIS's own read k_test alone.
+RETRIEVAL_KEYS = ("feature_memory", "itc_weight", "rerank_batch", "k_test")
+
+
+class Sections(Section):
+    """A configuration file."""
+
+    model: dict[str, Any]
+    datasets: Annotated[dict[Any, Any], Field(min_length=1)]
+    run: dict[str, Any]
 
 
 def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
@@ -39,9 +46,7 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: naming the first thing that is wrong.
     """
-    content = validate(cfg_path, options)
-    with _references_of(cfg_path):
-        return _complete(content)
+    return _complete(validate(cfg_path, options))
 
 
 def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,25 +60,30 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         ConfigError: naming the first thing that is wrong.
     """
     given = read_yaml(Path(cfg_path), options)
-    for section in SECTIONS:
-        if not isinstance(given.get(section), dict):
-            raise ConfigError(f"'{cfg_path}' has no section '{section}:'.")
-    reject_unknown_keys(given, SECTIONS, "configuration")
-    with _references_of(cfg_path):
+    try:
+        Sections.read(given, "")
         content = _resolved(given)
-    model, arch = content["model"], content["model"].get("arch")
-    ours = isinstance(arch, str) and arch in MODELS
-    if ours:
-        section = MODELS[arch].read(model, "model")
+    except OmegaConfBaseException as error:  # a ${name} that does not exist, or a ???
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"'{cfg_path}' is not valid: {error.full_key}: {reason}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from None
+    model, run = content["model"], content["run"]
+    arch = model.get("arch")
+    section_cls = MODELS.get(arch) if isinstance(arch, str) else None
+    if section_cls:
+        section = section_cls.read(model, "model")
         reject_unread_keys(given["model"], section.tuning)
         content["model"] = section.model_dump(mode="json")
-    elif ignored := [key for key in NOT_READ_BY_LAVIS if key in given["run"]]:
-        logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
-    if not content["datasets"]:
-        raise ConfigError("The section 'datasets:' names no dataset.")
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
-    content["run"] = RunSection.read(content["run"], "run").filled_in()
-    if ours:
+    content["run"] = RunSection.read(run, "run").filled_in()
+    unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
+    if section_cls is None and unread not in ([], ["k_test"]):
+        keys = ", run.".join(key for key in unread if key != "k_test")
+        logger.info("LAVIS's '%s' does not read run.%s.", arch, keys)
+    elif section_cls not in (None, RetrievalModel) and unread:
+        raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
+    if section_cls:
         _check_image_sizes(content)
     return content
 
@@ -107,16 +117,6 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
                 "as in YAML."
             ) from error
     return OmegaConf.to_container(given)
-
-
-@contextlib.contextmanager
-def _references_of(path: str | Path) -> Iterator[None]:
-    """Turn OmegaConf's error about a ``${name}`` that does not exist, or a ``???``, into ours."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{path}' is not valid: {error.full_key}: {reason}.") from error
 
 
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,8 +179,6 @@ def _complete(content: dict[str, Any]) -> Config:
     config = Config.__new__(Config)  # its __init__ reads a file and merges, which is done already
     config.args = Namespace(cfg_path=None, options=[])
     config.config = OmegaConf.create(content)
-    # LAVIS's defaults may refer to others
-    OmegaConf.to_container(config.config, resolve=True, throw_on_missing=True)
     registry.register("configuration", config)
     return config
 
@@ -196,11 +194,6 @@ def _complete_model(model: dict[str, Any]) -> dict[str, Any]:
     _check_name("model.model_type", model.get("model_type"), types)
     path = model_cls.default_config_path(model["model_type"])
     defaults = OmegaConf.to_container(OmegaConf.load(path).model)
-    for key, default in defaults.items():
-        kind = next((k for k in (Mapping, list) if isinstance(default, k)), None)
-        if kind and model.get(key) is not None and not isinstance(model[key], kind):
-            must = "a section" if kind is Mapping else "a list"
-            raise ConfigError(f"model.{key} is {model[key]!r}; it must be {must}.")
     return _overlay(defaults, model)
 
 

@@ -132,6 +132,8 @@ def test_trains_a_recipe_by_name_and_evaluates_its_adapter(tiny, tmp_path, capsy
         ("train", "", "dataset: shapes_retrieval, items: train 12, val 4, test 5"),
         ("evaluate", "", "dataset: shapes_retrieval, items: test 5"),
         ("train", "model.pretrained=none.pth", "No checkpoint at 'none.pth'"),
+        ("train", "model.adapter_ckpt=none", "model.adapter_ckpt: 'none' is not an adapter folder"),
+        ("train", "model.load_finetuned=True", "model.finetuned is None"),
         ("train", "run.test_splits=[tset]", "run.test_splits names 'tset'"),
         ("train", "model.tunning=full", "Did you mean 'tuning'?"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -87,8 +88,11 @@ class ModelSection(Section):
             raise ValueError(
                 f"vit.width {self.vit.width} is not a multiple of num_heads {self.vit.num_heads}."
             )
-        if self.load_finetuned and self.finetuned is None:
-            raise ValueError("load_finetuned is True, and model.finetuned names no file.")
+        finetuned = self.finetuned or ""
+        if self.load_finetuned and "://" not in finetuned and not os.path.isfile(finetuned):
+            raise ValueError(f"finetuned is {self.finetuned!r}; load_finetuned needs a file there.")
+        if self.adapter_ckpt is not None and not os.path.isdir(self.adapter_ckpt):
+            raise ValueError(f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder.")
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(
                 "adapter.frame_aware is True. Frame-aware attention weighs frames by contrastive "
