@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.tools.compare.intervals import paired_difference
 from lavis_uniadapter.tools.compare.running import Line
-from lavis_uniadapter.tools.figures import plot_comparison
 
 
 def rows_of(
@@ -107,8 +109,31 @@ def write_report(
         writer.writeheader()
         writer.writerows(rows)
     write_json(folder / "comparison.json", rows)
-    plot_comparison(rows, metrics[0], folder / "comparison.png")
+    _plot(rows, metrics[0], folder / "comparison.png")
     return table
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], metric: str, picture: Path) -> None:
+    """A metric against trained parameters, a point a method; a line, if it trains nothing."""
+    figure = Figure((7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    drawn: Counter[float] = Counter()
+    for index, row in enumerate(rows):
+        name, parameters, mean = row["method"], row["trained parameters"], row[metric]
+        if parameters == 0 and mean is not None:
+            axes.axhline(mean, color="grey", linestyle=":", label=name)
+        elif parameters and mean is not None:
+            # side by side, where methods train as many
+            x = parameters * 1.025 ** drawn[parameters]
+            drawn[parameters] += 1
+            style = f"C{index % 10}{'osD^vP*X<>'[index // 10 % 10]}"
+            axes.errorbar(x, mean, row[f"{metric} std"] or 0, fmt=style, capsize=3, label=name)
+    title = "mean ± standard deviation over seeds"
+    axes.set(xlabel="trained parameters", ylabel=metric, xscale="log", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(picture, dpi=130)
 
 
 def added_lines(added: Sequence[str]) -> list[Line]:

@@ -14,20 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.run_folders import RunSummary
 from lavis_uniadapter.tools.compare.plan import slug
-from lavis_uniadapter.tools.compare.progress import Progress
+from lavis_uniadapter.tools.compare.progress import RunsProgress
 
 logger = logging.getLogger("lavis_uniadapter")
 
 REQUEST = "request.json"
 CONSOLE = "console.log"
+
+
+class RunFailed(RuntimeError):
+    """A run of a comparison did not finish."""
 
 
 @dataclass
@@ -40,9 +42,13 @@ class Line:
     runs: list[RunSummary] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-
-class RunFailed(RuntimeError):
-    """A run of a comparison did not finish."""
+    def result_of(self, attempt: Future[RunSummary]) -> RunSummary | None:
+        """Wait for a run; None, and a failure of this line, if it failed."""
+        try:
+            return attempt.result()
+        except RunFailed as failure:
+            self.failures.append(str(failure))
+            return None
 
 
 class Comparison:
@@ -59,7 +65,7 @@ class Comparison:
         self.folder = Path(plan.output_dir)
         self.jobs = jobs
         self.processes = processes
-        self._progress = Progress()
+        self._progress = RunsProgress(self.folder)
         self._children: set[subprocess.Popen] = set()
         # What every run starts from, if the plan has a base: an option, and the file's hash.
         self._start: tuple[str, ...] = ()
@@ -73,7 +79,7 @@ class Comparison:
                 comparison works in the same folder.
         """
         try:
-            with run_folders.sole_user(self.folder), self._progress.shown(Console()):
+            with run_folders.sole_user(self.folder), self._progress:
                 return self._run_all()
         except run_folders.FolderInUse:
             raise RuntimeError(
@@ -107,23 +113,22 @@ class Comparison:
 
     def _tune(self, pool: ThreadPoolExecutor, lines: dict[str, Line]) -> None:
         """Give each line the learning rate whose run is best on validation."""
-        attempts: dict[tuple[str, float], Future[RunSummary]] = {}
+        attempts: list[tuple[Line, float, Future[RunSummary]]] = []
         seed = self.plan.tuning_seed
         for name, entry in self.plan.runs.items():
             for rate in entry.learning_rates if len(entry.learning_rates) > 1 else ():
                 options = (f"run.init_lr={rate}", "run.test_splits=[]", *self.plan.tuning_options)
                 options += (f"run.seed={seed}",)
                 folder = f"{slug(name)}-lr{rate:g}-seed{seed}"
-                attempts[name, rate] = pool.submit(self._run, entry, folder, options)
+                attempt = pool.submit(self._run, entry, folder, options)
+                attempts.append((lines[name], rate, attempt))
         scores: dict[str, dict[float, float]] = {name: {} for name in lines}
-        for (name, rate), attempt in attempts.items():
-            try:
-                best = attempt.result().best
-                if best is None:
-                    raise RunFailed("nothing was validated, set run.valid_splits")
-                scores[name][rate] = best
-            except RunFailed as failure:
-                lines[name].failures.append(f"learning rate {rate:g}: {failure}")
+        for line, rate, attempt in attempts:
+            if summary := line.result_of(attempt):
+                if summary.best is None:
+                    line.failures.append("nothing was validated; set run.valid_splits")
+                else:
+                    scores[line.name][rate] = summary.best
         for name, entry in self.plan.runs.items():
             line, source = lines[name], entry.learning_rate_of or name
             rates, scored = self.plan.runs[source].learning_rates, scores[source]
@@ -132,32 +137,27 @@ class Comparison:
             elif scored:
                 line.learning_rate = max(scored, key=scored.__getitem__)
                 line.at_edge = line.learning_rate in (min(rates), max(rates))
+            elif rates:
+                line.failures.append("no learning rate could be chosen")
 
     def _measure(self, pool: ThreadPoolExecutor, lines: dict[str, Line]) -> None:
-        attempts: list[tuple[Line, str, Future[RunSummary]]] = []
+        attempts: list[tuple[Line, Future[RunSummary]]] = []
         for name, entry in self.plan.runs.items():
             line = lines[name]
             rate = () if line.learning_rate is None else (f"run.init_lr={line.learning_rate}",)
-            if (entry.learning_rates or entry.learning_rate_of) and not rate:
-                line.failures.append("no learning rate could be chosen")
+            if not rate and (entry.learning_rates or entry.learning_rate_of):
                 continue
             runs = {f"seed{seed}": (*rate, f"run.seed={seed}") for seed in self.plan.seeds}
             for suffix, options in {"test": ()}.items() if entry.evaluate else runs.items():
-                folder = f"{slug(name)}-{suffix}"
-                attempts.append((line, folder, pool.submit(self._run, entry, folder, options)))
-        for line, folder, attempt in attempts:
-            try:
-                summary = attempt.result()
-            except RunFailed as failure:
-                line.failures.append(str(failure))
-                continue
-            line.runs.append(summary)
-            known = ", ".join(summary.metrics) or "none"
-            line.failures += [
-                f"{folder} has no metric '{metric}', only {known}"
-                for metric in self.plan.metrics
-                if summary.metric(metric) is None
-            ]
+                attempt = pool.submit(self._run, entry, f"{slug(name)}-{suffix}", options)
+                attempts.append((line, attempt))
+        for line, attempt in attempts:
+            if summary := line.result_of(attempt):
+                line.runs.append(summary)
+                known = ", ".join(summary.metrics) or "none"
+                for metric in self.plan.metrics:
+                    if summary.metric(metric) is None:
+                        line.failures.append(f"there is no metric '{metric}', only {known}")
 
     def _run(self, entry: RunEntry, name: str, options: tuple[str, ...] = ()) -> RunSummary:
         """Run one configuration in the folder ``name``, or resume it, and read what it left.
@@ -167,19 +167,17 @@ class Comparison:
         """
         folder = self.folder / name
         options = (*entry.options, *self._start, *options)
-        failed = True
-        try:
-            self._claim(entry, folder, options)
-            if run_folders.is_finished(folder):
-                logger.info("%s: finished before", name)
-            else:
-                resumes = _has_checkpoint(folder) and not entry.evaluate
-                logger.info("%s: %s", name, "resumes" if resumes else "starts")
-                self._progress.start(folder)
+        self._claim(entry, folder, options)
+        if run_folders.is_finished(folder):
+            logger.info("%s: finished before", name)
+        else:
+            resumes = _has_checkpoint(folder) and not entry.evaluate
+            logger.info("%s: %s", name, "resumes" if resumes else "starts")
+            shown = self._progress.add_task(name, total=None)
+            try:
                 self._execute(entry, folder, options)
-            failed = False
-        finally:
-            self._progress.end(folder, failed)
+            finally:
+                self._progress.remove_task(shown)
         return run_folders.read(folder)
 
     def _claim(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
