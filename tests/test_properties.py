@@ -504,8 +504,8 @@ def test_any_option_is_read_or_refused(config_file, options):
         ([f"{PROCESSOR}=blip_video_train"], f"{PROCESSOR} is 'blip_video_train'; it must be"),
         ([f"datasets.{DATASET}.generate=[1]"], "generate is .*; it must be a section"),
         ([f"datasets.{DATASET}.build_info.videos=x"], "build_info.videos is 'x'; it must be a"),
-        (["run.max_epoch=True"], "run.max_epoch is True; it must be a whole number"),
-        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a number"),
+        (["run.max_epoch=True"], "run.max_epoch is True; it must be a valid integer"),
+        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a finite number"),
         (
             [f"run.max_epoch=-{'9' * 400}"],
             r"run.max_epoch is -9+\.\.\.9+; it must be greater than or equal to 1",

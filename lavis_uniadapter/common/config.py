@@ -78,13 +78,10 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
     content["run"] = RunSection.read(run, "run").filled_in()
     unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
-    if section_cls is None and unread not in ([], ["k_test"]):
-        keys = ", run.".join(key for key in unread if key != "k_test")
-        logger.info("LAVIS's '%s' does not read run.%s.", arch, keys)
-    elif section_cls not in (None, RetrievalModel) and unread:
+    if section_cls not in (None, RetrievalModel) and unread:
         raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
-    if section_cls:
-        _check_image_sizes(content)
+    if section_cls is None and (ignored := [key for key in unread if key != "k_test"]):
+        logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
     return content
 
 
@@ -113,8 +110,7 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
         except Exception as error:
             raise ConfigError(
-                f"Option '{option}' cannot be read: {error}. Write section.key=value, with a value "
-                "as in YAML."
+                f"Option '{option}' cannot be read as section.key=value: {error}"
             ) from error
     return OmegaConf.to_container(given)
 
@@ -140,21 +136,6 @@ def _overlay(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def _check_image_sizes(content: Mapping[str, Any]) -> None:
-    model = content["model"]
-    # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
-    where = "model.timesformer" if "timesformer" in model else "model"
-    encoder = model.get("timesformer", model)
-    for name, section in content["datasets"].items():
-        for mode, processor in (section.get("vis_processor") or {}).items():
-            for key in ("image_size", "n_frms"):
-                if key in encoder and key in (processor or {}) and processor[key] != encoder[key]:
-                    raise ConfigError(
-                        f"datasets.{name}.vis_processor.{mode}.{key} is {processor[key]} and "
-                        f"{where}.{key} is {encoder[key]}. Give both the same."
-                    )
-
-
 def _complete(content: dict[str, Any]) -> Config:
     """Check names against LAVIS's registries, and add LAVIS's defaults."""
     import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
@@ -165,40 +146,30 @@ def _complete(content: dict[str, Any]) -> Config:
     from lavis_uniadapter.common.distributed import choose_device
     from lavis_uniadapter.runners.precision import choose_amp
 
-    run = content["run"]
+    model, run = content["model"], content["run"]
     _check_name("run.task", run["task"], registry.list_tasks())
     _check_name("run.runner", run["runner"], registry.list_runners())
-    if run["lr_sched"] is not None:
-        _check_name("run.lr_sched", run["lr_sched"], registry.list_lr_schedulers())
-    content["model"] = _complete_model(content["model"])
-    content["datasets"] = {n: _complete_dataset(n, s) for n, s in content["datasets"].items()}
-    if content["model"]["arch"] not in MODELS:  # those of ours are checked
-        _check_image_sizes(content)
+    _check_name("run.lr_sched", run["lr_sched"], [None, *registry.list_lr_schedulers()])
+    _check_name("model.arch", model.get("arch"), registry.list_models())
+    if model["arch"] not in MODELS:
+        model_cls = registry.get_model_class(model["arch"])
+        types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
+        _check_name("model.model_type", model.get("model_type"), types)
+        path = model_cls.default_config_path(model["model_type"])
+        model = _overlay(OmegaConf.to_container(OmegaConf.load(path).model), model)
+    datasets = {n: _complete_dataset(n, s, registry) for n, s in content["datasets"].items()}
+    for name, section in datasets.items():
+        _check_image_sizes(name, section, model)
     run["device"] = choose_device(run["device"])
     run["amp"] = choose_amp(run["amp"], run["device"])
     config = Config.__new__(Config)  # its __init__ reads a file and merges, which is done already
     config.args = Namespace(cfg_path=None, options=[])
-    config.config = OmegaConf.create(content)
+    config.config = OmegaConf.create({"model": model, "datasets": datasets, "run": run})
     registry.register("configuration", config)
     return config
 
 
-def _complete_model(model: dict[str, Any]) -> dict[str, Any]:
-    from lavis.common.registry import registry
-
-    _check_name("model.arch", model.get("arch"), registry.list_models())
-    if model["arch"] in MODELS:
-        return model
-    model_cls = registry.get_model_class(model["arch"])
-    types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
-    _check_name("model.model_type", model.get("model_type"), types)
-    path = model_cls.default_config_path(model["model_type"])
-    defaults = OmegaConf.to_container(OmegaConf.load(path).model)
-    return _overlay(defaults, model)
-
-
-def _complete_dataset(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    from lavis.common.registry import registry
+def _complete_dataset(name: str, section: dict[str, Any], registry: Any) -> dict[str, Any]:
     from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 
     names = registry.list_datasets()
@@ -209,24 +180,32 @@ def _complete_dataset(name: str, section: dict[str, Any]) -> dict[str, Any]:
     for kind in ("vis_processor", "text_processor"):
         for mode, processor in (section.get(kind) or {}).items():
             if processor and processor["name"] not in PROCESSORS:
-                _check_lavis_processor(processor, f"datasets.{name}.{kind}.{mode}")
-    defaults = load_dataset_config(builder.default_config_path(type=type_))
-    flags = {"skip_missing": False, "allow_missing": False}
-    return _overlay({**flags, **OmegaConf.to_container(defaults)}, section)
+                where = f"datasets.{name}.{kind}.{mode}"
+                _check_name(f"{where}.name", processor["name"], registry.list_processors())
+                # LAVIS's processors pass every option that they read to their constructor.
+                init = registry.get_processor_class(processor["name"]).__init__
+                known = set(inspect.signature(init).parameters) - {"self"}
+                reject_unknown_keys(processor, ("name", *known), where)
+    defaults = OmegaConf.to_container(load_dataset_config(builder.default_config_path(type=type_)))
+    return _overlay({"skip_missing": False, "allow_missing": False, **defaults}, section)
 
 
-def _check_lavis_processor(processor: Mapping[str, Any], where: str) -> None:
-    from lavis.common.registry import registry
+def _check_image_sizes(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
+    where = "model.timesformer" if "timesformer" in model else "model"
+    encoder = model.get("timesformer", model)
+    for mode, processor in (section.get("vis_processor") or {}).items():
+        for key in ("image_size", "n_frms"):
+            if key in encoder and key in (processor or {}) and processor[key] != encoder[key]:
+                raise ConfigError(
+                    f"datasets.{name}.vis_processor.{mode}.{key} is {processor[key]} and "
+                    f"{where}.{key} is {encoder[key]}. Give both the same."
+                )
 
-    _check_name(f"{where}.name", processor["name"], registry.list_processors())
-    # LAVIS's processors hand every option that they read to their constructor, by its name.
-    processor_cls = registry.get_processor_class(processor["name"])
-    options = set(inspect.signature(processor_cls.__init__).parameters) - {"self"}
-    reject_unknown_keys(processor, ("name", *options), where)
 
-
-def _check_name(key: str, name: object, known: Iterable[str]) -> None:
+def _check_name(key: str, name: object, known: Iterable[str | None]) -> None:
     known = list(known)
     if name not in known:
-        hint = nearest(str(name), known)
-        raise ConfigError(f"{key} is {name!r}.{hint} Known: {', '.join(known)}.")
+        names = list(filter(None, known))
+        hint = nearest(str(name), names)
+        raise ConfigError(f"{key} is {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,4 +1,7 @@
-"""Write ``docs/configuration.md``: ``python -m lavis_uniadapter.common.schema.document``."""
+"""Update ``docs/configuration.md``: ``python -m lavis_uniadapter.common.schema.document``.
+
+What precedes the page's first table is written by hand.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,6 @@ from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
 from lavis_uniadapter.common.schema.section import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/configuration.md"
-INTRODUCTION = """# Configuration
-
-A run is described by a YAML file with the sections `model`, `datasets` and `run`. Options on the
-command line, `section.key=value`, win over the file; the file wins over the model type's and the
-dataset's own defaults, and those win over the defaults below. Unknown keys are errors. A value may
-refer to another one of the file or of this package's model types, as in `${model.image_size}`.
-
-LAVIS's own models have their own keys under `model`, which are not checked here. LAVIS's processors
-have the options of their constructors.
-
-This page is generated: `python -m lavis_uniadapter.common.schema.document`.
-"""
-WORDS = {
-    "array": "list",
-    "boolean": "True or False",
-    "integer": "whole number",
-    "null": "null",
-    "number": "number",
-    "string": "text",
-}
 LIMITS = {
     "minimum": ">=",
     "exclusiveMinimum": ">",
@@ -57,8 +40,9 @@ SECTIONS: list[tuple[str, type[Section]]] = [
 
 
 def render() -> str:
-    """The page, a table for each section."""
-    return "\n".join([INTRODUCTION, *(_table(title, section) for title, section in SECTIONS)])
+    """The page: its introduction, and a table for each section."""
+    introduction, *_ = PAGE.read_text(encoding="utf-8").partition("\n## ")
+    return "\n".join([introduction, *(_table(title, section) for title, section in SECTIONS)])
 
 
 def _table(title: str, section: type[Section]) -> str:
@@ -85,7 +69,7 @@ def _value(schema: Mapping[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return ", ".join(map(str, schema.get("enum") or [schema["const"]]))
     limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
-    return f"{WORDS.get(schema.get('type'), 'section')} {', '.join(limits)}".strip()
+    return f"{schema.get('type', 'object')} {', '.join(limits)}".strip()
 
 
 def _as_yaml(value: object) -> str:
@@ -95,5 +79,4 @@ def _as_yaml(value: object) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(render(), encoding="utf-8")

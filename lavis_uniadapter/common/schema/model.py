@@ -9,12 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lavis_uniadapter.common.schema.methods import (
-    METHODS,
-    AdapterConfig,
-    LoraConfig,
-    MethodConfig,
-)
+from lavis_uniadapter.common.schema.methods import METHODS, AdapterConfig, LoraConfig, MethodConfig
 from lavis_uniadapter.common.schema.section import (
     Amount,
     Count,
@@ -74,11 +69,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.vit_type == "custom") != (self.vit is not None):
-            raise ValueError(
-                f"vit_type is '{self.vit_type}', and model.vit is "
-                f"{'null' if self.vit is None else 'given'}. Give model.vit with vit_type: custom, "
-                "and only then."
-            )
+            raise ValueError("vit must be given with vit_type: custom, and only then.")
         patch_size = 16 if self.vit is None else self.vit.patch_size
         if self.image_size % patch_size:
             raise ValueError(
@@ -95,8 +86,8 @@ class ModelSection(Section):
             raise ValueError(f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder.")
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(
-                "adapter.frame_aware is True. Frame-aware attention weighs frames by contrastive "
-                f"features, and '{self.arch}' has none. Set it to False."
+                "adapter.frame_aware is True, and only retrieval models have the features that it "
+                "weighs frames by. Set it to False."
             )
         return self
 

@@ -22,20 +22,13 @@ from lavis_uniadapter.common.schema.section import (
     shown,
 )
 
-OURS = "runner_uniadapter"
+OURS, ITER = "runner_uniadapter", "runner_iter"
 # Keys that only some runners read.
 READ_BY: dict[str, tuple[str, ...]] = {
-    "checkpoint_freq": (OURS,),
-    "compile": (OURS,),
-    "data_timeout": (OURS,),
-    "max_grad_norm": (OURS,),
-    "max_skipped_steps": (OURS,),
-    "unreadable_threshold": (OURS,),
-    "weight_decay_on": (OURS,),
+    **dict.fromkeys(("checkpoint_freq", "compile", "data_timeout", "max_grad_norm"), (OURS,)),
+    **dict.fromkeys(("max_skipped_steps", "unreadable_threshold", "weight_decay_on"), (OURS,)),
+    **dict.fromkeys(("max_iters", "iters_per_inner_epoch", "train_dataset_ratios"), (ITER,)),
     "resume": (OURS, "runner_base"),
-    "max_iters": ("runner_iter",),
-    "iters_per_inner_epoch": ("runner_iter",),
-    "train_dataset_ratios": ("runner_iter",),
 }
 FolderName = Annotated[Text, Field(pattern=r"^[^/\\]+$")]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -44,7 +37,8 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "uniadapter_captioning": {"selection_metric": "cider", "max_len": 30, "min_len": 5},
     "captioning": {"max_len": 30, "min_len": 5},
 }
-_TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
+TO_ITERATE = ("max_iters", "iters_per_inner_epoch")
+TO_TRAIN = ("batch_size_train", "max_epoch", "lr_sched", "init_lr", "min_lr", "weight_decay")
 
 
 class Evaluation(Section):
@@ -145,9 +139,6 @@ class RunSection(Evaluation):
     distributed: bool = option(False, "Set by the launcher.")
     world_size: Size = option(1, "Number of processes.")
     dist_url: str = option("env://", "Address of the first process.")
-    gpu: Count | None = option(None, "GPU of this process; set for LAVIS's runners.")
-    rank: Count | None = option(None, "Number of this process; set for LAVIS's runners.")
-    dist_backend: str | None = option(None, "Set by LAVIS.")
 
     @model_validator(mode="before")
     @classmethod
@@ -172,18 +163,15 @@ class RunSection(Evaluation):
     def _check(self) -> Self:
         if self.evaluate and not self.test_splits:
             raise ValueError("test_splits is empty: there is nothing to evaluate on.")
-        missing = [key for key in _TO_TRAIN if getattr(self, key) is None]
-        if missing and not self.evaluate:
-            raise ValueError(f"{missing[0]} is missing: training needs it.")
-        if self.resume and self.resume_ckpt_path:
-            raise ValueError("resume and run.resume_ckpt_path are both set; keep one of them.")
         given = {key: getattr(self, key) for key in self.model_fields_set}
         if problem := unread(given, self.runner):
             raise ValueError(problem)
-        if self.runner == "runner_iter" and not self.evaluate:
-            for key in ("max_iters", "iters_per_inner_epoch"):
-                if getattr(self, key) is None:
-                    raise ValueError(f"{key} is missing: runner_iter needs it.")
+        if self.resume and self.resume_ckpt_path:
+            raise ValueError("resume and run.resume_ckpt_path are both set; keep one of them.")
+        needed = () if self.evaluate else TO_TRAIN + TO_ITERATE * (self.runner == ITER)
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"{key} is missing: training needs it.")
         return self
 
     def filled_in(self) -> dict[str, Any]:
@@ -199,14 +187,13 @@ def _with_task_defaults(values: Mapping[str, Any], task: object) -> dict[str, An
 
 def unread(given: Mapping[str, Any], runner: str) -> str | None:
     """What a runner would skip or misread of a ``run:`` section, beginning with the key."""
-    instead = f"Remove it, or set run.runner: {OURS}."
     for name, runners in READ_BY.items():
         value = given.get(name)
         if runner not in runners and value is not None and value is not False:
-            instead = f"Remove it, or set run.runner: {runners[0]}."
-            return f"{name} is not read by {runner}. {instead}"
+            return f"{name} is not read by {runner}. Remove it, or set run.runner: {runners[0]}."
     if runner == OURS:
         return None
+    instead = f"Remove it, or set run.runner: {OURS}."
     if given.get("amp") not in (None, False, True, "fp16"):
         return f"amp is {given['amp']!r}, and {runner} would compute in fp16. {instead}"
     splits = given.get("valid_splits") or ()
