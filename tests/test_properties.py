@@ -518,7 +518,7 @@ def test_any_option_is_read_or_refused(config_file, options):
         (["run.output_dir=${nothing}"], "nothing"),
         (["run.prompt=???"], "run.prompt"),
         (["run.seed={"], "Option 'run.seed={' cannot be read"),
-        (["run.lr"], "'run.lr' has no '='"),
+        (["run.lr"], "Unknown configuration key 'run.lr'"),
     ],
 )
 def test_impossible_options_are_named(config_file, options, expected):

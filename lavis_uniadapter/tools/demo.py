@@ -47,8 +47,7 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
     Args:
         task: one of ``STAGES``.
         seed: of the weights and of the order of training.
-        output_dir: folder of the demo's runs.
-        options: ``section.key=value`` for every stage, e.g. shorter epochs for a test.
+        options: ``section.key=value`` for every stage.
     """
     started = time.perf_counter()
     say = launch.logger.info

@@ -5,6 +5,7 @@ What precedes the page's first table is written by hand.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ def _table(title: str, section: type[Section]) -> str:
     for key, field in section.model_fields.items():
         if key not in own:
             continue
-        description = field.description or model.ModelSection.model_fields[key].description or ""
-        default = "required" if field.is_required() else f"`{_as_yaml(field.get_default())}`"
-        if isinstance(field.default, Section):
-            default = "see below"
+        description = field.description or model.ModelSection.model_fields[key].description
+        default = schema[key].get("default")
+        shown = "see below" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+        shown = "required" if field.is_required() else shown
         readers = run.READ_BY.get(key) if section is run.RunSection else None
         note = f" Read by `{'`, `'.join(readers)}` only." if readers else ""
-        lines.append(f"| `{key}` | {_value(schema[key])} | {default} | {description}{note} |")
+        lines.append(f"| `{key}` | {_value(schema[key])} | {shown} | {description}{note} |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,12 +71,6 @@ def _value(schema: Mapping[str, Any]) -> str:
         return ", ".join(map(str, schema.get("enum") or [schema["const"]]))
     limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
     return f"{schema.get('type', 'object')} {', '.join(limits)}".strip()
-
-
-def _as_yaml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    return "null" if value is None else '""' if value == "" else str(value)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def markdown_table(
     compared = any(row[parts[0]] is not None for row in rows)
     header = ["method", "learning rate", "trained", "share", *metrics]
     header += [f"{metrics[0]} - {reference}'s [95%]"] if compared else []
-    table = [[*header, "seeds", "min", "peak GB"], ["---"] * (len(header) + 3)]
+    table = [[*header, "seeds", "min", "peak GB", "precision"], ["---"] * (len(header) + 4)]
     for row in rows:
         trained, total = row["trained parameters"], row["total parameters"]
         cells = [
@@ -80,14 +80,10 @@ def markdown_table(
         cells.append(str(row["seeds"]))
         cells.append(_cell("{:.1f}", row["seconds"] and row["seconds"] / 60))
         cells.append(_cell("{:.2f}", row["peak bytes"] and row["peak bytes"] / 1e9))
-        table.append(cells)
+        table.append([*cells, row["precision"]])
     notes = ["| " + " | ".join(cells) + " |" for cells in table]
     if any(row["at edge of grid"] for row in rows):
         notes += ["", "\\* the best learning rate is the smallest or largest that was tried"]
-    known = [(row["method"], row["precision"]) for row in rows if row["precision"]]
-    if len({one for _, precision in known for one in precision.split(", ")}) > 1:
-        each = "; ".join(f"{method} in {precision}" for method, precision in known)
-        notes += ["", f"Not all runs computed in the same precision: {each}."]
     failures = [f"- {row['method']}: {row['failures']}" for row in rows if row["failures"]]
     return "\n".join(notes + (["", "Failed:", "", *failures] if failures else []))
 

@@ -9,8 +9,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +42,9 @@ class Line:
     runs: list[RunSummary] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def result_of(self, attempt: Future[RunSummary]) -> RunSummary | None:
-        """Wait for a run; None, and a failure of this line, if it failed."""
-        try:
-            return attempt.result()
-        except RunFailed as failure:
-            self.failures.append(str(failure))
-            return None
+
+# A line, the end of the run's folder name, and options over those of the line's entry.
+Job = tuple[Line, str, tuple[str, ...]]
 
 
 class Comparison:
@@ -88,7 +84,7 @@ class Comparison:
             ) from None
 
     def _run_all(self) -> list[Line]:
-        lines = {name: Line(name) for name in self.plan.runs}
+        lines = [Line(name) for name in self.plan.runs]
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 if self.plan.base:
@@ -100,7 +96,7 @@ class Comparison:
                 for child in list(self._children):
                     child.send_signal(signal.SIGTERM)
                 raise
-        return list(lines.values())
+        return lines
 
     def _train_base(self, base: RunEntry) -> None:
         try:
@@ -111,53 +107,59 @@ class Comparison:
         self._start = (f"model.pretrained={weights}",)
         self._base_identity = hashlib.sha256(weights.read_bytes()).hexdigest()
 
-    def _tune(self, pool: ThreadPoolExecutor, lines: dict[str, Line]) -> None:
+    def _tune(self, pool: Executor, lines: Sequence[Line]) -> None:
         """Give each line the learning rate whose run is best on validation."""
-        attempts: list[tuple[Line, float, Future[RunSummary]]] = []
         seed = self.plan.tuning_seed
-        for name, entry in self.plan.runs.items():
-            for rate in entry.learning_rates if len(entry.learning_rates) > 1 else ():
-                options = (f"run.init_lr={rate}", "run.test_splits=[]", *self.plan.tuning_options)
-                options += (f"run.seed={seed}",)
-                folder = f"{slug(name)}-lr{rate:g}-seed{seed}"
-                attempt = pool.submit(self._run, entry, folder, options)
-                attempts.append((lines[name], rate, attempt))
-        scores: dict[str, dict[float, float]] = {name: {} for name in lines}
-        for line, rate, attempt in attempts:
-            if summary := line.result_of(attempt):
-                if summary.best is None:
-                    line.failures.append("nothing was validated; set run.valid_splits")
-                else:
-                    scores[line.name][rate] = summary.best
-        for name, entry in self.plan.runs.items():
-            line, source = lines[name], entry.learning_rate_of or name
-            rates, scored = self.plan.runs[source].learning_rates, scores[source]
-            if len(rates) == 1:
-                line.learning_rate = rates[0]
-            elif scored:
+        common = ("run.test_splits=[]", *self.plan.tuning_options, f"run.seed={seed}")
+        rates = {name: entry.learning_rates for name, entry in self.plan.runs.items()}
+        tried = [(line, r) for line in lines if len(rates[line.name]) > 1 for r in rates[line.name]]
+        jobs = [(line, f"lr{r:g}-seed{seed}", (f"run.init_lr={r}", *common)) for line, r in tried]
+        scores: dict[str, dict[float, float]] = {line.name: {} for line in lines}
+        for (line, rate), summary in zip(tried, self._results(pool, jobs), strict=True):
+            if summary and summary.best is None:
+                line.failures.append("nothing was validated; set run.valid_splits")
+            elif summary:
+                scores[line.name][rate] = summary.best
+        for line in lines:
+            source = self.plan.runs[line.name].learning_rate_of or line.name
+            if len(rates[source]) == 1:
+                line.learning_rate = rates[source][0]
+            elif scored := scores[source]:
                 line.learning_rate = max(scored, key=scored.__getitem__)
-                line.at_edge = line.learning_rate in (min(rates), max(rates))
-            elif rates:
+                line.at_edge = line.learning_rate in (min(rates[source]), max(rates[source]))
+            elif rates[source]:
                 line.failures.append("no learning rate could be chosen")
 
-    def _measure(self, pool: ThreadPoolExecutor, lines: dict[str, Line]) -> None:
-        attempts: list[tuple[Line, Future[RunSummary]]] = []
-        for name, entry in self.plan.runs.items():
-            line = lines[name]
-            rate = () if line.learning_rate is None else (f"run.init_lr={line.learning_rate}",)
-            if not rate and (entry.learning_rates or entry.learning_rate_of):
-                continue
-            runs = {f"seed{seed}": (*rate, f"run.seed={seed}") for seed in self.plan.seeds}
-            for suffix, options in {"test": ()}.items() if entry.evaluate else runs.items():
-                attempt = pool.submit(self._run, entry, f"{slug(name)}-{suffix}", options)
-                attempts.append((line, attempt))
-        for line, attempt in attempts:
-            if summary := line.result_of(attempt):
+    def _measure(self, pool: Executor, lines: Sequence[Line]) -> None:
+        jobs: list[Job] = []
+        for line in lines:
+            entry, rate = self.plan.runs[line.name], line.learning_rate
+            options = () if rate is None else (f"run.init_lr={rate}",)
+            if entry.evaluate:
+                jobs.append((line, "test", ()))
+            elif options or not (entry.learning_rates or entry.learning_rate_of):
+                for seed in self.plan.seeds:
+                    jobs.append((line, f"seed{seed}", (*options, f"run.seed={seed}")))
+        for (line, *_), summary in zip(jobs, self._results(pool, jobs), strict=True):
+            if summary:
                 line.runs.append(summary)
                 known = ", ".join(summary.metrics) or "none"
                 for metric in self.plan.metrics:
                     if summary.metric(metric) is None:
                         line.failures.append(f"there is no metric '{metric}', only {known}")
+
+    def _results(self, pool: Executor, jobs: Sequence[Job]) -> Iterator[RunSummary | None]:
+        """What each run left; None, and a failure of its line, for one that failed."""
+        attempts = [
+            pool.submit(self._run, self.plan.runs[line.name], f"{slug(line.name)}-{end}", options)
+            for line, end, options in jobs
+        ]
+        for (line, *_), attempt in zip(jobs, attempts, strict=True):
+            try:
+                yield attempt.result()
+            except RunFailed as failure:
+                line.failures.append(str(failure))
+                yield None
 
     def _run(self, entry: RunEntry, name: str, options: tuple[str, ...] = ()) -> RunSummary:
         """Run one configuration in the folder ``name``, or resume it, and read what it left.
@@ -182,13 +184,9 @@ class Comparison:
 
     def _claim(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
         """Write down in a folder what is run there, unless it has a run of something else."""
-        request = {
-            "cfg": Path(str(entry.cfg_path)).read_text(),
-            "options": list(options),
-            "evaluate": entry.evaluate,
-            "processes": self.processes,
-            "base": self._base_identity,
-        }
+        request = {"cfg": Path(str(entry.cfg_path)).read_text(), "options": list(options)}
+        request |= {"evaluate": entry.evaluate, "processes": self.processes}
+        request |= {"base": self._base_identity}
         folder.mkdir(parents=True, exist_ok=True)
         holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
@@ -208,8 +206,7 @@ class Comparison:
         command += [str(entry.cfg_path), *options]
         command += [f"run.output_dir={folder.parent.resolve()}", f"run.job_id={folder.name}"]
         command += [] if entry.evaluate else ["run.resume=auto"]
-        beside = 1 if entry is self.plan.base else self.jobs
-        variables = environment(beside * self.processes)
+        variables = environment(self.processes * (1 if entry is self.plan.base else self.jobs))
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
             streams = {"stdout": console, "stderr": subprocess.STDOUT}
