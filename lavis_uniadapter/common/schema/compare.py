@@ -19,6 +19,8 @@ class RunEntry(Section):
     evaluate: bool = option(False, "Test only.")
 
 
+Metrics = Annotated[Texts, Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
 Entry = Annotated[RunEntry, BeforeValidator(lambda entry: {} if entry is None else entry)]
 
 
@@ -27,12 +29,8 @@ class PlanFile(Section):
 
     cfg_path: Text | None = option(None, "For runs that name none; relative to this file.")
     output_dir: Text = option(..., "Folder of the results, relative to where the command runs.")
-    metrics: Annotated[Texts, Field(min_length=1)] = option(
-        ..., "Metrics of the test split; the first is plotted."
-    )
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = option(
-        (42,), "Seeds of each run."
-    )
+    metrics: Metrics = option(..., "Metrics of the test split; the first is plotted.")
+    seeds: Seeds = option((42,), "Seeds of each run.")
     options: Texts = option((), "Options for every run, `section.key=value`.")
     learning_rates: Numbers = option((), "Learning rates of the runs that name none.")
     tuning_seed: int = option(0, "Seed of the runs that choose a learning rate.")

@@ -34,9 +34,7 @@ class VitSection(Section):
     num_heads: Size = option(..., "Attention heads; their number divides `width`.")
     patch_size: Size = option(..., "Side of a patch in pixels; it divides `image_size`.")
     mlp_ratio: Positive = option(..., "Width of the FFN over `width`.")
-    pos_embed_std: Positive | None = option(
-        None, "Standard deviation of the initial positional embedding; null: LAVIS's 0.02."
-    )
+    pos_embed_std: Positive | None = option(None, "Of the initial positions; null: LAVIS's 0.02.")
 
 
 class ModelSection(Section):

@@ -30,6 +30,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("max_iters", "iters_per_inner_epoch", "train_dataset_ratios"), (ITER,)),
     "resume": (OURS, "runner_base"),
 }
+Amp = Literal["auto", "bf16", "fp16"]
+Decayed = Literal["matrices", "all"]
+Inference = Literal["rank", "generate"]
 FolderName = Annotated[Text, Field(pattern=r"^[^/\\]+$")]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "uniadapter_retrieval": {"selection_metric": "mean_recall"},
@@ -47,12 +50,8 @@ class Evaluation(Section):
     k_test: Count = option(128, "Retrieval: candidates reranked for each query; 0: none.")
     itc_weight: float = option(0.0, "Retrieval: weight of the similarity in the score. LAVIS: 1.")
     rerank_batch: Size = option(64, "Retrieval: pairs scored at once, which bounds memory.")
-    feature_memory: Amount = option(
-        16.0, "Retrieval: gigabytes of visual features held in memory, the rest on disk."
-    )
-    inference_method: Literal["rank", "generate"] = option(
-        "rank", "Question answering: from an answer list, or by beam search."
-    )
+    feature_memory: Amount = option(16.0, "Retrieval: gigabytes of features kept off the disk.")
+    inference_method: Inference = option("rank", "Answers: from a list, or by beam search.")
     num_ans_candidates: Size = option(128, "Answers that pass the first step of ranking.")
     num_beams: Size = option(3, "Beams of a beam search.")
     max_len: Size = option(10, "Most tokens of a text that a model writes. Captioning: 30.")
@@ -64,7 +63,7 @@ class Evaluation(Section):
 
     @classmethod
     def for_task(cls, task: str, run_cfg: Mapping[str, Any]) -> Self:
-        """The settings in a ``run:`` section that LAVIS's own train script may have read."""
+        """The settings in a ``run:`` section, which may be unchecked."""
         return cls.pick(_with_task_defaults(run_cfg, task), "run")
 
     @property
@@ -107,29 +106,21 @@ class RunSection(Evaluation):
     warmup_steps: Count = option(0, "Steps of warm-up.")
     lr_decay_rate: Amount | None = option(None, "Factor of LAVIS's step schedule.")
     weight_decay: Amount | None = option(None, "Weight decay of AdamW. Needed to train.")
-    weight_decay_on: Literal["matrices", "all"] = option(
-        "matrices", "What decays: matrices as in LAVIS, or all tensors as the authors do."
-    )
+    weight_decay_on: Decayed = option("matrices", "`matrices`: as in LAVIS; `all`: as the authors.")
     beta2: Annotated[float, Field(ge=0, lt=1)] = option(0.999, "Second coefficient of AdamW.")
     accum_grad_iters: Size = option(1, "Batches whose gradients make one step.")
     max_grad_norm: Positive | None = option(None, "Null: no clipping.")
     max_skipped_steps: Size = option(20, "Non-finite steps in a row, at most.")
     max_iters: Size | None = option(None, "Steps in all.")
     iters_per_inner_epoch: Size | None = option(None, "Between evaluations.")
-    train_dataset_ratios: dict[str, Amount] | None = option(
-        None, "How often each dataset is drawn from."
-    )
+    train_dataset_ratios: dict[str, Amount] | None = option(None, "How often each is drawn from.")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "`auto`: CUDA where there is any.")
-    amp: Literal["auto", "bf16", "fp16"] | None = option(
-        None, "Mixed precision; `auto`: bf16 where the hardware has it."
-    )
+    amp: Amp | None = option(None, "Mixed precision; `auto`: bf16 where the hardware has it.")
     matmul_precision: Literal["highest", "high"] = option("highest", "`high`: TF32 on CUDA.")
     compile: bool = option(False, "Compile the blocks of the visual encoder.")
 
-    resume: Literal["auto"] | None = option(
-        None, "`auto`: continue the unfinished run of the same configuration."
-    )
+    resume: Literal["auto"] | None = option(None, "`auto`: continue the same configuration's run.")
     resume_ckpt_path: Text | None = option(None, "Checkpoint to continue from, or to test.")
     checkpoint_freq: Count = option(500, "Steps between checkpoints.")
     data_timeout: Amount = option(300.0, "Seconds to wait for a batch.")
