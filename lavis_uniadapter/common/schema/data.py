@@ -17,7 +17,7 @@ class Source(Section):
     """Files of annotations, or a folder of images, videos or features."""
 
     storage: Text | Texts | None = option(
-        None, "Path below `run.cache_root`; of `custom_…`: below here."
+        None, "Path below `run.cache_root`; for `custom_…`, below the current folder."
     )
     url: Text | Texts | None = option(None, "Where LAVIS downloads it from.")
     md5: Text | Texts | None = option(None, "Its checksum.")

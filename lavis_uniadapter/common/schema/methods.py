@@ -36,9 +36,7 @@ class BottleneckConfig(MethodConfig):
     bottleneck: Size = option(128, "Width r of the down-projection.")
     scale: Positive = option(0.1, "Factor s on the output of every branch.")
     dropout: Dropout = option(0.0, "Probability of dropping a bottleneck unit in training.")
-    init: Init = option(
-        "released", "`released`: starts near BLIP, as the authors; `identity`: as BLIP."
-    )
+    init: Init = option("released", "`released`: near BLIP, as the authors; `identity`: as BLIP.")
     visual: bool = option(True, "Adapt the visual encoder.")
     textual: bool = option(True, "Adapt the text encoder.")
     cross_modal: bool = option(True, "Adapt the cross-modal encoder.")

@@ -27,23 +27,27 @@ def rows_of(
         reference: name of the line that differences are taken from.
     """
     rows = []
-    reference_runs = next((line.runs for line in lines if line.name == reference), [])
+    others = next((line.runs for line in lines if line.name == reference), [])
     for line in lines:
-        row: dict[str, Any] = {"method": line.name, "seeds": len(line.runs)}
-        row["learning rate"] = line.learning_rate
-        row["at edge of grid"] = line.at_edge
         first = line.runs[0] if line.runs else None
-        row["trained parameters"] = first and first.trained_parameters
-        row["total parameters"] = first and first.total_parameters
+        references = others if line.name != reference else []
+        row: dict[str, Any] = {
+            "method": line.name,
+            "seeds": len(line.runs),
+            "learning rate": line.learning_rate,
+            "at edge of grid": line.at_edge,
+            "trained parameters": first and first.trained_parameters,
+            "total parameters": first and first.total_parameters,
+        }
         for name in metrics:
             values = [value for run in line.runs if (value := run.metric(name)) is not None]
             row[name] = _mean(values)
             row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else None
-            difference = None
-            if line.name != reference:
-                difference = paired_difference(line.runs, reference_runs, name)
+            compared = (
+                None if line.name == reference else paired_difference(line.runs, references, name)
+            )
             for part in ("mean", "low", "high"):
-                row[f"{name} difference {part}"] = difference and getattr(difference, part)
+                row[f"{name} difference {part}"] = compared and getattr(compared, part)
         row["seconds"] = _mean([run.seconds for run in line.runs])
         row["peak bytes"] = _mean([run.peak_bytes for run in line.runs])
         row["precision"] = ", ".join(sorted({run.precision for run in line.runs if run.precision}))

@@ -29,7 +29,7 @@ CONSOLE = "console.log"
 
 
 class RunFailed(RuntimeError):
-    """A run of a comparison did not finish."""
+    """A run of a comparison did not finish; says which, and why."""
 
 
 @dataclass
@@ -71,24 +71,18 @@ class Comparison:
         """All runs of the plan; a failed one is a failure of its line, and the others continue.
 
         Raises:
-            RuntimeError: if the base, from which all start, cannot be trained, or another
-                comparison works in the same folder.
+            RunFailed: if the base, from which all start, cannot be trained.
+            FolderInUse: if another comparison works in the same folder.
         """
-        try:
-            with run_folders.sole_user(self.folder), self._progress:
-                return self._run_all()
-        except run_folders.FolderInUse:
-            raise RuntimeError(
-                f"Another comparison works in '{self.folder}'. Wait for it, end it, or choose "
-                "another --output-dir."
-            ) from None
-
-    def _run_all(self) -> list[Line]:
         lines = [Line(name) for name in self.plan.runs]
-        with ThreadPoolExecutor(self.jobs) as pool:
+        pool = ThreadPoolExecutor(self.jobs)
+        with run_folders.sole_user(self.folder), self._progress, pool:
             try:
                 if self.plan.base:
-                    self._train_base(self.plan.base)
+                    self._run(self.plan.base, "base")
+                    weights = (self.folder / "base" / BEST).resolve()
+                    self._start = (f"model.pretrained={weights}",)
+                    self._base_identity = hashlib.sha256(weights.read_bytes()).hexdigest()
                 self._tune(pool, lines)
                 self._measure(pool, lines)
             except BaseException:  # Ctrl-C among them
@@ -97,15 +91,6 @@ class Comparison:
                     child.send_signal(signal.SIGTERM)
                 raise
         return lines
-
-    def _train_base(self, base: RunEntry) -> None:
-        try:
-            self._run(base, "base")
-        except RunFailed as failure:
-            raise RuntimeError(f"The base could not be trained: {failure}") from None
-        weights = (self.folder / "base" / BEST).resolve()
-        self._start = (f"model.pretrained={weights}",)
-        self._base_identity = hashlib.sha256(weights.read_bytes()).hexdigest()
 
     def _tune(self, pool: Executor, lines: Sequence[Line]) -> None:
         """Give each line the learning rate whose run is best on validation."""
@@ -141,12 +126,11 @@ class Comparison:
                 for seed in self.plan.seeds:
                     jobs.append((line, f"seed{seed}", (*options, f"run.seed={seed}")))
         for (line, *_), summary in zip(jobs, self._results(pool, jobs), strict=True):
-            if summary:
-                line.runs.append(summary)
-                known = ", ".join(summary.metrics) or "none"
-                for metric in self.plan.metrics:
-                    if summary.metric(metric) is None:
-                        line.failures.append(f"there is no metric '{metric}', only {known}")
+            line.runs += [summary] if summary else []
+            for metric in self.plan.metrics if summary else ():
+                if summary.metric(metric) is None:
+                    known = ", ".join(summary.metrics) or "none"
+                    line.failures.append(f"there is no metric '{metric}', only {known}")
 
     def _results(self, pool: Executor, jobs: Sequence[Job]) -> Iterator[RunSummary | None]:
         """What each run left; None, and a failure of its line, for one that failed."""
@@ -162,11 +146,7 @@ class Comparison:
                 yield None
 
     def _run(self, entry: RunEntry, name: str, options: tuple[str, ...] = ()) -> RunSummary:
-        """Run one configuration in the folder ``name``, or resume it, and read what it left.
-
-        Raises:
-            RunFailed: naming the folder and the reason.
-        """
+        """Run one configuration in the folder ``name``, or resume it, and read what it left."""
         folder = self.folder / name
         options = (*entry.options, *self._start, *options)
         self._claim(entry, folder, options)
@@ -190,10 +170,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
-            raise RunFailed(
-                f"'{folder}' holds a run of another configuration. Delete it, or choose another "
-                "--output-dir."
-            )
+            raise RunFailed(f"'{folder}' holds a run of another configuration; delete that folder.")
         write_json(folder / REQUEST, request)
 
     def _execute(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
