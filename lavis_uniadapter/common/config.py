@@ -92,7 +92,7 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
     # PyYAML lets through what Python raises for a value (ValueError for the date 2020-99-99, say),
     # and each of its types has others.
     try:
-        given = OmegaConf.load(path)
+        given: Any = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"'{path}' is not a valid configuration: {error}") from error
     if not isinstance(given, DictConfig):
@@ -104,7 +104,8 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
             raise ConfigError(
                 f"Option '{option}' cannot be read as section.key=value: {error}"
             ) from error
-    return OmegaConf.to_container(given)
+    content: Any = OmegaConf.to_container(given)
+    return content
 
 
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,10 +113,14 @@ def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     optional = {k: f for k, f in RunSection.model_fields.items() if not f.is_required()}
     defaults: dict[str, Any] = {"run": {key: field.default for key, field in optional.items()}}
     if file := default_file(given["model"]):
-        defaults["model"] = OmegaConf.to_container(OmegaConf.load(file).model)
+        defaults |= _load(file)
     merged = OmegaConf.create(_overlay(defaults, given))
-    content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    content: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
+
+
+def _load(path: str | Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def _overlay(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +128,9 @@ def _overlay(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     merged = dict(defaults)
     for key, value in given.items():
         below = defaults.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _overlay(below, value) if both else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _overlay(below, value)
+        merged[key] = value
     return merged
 
 
@@ -148,7 +154,7 @@ def _complete(content: dict[str, Any]) -> Config:
         types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
         _check_name("model.model_type", model.get("model_type"), types)
         path = model_cls.default_config_path(model["model_type"])
-        model = _overlay(OmegaConf.to_container(OmegaConf.load(path).model), model)
+        model = _overlay(_load(path)["model"], model)
     datasets = {n: _complete_dataset(n, s, registry) for n, s in content["datasets"].items()}
     for name, section in datasets.items():
         _check_image_sizes(name, section, model)
@@ -178,7 +184,8 @@ def _complete_dataset(name: str, section: dict[str, Any], registry: Any) -> dict
                 init = registry.get_processor_class(processor["name"]).__init__
                 known = set(inspect.signature(init).parameters) - {"self"}
                 reject_unknown_keys(processor, ("name", *known), where)
-    defaults = OmegaConf.to_container(load_dataset_config(builder.default_config_path(type=type_)))
+    default_path = builder.default_config_path(type=type_)
+    defaults: Any = OmegaConf.to_container(load_dataset_config(default_path))
     return _overlay({"skip_missing": False, "allow_missing": False, **defaults}, section)
 
 

@@ -35,7 +35,7 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
     """
     problem = None
     # NumPy 2 has no Inf, but torchmetrics may have put it back.
-    if issubclass(model_cls, AlproRetrieval) and not run_cfg.evaluate and not hasattr(np, "Inf"):
+    if issubclass(model_cls, AlproRetrieval) and not run_cfg["evaluate"] and not hasattr(np, "Inf"):
         problem = f"trains with np.Inf, which NumPy {np.__version__} does not have"
     generates = issubclass(model_cls, BlipCaption) or (
         issubclass(model_cls, BlipVQA) and run_cfg.get("inference_method") == "generate"

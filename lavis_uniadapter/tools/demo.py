@@ -78,8 +78,8 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
         "seed": seed,
         "metrics": {
             **_baseline(task, adapted),
-            "before (zero-shot)": zero_shot.metrics["test"],
-            "after adapting": adapted.metrics["test"],
+            "before (zero-shot)": (zero_shot.metrics or {})["test"],
+            "after adapting": (adapted.metrics or {})["test"],
         },
         "test_items": len(adapted.runner.datasets["test"]),
         "trained_parameters": counts["trainable"],

@@ -33,12 +33,12 @@ def paired_difference(
         None if a run has no outcomes of the metric, or they are of other queries.
     """
     pairs = [
-        (one.outcomes.get(metric), other.outcomes.get(metric))
+        (one.outcomes.get(metric, ()), other.outcomes.get(metric, ()))
         for one in runs
         for other in reference
         if 1 in (len(runs), len(reference)) or one.seed == other.seed is not None
     ]
-    lengths = {tuple(map(len, outcomes or ())) for pair in pairs for outcomes in pair}
+    lengths = {tuple(map(len, outcomes)) for pair in pairs for outcomes in pair}
     if len(lengths) != 1 or not (kinds := lengths.pop()):
         return None
     # of each kind of query, (seeds, queries) differences

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
@@ -96,15 +97,15 @@ class Comparison:
         """Give each line the learning rate whose run is best on validation."""
         seed = self.plan.tuning_seed
         common = ("run.test_splits=[]", *self.plan.tuning_options, f"run.seed={seed}")
-        rates = {name: entry.learning_rates for name, entry in self.plan.runs.items()}
+        rates = {name: entry.learning_rates or () for name, entry in self.plan.runs.items()}
         tried = [(line, r) for line in lines if len(rates[line.name]) > 1 for r in rates[line.name]]
         jobs = [(line, f"lr{r:g}-seed{seed}", (f"run.init_lr={r}", *common)) for line, r in tried]
         scores: dict[str, dict[float, float]] = {line.name: {} for line in lines}
         for (line, rate), summary in zip(tried, self._results(pool, jobs), strict=True):
-            if summary and summary.best is None:
-                line.failures.append("nothing was validated; set run.valid_splits")
-            elif summary:
+            if summary and summary.best is not None:
                 scores[line.name][rate] = summary.best
+            elif summary:
+                line.failures.append("nothing was validated; set run.valid_splits")
         for line in lines:
             source = self.plan.runs[line.name].learning_rate_of or line.name
             if len(rates[source]) == 1:
@@ -126,8 +127,10 @@ class Comparison:
                 for seed in self.plan.seeds:
                     jobs.append((line, f"seed{seed}", (*options, f"run.seed={seed}")))
         for (line, *_), summary in zip(jobs, self._results(pool, jobs), strict=True):
-            line.runs += [summary] if summary else []
-            for metric in self.plan.metrics if summary else ():
+            if summary is None:
+                continue
+            line.runs.append(summary)
+            for metric in self.plan.metrics:
                 if summary.metric(metric) is None:
                     known = ", ".join(summary.metrics) or "none"
                     line.failures.append(f"there is no metric '{metric}', only {known}")
@@ -164,9 +167,13 @@ class Comparison:
 
     def _claim(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
         """Write down in a folder what is run there, unless it has a run of something else."""
-        request = {"cfg": Path(str(entry.cfg_path)).read_text(), "options": list(options)}
-        request |= {"evaluate": entry.evaluate, "processes": self.processes}
-        request |= {"base": self._base_identity}
+        request: dict[str, Any] = {
+            "cfg": Path(str(entry.cfg_path)).read_text(),
+            "options": list(options),
+            "evaluate": entry.evaluate,
+            "processes": self.processes,
+            "base": self._base_identity,
+        }
         folder.mkdir(parents=True, exist_ok=True)
         holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
@@ -186,8 +193,7 @@ class Comparison:
         variables = environment(self.processes * (1 if entry is self.plan.base else self.jobs))
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
-            streams = {"stdout": console, "stderr": subprocess.STDOUT}
-            child = subprocess.Popen(command, env=variables, **streams)
+            child = subprocess.Popen(command, env=variables, stdout=console, stderr=console)
             self._children.add(child)
             status = child.wait()
             self._children.discard(child)
