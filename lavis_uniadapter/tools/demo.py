@@ -23,7 +23,6 @@ from lavis_uniadapter.evaluation.answer_metrics import answer_metrics, majority_
 from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
-from lavis_uniadapter.runners.signals import Interrupted
 from lavis_uniadapter.tools import recipes
 
 # By task: the recipes that train on stills and adapt to clips, and the metrics shown.
@@ -55,24 +54,23 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
     def run(stage: str, recipe: str, *more: str, evaluate: bool = False) -> launch.RunResult:
         job_id = f"{task}-{stage}-seed{seed}"
         common = [f"run.seed={seed}", f"run.output_dir={output_dir}", f"run.job_id={job_id}"]
-        _delete_run(Path(output_dir) / job_id)
+        earlier = Path(output_dir) / job_id
+        if (earlier / run_folders.CONFIG).is_file():
+            shutil.rmtree(earlier)
         return launch.run(recipes.runs()[recipe], [*common, *options, *more], evaluate)
 
     stills_recipe, clips_recipe = STAGES[task]
-    try:
-        say("\n1/3  Train a small BLIP, all weights, on stills (%s).", task)
-        stills = run("stills", stills_recipe, "run.test_splits=[]")
-        base = f"model.pretrained={stills.output_dir / BEST}"
-        say("\n2/3  Evaluate it on clips as it is (zero-shot).")
-        zero_shot = run("zero-shot", clips_recipe, base, "model.tuning=full", evaluate=True)
-        say("\n3/3  Freeze it and adapt it to the clips by UniAdapter.")
-        adapted = run("clips", clips_recipe, base)
-    except Interrupted as interrupted:
-        signal_name = str(interrupted).split(":")[0]
-        raise Interrupted(f"{signal_name}: the demo ended. The same command starts anew.") from None
+    say("\n1/3  Train a small BLIP, all weights, on stills (%s).", task)
+    stills = run("stills", stills_recipe, "run.test_splits=[]")
+    base = f"model.pretrained={stills.output_dir / BEST}"
+    say("\n2/3  Evaluate it on clips as it is (zero-shot).")
+    zero_shot = run("zero-shot", clips_recipe, base, "model.tuning=full", evaluate=True)
+    say("\n3/3  Freeze it and adapt it to the clips by UniAdapter.")
+    adapted = run("clips", clips_recipe, base)
 
-    folder, counts = adapted.output_dir, _model(adapted).parameter_counts()
+    folder, counts = adapted.output_dir, adapted.runner._model.parameter_counts()
     seconds = {"stills": stills.seconds, "zero-shot": zero_shot.seconds}
+    seconds |= {"adapting": adapted.seconds, "all": time.perf_counter() - started}
     report = {
         "task": task,
         "seed": seed,
@@ -85,23 +83,14 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
         "trained_parameters": counts["trainable"],
         "backbone_parameters": counts["backbone"],
         "adapter_megabytes": (folder / BEST_ADAPTER / adapter_files.TENSORS).stat().st_size / 1e6,
-        "seconds": seconds | {"adapting": adapted.seconds, "all": time.perf_counter() - started},
+        "seconds": seconds,
     }
     write_json(folder / "demo.json", report)
-    rows = list(_matches(adapted) if task == "retrieval" else _descriptions(adapted))
-    draw_clips(rows, folder / "clips.png")
+    draw = _matches if task == "retrieval" else _descriptions
+    draw_clips(list(draw(adapted)), folder / "clips.png")
     say("\n%s", table(report))
     say("\npicture: %s\nadapter: %s", folder / "clips.png", folder / BEST_ADAPTER)
     return report
-
-
-def _delete_run(folder: Path) -> None:
-    if (folder / run_folders.CONFIG).is_file():
-        shutil.rmtree(folder)
-
-
-def _model(result: launch.RunResult):
-    return result.runner.unwrap_dist_model(result.runner.model)
 
 
 def _items(result: launch.RunResult) -> list[dict]:
@@ -155,7 +144,7 @@ def _matches(result: launch.RunResult) -> Iterator[list[Cell]]:
     """The best five clips for test queries spread evenly over the split; the right one framed."""
     dataset = result.runner.datasets["test"]
     loader = DataLoader(dataset, batch_size=32, collate_fn=dataset.collater)
-    _, scores = _model(result).compute_sim_matrix(loader, result.runner.config.run_cfg)
+    _, scores = result.runner._model.compute_sim_matrix(loader, result.runner.config.run_cfg)
     number = min(QUERIES_SHOWN, len(dataset.text))
     for query in np.linspace(0, len(dataset.text) - 1, number).round().astype(int).tolist():
         best = np.argsort(-scores[query], kind="stable")[:TOP].tolist()
@@ -170,16 +159,14 @@ def _descriptions(result: launch.RunResult) -> Iterator[list[Cell]]:
     indices = {record["video"]: i for i, record in enumerate(dataset.annotation)}
     said: dict[str, list[str]] = {file: [] for file in indices}
     for item in _items(result):
-        text = f"“{item['caption']}”" if "caption" in item else _answer(item)
+        text = item.get("caption")
+        if text is None:
+            truth = "" if item["correct"] else f"  (correct: {item['answer']})"
+            text = f"{item['question']}  {item['prediction']}{truth}"
         said[item["file"]].append(text)
     shown = list(indices)[:: max(1, len(indices) // CLIPS_SHOWN)][:CLIPS_SHOWN]
     cells = [(_clip(dataset, indices[file]), "\n".join(said[file]), False) for file in shown]
     yield from (cells[i : i + 3] for i in range(0, len(cells), 3))
-
-
-def _answer(item: Mapping) -> str:
-    truth = "" if item["correct"] else f"  (correct: {item['answer']})"
-    return f"{item['question']}  {item['prediction']}{truth}"
 
 
 def draw_clips(rows: Sequence[Sequence[Cell]], picture: Path) -> None:
