@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +29,35 @@ def rows_of(
     rows = []
     others = next((line.runs for line in lines if line.name == reference), [])
     for line in lines:
-        first = line.runs[0] if line.runs else None
-        references = others if line.name != reference else []
+        runs = line.runs
         row: dict[str, Any] = {
             "method": line.name,
-            "seeds": len(line.runs),
+            "seeds": len(runs),
             "learning rate": line.learning_rate,
             "at edge of grid": line.at_edge,
-            "trained parameters": first and first.trained_parameters,
-            "total parameters": first and first.total_parameters,
+            "trained parameters": runs[0].trained_parameters if runs else None,
+            "total parameters": runs[0].total_parameters if runs else None,
         }
         for name in metrics:
-            values = [value for run in line.runs if (value := run.metric(name)) is not None]
-            row[name] = _mean(values)
-            row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else None
-            compared = (
-                None if line.name == reference else paired_difference(line.runs, references, name)
-            )
+            values = [run.metric(name) for run in runs]
+            row[name] = _average(statistics.fmean, values)
+            row[f"{name} std"] = _average(statistics.stdev, values, at_least=2)
+            compared = None if line.name == reference else paired_difference(runs, others, name)
             for part in ("mean", "low", "high"):
                 row[f"{name} difference {part}"] = compared and getattr(compared, part)
-        row["seconds"] = _mean([run.seconds for run in line.runs])
-        row["peak bytes"] = _mean([run.peak_bytes for run in line.runs])
-        row["precision"] = ", ".join(sorted({run.precision for run in line.runs if run.precision}))
+        row["seconds"] = _average(statistics.fmean, [run.seconds for run in runs])
+        row["peak bytes"] = _average(statistics.fmean, [run.peak_bytes for run in runs])
+        row["precision"] = ", ".join(sorted({run.precision for run in runs if run.precision}))
         row["failures"] = "; ".join(line.failures)
         rows.append(row)
     return rows
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _average(
+    of: Callable[[list[float]], float], values: Sequence[float | None], at_least: int = 1
+) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    return of(known) if len(known) >= at_least else None
 
 
 def markdown_table(
