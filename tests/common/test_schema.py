@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema import MODELS, Evaluation, RunSection, document
@@ -58,15 +59,18 @@ def test_the_schema_and_the_methods_name_the_same():
         ({"init_rl": 1}, "Unknown configuration key 'run.init_rl'. Did you mean 'init_lr'?"),
         ({"zzz": 1}, "Unknown configuration key 'run.zzz'. Known keys: accum_grad_iters, amp"),
         ({5: 1}, "Unknown configuration key 'run.5'."),
-        ({"task": None}, "run.task is None; it must be a text."),
-        ({"beta2": 1}, "run.beta2 is 1; it must be a number in [0, 1)."),
-        ({"max_grad_norm": 0}, "run.max_grad_norm is 0; it must be a number > 0 or null."),
+        ({"task": None}, "run.task is None; it must be a valid string."),
+        ({"beta2": 1}, "run.beta2 is 1; it must be less than 1."),
+        ({"max_grad_norm": 0}, "run.max_grad_norm is 0; it must be greater than 0."),
         ({"device": "gpu"}, "run.device is 'gpu'; it must be one of auto, cpu, cuda."),
-        ({"init_lr": "1e-4"}, "run.init_lr is '1e-4'; it must be a number >= 0 or null."),
+        ({"init_lr": "1e-4"}, "run.init_lr is '1e-4'; it must be a valid number."),
         ({"train_dataset_ratios": {"coco": -1}}, "run.train_dataset_ratios.coco is -1; it must"),
         ({"min_len": 12}, "run.min_len 12 exceeds run.max_len 10."),
         ({"evaluate": False}, "run.batch_size_train is missing: training needs it."),
-        ({"job_id": [1]}, "run.job_id is [1]; it must be a folder name without / or \\ or null."),
+        ({"job_id": [1]}, "run.job_id is [1]; it must be a valid string."),
+        ({"job_id": "a/b"}, "run.job_id is 'a/b'; it must be a name without / or \\."),
+        ({"amp": [1]}, "run.amp is [1]; it must be one of auto, bf16, fp16."),
+        ({"train_splits": "a"}, "run.train_splits is 'a'; it must be a list, as in [a, b]."),
     ],
 )
 def test_a_message_names_the_key_the_value_and_what_it_must_be(changes, expected):
@@ -91,3 +95,10 @@ def test_defaults_depend_on_the_task_where_they_must():
 
 def test_names_that_look_like_numbers_are_names():
     assert RunSection.read({**EVALUATED, "job_id": 20240101}, "run").job_id == "20240101"
+
+
+def test_retrieval_settings_are_refused_for_other_models():
+    recipes = PACKAGE_ROOT.parent / "projects/uniadapter/train"
+    with pytest.raises(ConfigError, match="run.rerank_batch is given, and model.arch"):
+        validate(recipes / "shapes_qa.yaml", ["run.rerank_batch=8"])
+    validate(recipes / "shapes_retrieval.yaml", ["run.rerank_batch=8"])
