@@ -8,7 +8,8 @@ from small_models import perturb
 from test_vqa_model import build, questions, vqa_config  # noqa: F401
 
 from lavis_uniadapter.evaluation import answer_ranking
-from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
+from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers
+from lavis_uniadapter.models import vqa
 
 ANSWERS = [
     *("red", "blue", "a green star", "left", "square", "top", "red circle", "red square"),
@@ -55,10 +56,12 @@ def scores_one_by_one(model, samples, answers):
 
 
 def ranked(model, samples, answers, k):
-    candidates = CandidateAnswers.tokenise(answers, model.tokenizer)
+    candidates = tokenise_answers(answers, model.tokenizer)
     with torch.no_grad():
         memory = model._question_memory(samples)
-    return rank_answers(model.text_decoder, memory, candidates, k)
+    return rank_answers(
+        model.text_decoder, memory, candidates, model.tokenizer.bos_token_id, k
+    )
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 3, 1024])
@@ -135,11 +138,8 @@ def test_the_question_is_projected_once_and_the_first_position_decoded_once(mode
 
 def test_the_answer_list_is_tokenised_once(model, samples, monkeypatch):
     calls = []
-    original = CandidateAnswers.tokenise.__func__
     monkeypatch.setattr(
-        CandidateAnswers,
-        "tokenise",
-        classmethod(lambda cls, *args: calls.append(1) or original(cls, *args)),
+        vqa, "tokenise_answers", lambda *args: calls.append(1) or tokenise_answers(*args)
     )
     for _ in range(3):
         model.predict_answers(dict(samples), answer_list=list(ANSWERS))

@@ -6,6 +6,7 @@ tests/golden/ holds weights, inputs, outputs and gradients of RERV/UniAdapter (c
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,9 @@ import torch
 from safetensors import safe_open
 from transformers import BatchEncoding
 
-from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.common.errors import CheckpointError
-from lavis_uniadapter.common.schema.methods import AdapterConfig
+from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,44 +57,48 @@ class Case:
             if key.startswith(prefix)
         }
 
-    def encoders(self) -> tuple[torch.nn.Module, torch.nn.Module]:
-        dims = self.about["dims"]
-        vit = {
-            "width": dims["hidden"],
-            "depth": dims["depth"],
-            "num_heads": dims["heads"],
-            "patch_size": dims["patch"],
-            "mlp_ratio": dims["mlp_ratio"],
-        }
-        return (
-            build_visual_encoder("custom", dims["image_size"], vit),
-            build_text_encoder(self.about["med_config"], dims["hidden"]),
-        )
+    def build(self, model_cls: type[TunedBlip], tokenizer, **options) -> TunedBlip:
+        """A model of the case's sizes and weights."""
+        dims, config = self.about["dims"], self.about["config"]
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as med_config:
+            json.dump(self.about["med_config"], med_config)
+            med_config.flush()
+            section = {
+                "image_size": dims["image_size"],
+                "vit_type": "custom",
+                "vit": {
+                    "width": dims["hidden"],
+                    "depth": dims["depth"],
+                    "num_heads": dims["heads"],
+                    "patch_size": dims["patch"],
+                    "mlp_ratio": dims["mlp_ratio"],
+                },
+                "med_config_path": med_config.name,
+                "adapter": {
+                    "bottleneck": config["adapter_dim"],
+                    "kv_bottleneck": config["video_key_adapter_dim"] * config["video_key_adapter"],
+                    "frame_aware": config["frame_aware_attention"],
+                },
+                **options,
+            }
+            model = model_cls(model_cls.CONFIG.read(section, "model"), tokenizer)
+        model.attach_tuning()
+        load_released_checkpoint(model, self.under("state."))
+        return model
 
     def model(self, **options) -> BlipUniAdapterRetrieval:
-        dims, config = self.about["dims"], self.about["config"]
-        tokenizer = GivenTokens(self["in.input_ids"], self["in.attention_mask"], dims["enc"])
-        model = BlipUniAdapterRetrieval(
-            *self.encoders(),
-            tokenizer,
+        dims = self.about["dims"]
+        return self.build(
+            BlipUniAdapterRetrieval,
+            GivenTokens(self["in.input_ids"], self["in.attention_mask"], dims["enc"]),
+            arch="blip_uniadapter_retrieval",
+            model_type="coco",
             queue_size=dims["queue"],
             alpha=self.about["alpha"],
             embed_dim=dims["embed"],
             negative_all_rank=dims.get("neg_all", False),
             **options,
         )
-        model.attach_tuning(
-            "uniadapter",
-            AdapterConfig(
-                bottleneck=config["adapter_dim"],
-                kv_bottleneck=(
-                    config["video_key_adapter_dim"] if config["video_key_adapter"] else 0
-                ),
-                frame_aware=config["frame_aware_attention"],
-            ),
-        )
-        load_released_checkpoint(model, self.under("state."))
-        return model
 
     def visual(self) -> torch.Tensor:
         visual = self["in.visual"]

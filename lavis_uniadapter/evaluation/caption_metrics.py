@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import shutil
@@ -29,13 +28,8 @@ WORD = re.compile(rf"n't|{SUFFIX}|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]")
 
 
 def has_java() -> bool:
-    """Whether COCO's tokenizer and METEOR can run."""
-    return _runs(shutil.which("java"))
-
-
-@functools.cache
-def _runs(java: str | None) -> bool:
-    # It may be a stub: macOS has one that asks to install Java.
+    """Whether COCO's tokenizer and METEOR can run; macOS has a stub that asks to install Java."""
+    java = shutil.which("java")
     return (
         java is not None
         and not subprocess.run([java, "-version"], capture_output=True, check=False).returncode

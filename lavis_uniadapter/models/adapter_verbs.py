@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from lavis.models.base_model import BaseModel
 from torch import nn
 
 from lavis_uniadapter.adapters.bank import delta_path
-from lavis_uniadapter.checkpoints import adapter_files, blip_files
+from lavis_uniadapter.checkpoints import adapter_files
 from lavis_uniadapter.common.errors import ConfigError
 
 DEFAULT_SET = "default"
@@ -20,24 +20,10 @@ DEFAULT_SET = "default"
 class AdapterVerbs(BaseModel):
     """Mixin for models whose ``adapters`` is an AdapterBank."""
 
-    @property
-    def base_fingerprint(self) -> str:
-        """Hash of the frozen BLIP under the adapters, computed once."""
-        if self._fingerprint is None:
-            self._fingerprint = blip_files.fingerprint(self, self.randomly_initialised)
-        return self._fingerprint
-
-    def base_changed(self, name: str) -> None:
-        """Note that the model's BLIP weights have been replaced."""
-        self.base_name = name
-        self._fingerprint = None
-
     def save_adapter(
         self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Write the active adapter: its tensors, what they are, and a model card.
-
-        ``adapter.safetensors``, ``adapter_config.json`` and ``README.md``; see ``adapter_files``.
+        """Write the active adapter and a model card; see ``checkpoints.adapter_files``.
 
         Raises:
             ConfigError: with ``tuning: full``, which has no adapter.
@@ -57,13 +43,11 @@ class AdapterVerbs(BaseModel):
         """
         adapter_files.load(self, folder, name, force)
         self.set_adapter(name)
+        if self._trains(name):
+            self.reset_momentum()
 
     def set_adapter(self, name: str) -> None:
-        """Activate a loaded adapter, for all threads.
-
-        Raises:
-            KeyError: if no adapter has that name.
-        """
+        """Activate a loaded adapter, for all threads; KeyError if no adapter has that name."""
         self.adapters.activate(name)
 
     def delete_adapter(self, name: str) -> None:
@@ -73,13 +57,12 @@ class AdapterVerbs(BaseModel):
             KeyError: if no adapter has that name.
             ValueError: for the active one, and for the one that training changes.
         """
-        if self._trains(name):
+        if self._trains(name) or name == self.adapters.active:
             raise ValueError(
-                f"'{name}' is the adapter that this model trains and cannot be deleted. Load "
-                "adapters that you want to delete later under another name."
+                f"'{name}' is active, or the adapter that this model trains, and cannot be "
+                "deleted. Activate another one, and load what you want to delete later under "
+                "another name."
             )
-        if name == self.adapters.active:
-            raise ValueError(f"'{name}' is the active adapter. Set another one before deleting it.")
         del self.adapters[name]
 
     def _trains(self, name: str) -> bool:
@@ -102,8 +85,8 @@ class AdapterVerbs(BaseModel):
         beside = {*active.layer_parameters(), *active.key_value.parameters()}
         if active.frame_aware or beside - {*active.deltas.parameters()}:
             raise ConfigError(
-                f"Adapters of tuning '{self.tuning}' stand beside BLIP's layers and cannot be "
-                "folded into its weights. LoRA, BitFit and linear heads can."
+                f"Adapters of tuning '{self.tuning}' are modules beside BLIP's layers and cannot "
+                "be folded into its weights. Those of LoRA, BitFit and linear can."
             )
         for key, delta in active.deltas.items():
             delta.fold_into(self.get_submodule(delta_path(key)))
@@ -113,6 +96,7 @@ class AdapterVerbs(BaseModel):
         self.adapters.active = None
         self._frozen = frozenset()
         self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
+        self.reset_momentum()
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -165,5 +149,5 @@ class AdapterVerbs(BaseModel):
         return "\n".join(lines)
 
 
-def _count(parameters) -> int:
+def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)

@@ -52,15 +52,14 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
             scores = lavis_similarities(model, SamplesView(data_loader), self.cfg)
             unreadable: Mapping[int, Unreadable] = {}
         else:
-            *scores, unreadable = score_gallery(model, data_loader, **self.settings.two_stage)
+            *scores, unreadable = score_gallery(model, data_loader, self.settings)
         if not is_main_process():
             return None
         data = data_loader.dataset
         ranks = retrieval_ranks(*scores, data.txt2img, data.img2txt, visual_kind(data))
-        metrics = self.summary(retrieval_metrics(ranks), len(unreadable))
         faults = [asdict(fault) for _, fault in sorted(unreadable.items())]
-        return metrics, retrieval_outcomes(ranks), faults
+        return retrieval_metrics(ranks), retrieval_outcomes(ranks), faults
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""
-        return val_result and self.write(*val_result, split_name, epoch)
+        return self.write(split_name, epoch, *val_result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lavis.models.alpro_models.alpro_qa import AlproQA
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation.answer_metrics import (
-    METRICS,
+    QUESTION_TYPES,
     answer_metrics,
     is_correct,
     question_type,
@@ -47,10 +47,6 @@ class VideoQATask(PredictionTask):
     WRONG_PREDICTION = {"prediction": ""}
     num_classes: int | None = None  # of a classifier
 
-    def __init__(self, run_cfg):
-        super().__init__(run_cfg)
-        self.check_selection_metric(METRICS)
-
     @classmethod
     def fits(cls, model_cls):
         return super().fits(model_cls) or issubclass(model_cls, AlproQA)
@@ -59,8 +55,8 @@ class VideoQATask(PredictionTask):
         """LAVIS's datasets, with class labels for every answer in them.
 
         Raises:
-            ConfigError: for a dataset that has no class labels, or a validation split without
-                questions of the type that the selection metric is about.
+            ConfigError: for a dataset that has no class labels, or a selection metric that the
+                first validation split does not have.
         """
         datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
@@ -84,7 +80,13 @@ class VideoQATask(PredictionTask):
         for _, dataset in every:
             dataset.class_labels = labels
         self._answers = list(labels)
-        self._check_question_types(datasets, cfg.run_cfg.get("valid_splits") or ())
+        first = list(cfg.run_cfg.get("valid_splits") or ())[:1]
+        selecting = [
+            splits[name] for splits in datasets.values() for name in first if name in splits
+        ]
+        asked = {question_type(r["question"]) for d in selecting for r in d.annotation}
+        kinds = [kind for kind in QUESTION_TYPES if kind in asked or not asked]
+        self.check_selection_metric(["accuracy", *(f"accuracy_{kind}" for kind in kinds)])
         return datasets
 
     def _prepare_for_classifier(self, datasets) -> None:
@@ -106,17 +108,6 @@ class VideoQATask(PredictionTask):
                     "%s, train: %d of %d questions left out: their answers are not classes.",
                     *(name, number - len(train), number),
                 )
-
-    def _check_question_types(self, datasets, valid_splits: Iterable[str]) -> None:
-        kind = self.selection_metric.removeprefix("accuracy").removeprefix("_")
-        for name, splits in datasets.items():
-            for split in set(valid_splits).intersection(splits if kind else ()):
-                questions = (record["question"] for record in splits[split].annotation)
-                if kind not in map(question_type, questions):
-                    raise ConfigError(
-                        f"run.selection_metric is '{self.selection_metric}', and {name}, {split} "
-                        f"has no question of that type. Use accuracy."
-                    )
 
     def train_step(self, model, samples: Mapping[str, Any]):
         """Loss of a batch of LAVIS's ``VideoQADataset``: one answer per question, of weight 1."""
