@@ -10,6 +10,7 @@ from statistics import fmean
 
 # The first words by which MSRVTT-QA and MSVD-QA classify their questions; all others are "other".
 QUESTION_TYPES = ("what", "who", "how", "where", "when", "other")
+METRICS = ("accuracy", *(f"accuracy_{kind}" for kind in QUESTION_TYPES))
 
 
 def question_type(question: str) -> str:
@@ -41,8 +42,7 @@ def answer_metrics(
 
     Returns:
         ``accuracy``; ``accuracy_what`` and so on for each type of question that occurs; and
-        ``unknown_answers``, the share of questions whose answer is not in the vocabulary. They
-        count in the accuracy: ranking gets them wrong.
+        ``unknown_answers``, the share of answers outside the vocabulary, which ranking gets wrong.
     """
     by_type: dict[str, list[bool]] = {kind: [] for kind in QUESTION_TYPES}
     for item in items:

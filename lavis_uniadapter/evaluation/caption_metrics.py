@@ -45,8 +45,7 @@ def caption_metrics(
     split by rules close to those of the Penn Treebank, and a warning is logged.
 
     Args:
-        captions: one per item, at least one.
-        references: at least one for each item.
+        references: at least one for each caption.
 
     Raises:
         RuntimeError: if Java is installed and COCO's tokenizer fails.
@@ -74,9 +73,6 @@ def tokenise_by_java(texts: Sequence[str]) -> list[str]:
     """Words in lower case without punctuation, by COCO's tokenizer (Stanford's).
 
     ``pycocoevalcap``'s PTBTokenizer is not used: it writes into its own package folder.
-
-    Raises:
-        RuntimeError: if the tokenizer fails or does not return one line per text.
     """
     # The tokenizer works line by line, so white space of any kind must not break a line.
     lines = [" ".join(text.split()) for text in texts]

@@ -63,10 +63,7 @@ class PairScorer(Protocol):
 
 @dataclass(frozen=True)
 class _Gallery:
-    """A rank's view of an encoded gallery.
-
-    Its share of the visual inputs are those of index ``rank``, ``rank + world`` and so on.
-    """
+    """A rank's view of an encoded gallery; its share are visual inputs ``rank::world``."""
 
     texts: TextFeatures  # all, padded to the longest
     lengths: Tensor  # (texts,) in tokens, on the CPU
@@ -122,10 +119,10 @@ def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple
         )
     if settings.k_test == 0:
         return sims, sims.t().clone()
-    chosen_v2t = _shortlist(sims, settings.k_test, "texts")
+    chosen_v2t = _shortlist(sims, settings.k_test)
     readable = sims.clone()  # an unreadable input must not displace others from a shortlist
     readable[list(gallery.unreadable)] = float("-inf")
-    chosen_t2v = _shortlist(readable.t(), settings.k_test, "visual inputs").t()
+    chosen_t2v = _shortlist(readable.t(), settings.k_test).t()
     matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, settings.rerank_batch)
     matching += settings.itc_weight * sims
     outside = OUTSIDE_SHORTLIST + sims
@@ -208,12 +205,9 @@ def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:
     return flat.view(shape)
 
 
-def _shortlist(sims: Tensor, k_test: int, candidates: str) -> Tensor:
-    """(queries, candidates) bool, True for the ``k_test`` most similar of each query."""
-    k = min(k_test, sims.shape[1])
-    if k < k_test:
-        logger.info("k_test %d exceeds the gallery's %d %s: all rerank.", k_test, k, candidates)
-    best = sims.topk(k, dim=1).indices
+def _shortlist(sims: Tensor, k_test: int) -> Tensor:
+    """(queries, candidates) bool, True for the ``k_test`` most similar of each query, or all."""
+    best = sims.topk(min(k_test, sims.shape[1]), dim=1).indices
     return torch.zeros_like(sims, dtype=torch.bool).scatter_(1, best, True)
 
 

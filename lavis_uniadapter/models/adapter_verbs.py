@@ -125,8 +125,7 @@ class AdapterVerbs(BaseModel):
     def adapter_summary(self) -> str:
         """A table of what is loaded, what is active and what trains; its rows add up."""
         counts = self.parameter_counts()
-        frozen = "" if self.tuning == "full" else " (frozen)"
-        rows = {f"backbone{frozen}": counts["backbone"]}
+        rows = {"backbone": counts["backbone"]}
         for name, adapter_set in self.adapters.items():
             state = "active" if name == self.adapters.active else "loaded"
             parts = {
@@ -135,17 +134,16 @@ class AdapterVerbs(BaseModel):
                 "heads": adapter_set.heads.parameters(),
             }
             rows |= {f"{name} ({state}): {part}": _count(p) for part, p in parts.items()}
-        rows[f"BLIP's heads{frozen}"] = counts["total"] - sum(rows.values())
+        rows["BLIP's heads"] = counts["total"] - sum(rows.values())
         rows |= {"total": counts["total"], "trained": counts["trainable"]}
         width = max(map(len, rows))
         lines = [f"{'':{width}}  {'parameters':>12}  share"]
         for label, number in rows.items():
             if number:
-                share = 100 * number / counts["total"]
-                lines.append(f"{label:{width}}  {number:>12,}  {share:5.2f}%")
+                lines.append(f"{label:{width}}  {number:>12,}  {number / counts['total']:6.2%}")
         if counts["adapters"]:
-            share = 100 * counts["adapters"] / counts["backbone"]
-            lines.append(f"the paper's count: adapters over backbone {share:.2f}%")
+            share = counts["adapters"] / counts["backbone"]
+            lines.append(f"the paper's count: adapters over backbone {share:.2%}")
         return "\n".join(lines)
 
 

@@ -32,21 +32,12 @@ class TunedBlip(AdapterVerbs):
     Args:
         section: its ``model:`` section.
         tokenizer: by default the section's own.
-
-    Attributes:
-        CONFIG: the schema of the section.
-        HEADS: names of the modules that are trained whole.
-        TEXT_MODE: whether the model ever encodes text alone.
-        SETTINGS: attributes, beside the configuration of the method, that decide what an adapter
-            computes; adapter folders note them.
-        adapters: the AdapterBank.
-        base_name: file name of the BLIP weights under the adapters.
-        randomly_initialised: names of the weights that no checkpoint had.
     """
 
     CONFIG: type[ModelSection]
-    HEADS: tuple[str, ...] = ()
-    TEXT_MODE = False
+    HEADS: tuple[str, ...] = ()  # modules that are trained whole
+    TEXT_MODE = False  # whether the model ever encodes text alone
+    # Attributes that decide what an adapter computes, noted in adapter folders.
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
 
@@ -65,15 +56,15 @@ class TunedBlip(AdapterVerbs):
         vocab_size = next(iter(self.text_encoders().values())).config.vocab_size
         self.tokenizer = tokenizer or self.build_tokenizer(section.tokenizer, vocab_size)
         self.base_changed("random weights")
-        self.randomly_initialised = ["everything"]
+        self.randomly_initialised = ["everything"]  # names of weights that no checkpoint had
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
-        """Build from the ``model:`` section of a configuration, with weights and adapters.
+        """Build from a ``model:`` section, with weights and adapters.
 
         Raises:
-            ConfigError: unknown key or impossible value, by name.
-            CheckpointError: weights that do not fit, by name.
+            ConfigError: naming an unknown key or impossible value.
+            CheckpointError: naming weights that do not fit.
         """
         section = cls.CONFIG.read(cfg, "model")
         model = cls(section)
@@ -87,24 +78,15 @@ class TunedBlip(AdapterVerbs):
         return model
 
     def build_text_models(self, med_config: str, visual_width: int) -> None:
-        """Set ``text_encoder`` or ``text_decoder``, or both.
-
-        Args:
-            med_config: BERT configuration, a JSON file.
-            visual_width: width of the visual tokens.
-        """
+        """Set ``text_encoder`` or ``text_decoder``, or both, by BERT's JSON configuration."""
         raise NotImplementedError
 
     @staticmethod
     def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
-        """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
-
-        Args:
-            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
-            vocab_size: tokens that the text encoder or decoder knows.
+        """BERT's tokenizer, from a folder or the hub, with BLIP's ``[DEC]`` and ``[ENC]``.
 
         Raises:
-            ConfigError: if it is neither, or it has more tokens.
+            ConfigError: if there is none, or it has more than ``vocab_size`` tokens.
         """
         folder = paths.find(name_or_folder)
         try:
@@ -144,8 +126,7 @@ class TunedBlip(AdapterVerbs):
             logger.warning(
                 "'%s' has no %s: they start at random values. A BLIP checkpoint of pre-training "
                 "or retrieval has them.",
-                self.base_name,
-                ", ".join(self.randomly_initialised),
+                *(self.base_name, ", ".join(self.randomly_initialised)),
             )
 
     def comment_on_base(self, state: Mapping[str, Tensor]) -> None:

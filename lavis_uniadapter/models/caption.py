@@ -26,9 +26,6 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
     Visual encoder and caption decoder share the adapters; the key/value adapter is on the visual
     tokens, of all frames together, that the decoder attends to.
 
-    Model types: ``coco`` (images, 384 px), ``msrvtt`` and ``msvd`` (video, 224 px), and ``shapes``
-    (the small model of the embedded example).
-
     Usage:
         >>> import lavis_uniadapter
         >>> from lavis.models import load_model_and_preprocess

@@ -41,7 +41,13 @@ def check_lavis_model(config: Config) -> None:
         return
     lavis_versions.check_dependencies(model_cls, run)
     if issubclass(model_cls, BlipBase | AlbefBase | AlproBase):
-        _check_weights(model)
+        key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
+        path = model.get(key)
+        if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
+            raise ConfigError(
+                f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its "
+                "weights there."
+            )
         visual = "videos" if issubclass(model_cls, AlproBase) else "images"
         for name, dataset in config.datasets_cfg.items():
             if dataset.data_type != visual:
@@ -64,16 +70,6 @@ def check_lavis_model(config: Config) -> None:
         )
 
 
-def _check_weights(model: DictConfig) -> None:
-    key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
-    path = model.get(key)
-    if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
-        raise ConfigError(
-            f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its weights "
-            "there."
-        )
-
-
 def lavis_similarities(
     model: BaseModel, loader: DataLoader, run_cfg: DictConfig
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,11 +77,7 @@ def lavis_similarities(
 
     In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
     reranked all score -100: recalls up to ``k_test`` are exact, and in median and mean rank a right
-    candidate that is not reranked counts as the last.
-
-    Args:
-        loader: of a whole split; every process encodes all of it.
-        run_cfg: with ``k_test``, which is lowered to the number of candidates.
+    candidate that is not reranked counts as the last. Every process encodes the whole split.
     """
     k_test = Evaluation.pick(run_cfg, "run").k_test
     k_test = min(k_test, len(loader.dataset.text), len(loader.dataset.image))

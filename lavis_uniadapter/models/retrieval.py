@@ -40,9 +40,6 @@ EMPTY_ID = -100  # of entries of the queue that no batch has filled yet
 class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     """BLIP for image-text and video-text retrieval on a frozen backbone (UniAdapter).
 
-    Model types: ``coco``, ``flickr`` (images, 384 px), ``msrvtt``, ``didemo`` (video, 224 px) and
-    ``shapes`` (the small model of the embedded example).
-
     Usage:
         >>> import lavis_uniadapter
         >>> from lavis.models import load_model_and_preprocess
@@ -121,8 +118,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         Args:
             texts: one text per pair.
-            memory: the projected visual inputs.
-            visual_index: (pairs,) the visual input that each text is paired with.
+            visual_index: (pairs,) the input in memory that each text is paired with.
             frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only if the
                 active adapter has frame-aware attention.
         """
@@ -142,8 +138,8 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def matcher(self, visuals: VisualFeatures) -> Matcher:
         """Project visual inputs once, for any number of calls of the function returned.
 
-        It takes one text per pair and the (pairs,) indices of the visual inputs they are paired
-        with, and returns matching logits (pairs, 2), of which column 1 stands for a match.
+        It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
+        matching logits (pairs, 2), of which column 1 stands for a match.
         """
         memory = self.text_encoder.project(visuals.embeds)
 
@@ -156,11 +152,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def match(
         self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits (pairs, 2); see ``matcher``.
-
-        Args:
-            visual_index: by default each text is paired with the visual input at its position.
-        """
+        """Matching logits (pairs, 2); by default of each text and the visual input beside it."""
         if visual_index is None:
             visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
         return self.matcher(visuals)(texts, visual_index)
@@ -174,9 +166,6 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W); ``text_input``, B
                 strings; ``image_id`` (B,), equal for items that show the same; ``epoch``,
                 ``iters`` and ``num_iters_per_epoch`` for the ramp-up of ``alpha``.
-
-        Returns:
-            BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
@@ -338,10 +327,6 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
 def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for each row a column that is not the same item, with softmax(logits) probability.
-
-    Args:
-        logits: (rows, columns).
-        same: (rows, columns) True where the column shows what the row shows.
 
     Returns:
         (rows,) columns, and (rows,) whether the row has any negative. MSR-VTT has 20 captions per

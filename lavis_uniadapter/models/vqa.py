@@ -22,21 +22,11 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
     """BLIP VQA and VideoQA on a frozen backbone (UniAdapter).
 
     Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
-    encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
-    as by LAVIS's ``BlipVQA``, whose ``forward`` is inherited; repeated computations are removed.
-
-    Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
-    ``shapes`` (the small model of the embedded example).
-
-    Usage:
-        >>> import lavis_uniadapter
-        >>> from lavis.models import load_model_and_preprocess
-        >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_vqa", "msrvtt_qa")
+    encoder's on visual tokens and the decoder's on question states.
     """
 
     CONFIG = VqaModel
     PRETRAINED_MODEL_CONFIG_DICT = VqaModel.files()
-
     _ranked: tuple[list[str] | None, list[Tensor]] = None, []  # the last answer list, tokenised
 
     def build_text_models(self, med_config: str, visual_width: int) -> None:

@@ -31,19 +31,14 @@ UNREADABLE = "unreadable"
 
 
 class MeasuredTask(BaseTask, ABC):
-    """A task that writes metrics to the run's folder, one of which selects the best epoch.
+    """A task that writes metrics to the run's folder, one of which selects the best epoch."""
 
-    Attributes:
-        NAME: in LAVIS's registry.
-        METHOD: of the models that can run the task.
-        MODEL: such a model of this package.
-        LOWER_IS_BETTER: endings of the metrics that are best when they are low.
-    """
-
-    NAME: str
-    METHOD: str
-    MODEL: str
-    LOWER_IS_BETTER: tuple[str, ...] = ()
+    NAME: str  # in LAVIS's registry
+    METHOD: str  # of the models that can run the task
+    MODEL: str  # such a model of this package
+    DATASETS: tuple[type, ...] = (Dataset,)  # that the task can read
+    OTHER_DATASETS: str  # what the others are
+    LOWER_IS_BETTER: tuple[str, ...] = ()  # endings of metrics
     reads_batches = True  # of runner_uniadapter's loaders; LAVIS's tasks read samples
 
     def __init__(self, run_cfg: Mapping[str, Any]):
@@ -54,11 +49,7 @@ class MeasuredTask(BaseTask, ABC):
 
     @classmethod
     def setup_task(cls, cfg):
-        """Build from a configuration.
-
-        Raises:
-            ConfigError: if the model or a setting does not fit the task.
-        """
+        """Build from a configuration; ConfigError if the model or a setting does not fit."""
         if not cls.fits(registry.get_model_class(cfg.model_cfg.arch)):
             raise ConfigError(
                 f"run.task is {cfg.run_cfg.task}, and model.arch '{cfg.model_cfg.arch}' has no "
@@ -70,6 +61,18 @@ class MeasuredTask(BaseTask, ABC):
     @classmethod
     def fits(cls, model_cls: type) -> bool:
         return hasattr(model_cls, cls.METHOD)
+
+    def build_datasets(self, cfg):
+        """LAVIS's datasets, by name and split; ConfigError for one that the task cannot read."""
+        datasets = super().build_datasets(cfg)
+        for name, splits in datasets.items():
+            for dataset in splits.values():
+                if not isinstance(dataset, self.DATASETS):
+                    raise ConfigError(
+                        f"run.task is {self.NAME}, and the dataset '{name}' is a "
+                        f"{type(dataset).__name__}, {self.OTHER_DATASETS}"
+                    )
+        return datasets
 
     def check_selection_metric(self, known: Sequence[str]) -> None:
         """Raise ConfigError unless ``run.selection_metric`` is one of the task's metrics."""
@@ -129,11 +132,11 @@ class PredictionTask(MeasuredTask):
 
     @abstractmethod
     def predict(self, model, samples: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
-        """A prediction for each item of a batch, under the names that it is written under."""
+        """A prediction for each item of a batch, as it is written."""
 
     @abstractmethod
     def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written of a record of the annotation, beside its prediction."""
+        """What is written of a record of the annotation, beside ``file`` and prediction."""
 
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -168,7 +171,14 @@ class PredictionTask(MeasuredTask):
                 f"{len(missing)} of {len(records)} items were not predicted, the first being "
                 f"{records[min(missing)]}. The evaluation sampler must cover the split."
             )
-        return [{**self.describe(r), **predictions[i]} for i, r in enumerate(records)]
+        return [
+            {
+                "file": record.get("video", record.get("image")),
+                **self.describe(record),
+                **predictions[index],
+            }
+            for index, record in enumerate(records)
+        ]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write predictions, then metrics, to the run's ``result`` folder; returns the metrics."""

@@ -36,11 +36,7 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
     NAME, LOWER_IS_BETTER = "uniadapter_retrieval", RANKS
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets.
-
-        Raises:
-            ConfigError: if the selection metric is not among the metrics of these datasets.
-        """
+        """LAVIS's datasets; ConfigError if they do not have the selection metric."""
         datasets = super().build_datasets(cfg)
         first = next(iter(next(iter(datasets.values())).values()))
         self.check_selection_metric(metric_names(visual_kind(first)))
