@@ -26,6 +26,15 @@ def perturb(module, seed=1, by=0.1):
             p.add_(torch.randn(p.shape, generator=generator) * by)
 
 
+def build_selective(build_model, **overrides):
+    """A model whose attention is far from uniform, so that what it looks at matters."""
+    model = build_model(**overrides)
+    perturb(model.adapters)
+    for layer in model.text_encoder.encoder.layer:
+        perturb(layer.crossattention, by=0.5)
+    return model
+
+
 def batch(arch: str, image_size: int = 32) -> dict:
     """Two videos of two frames with all that the model's training step reads."""
     generator = torch.Generator().manual_seed(5)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from test_two_stage import build_selective
+from small_models import build_selective
 from torch.utils.data import DataLoader
 
 import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import perturb
-from test_vqa_model import build, questions, vqa_config  # noqa: F401
+from small_models import VQA, batch, perturb
 
 from lavis_uniadapter.evaluation import answer_ranking
 from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers
@@ -18,15 +17,15 @@ ANSWERS = [
 
 
 @pytest.fixture
-def model(vqa_config):  # noqa: F811
-    model = build(vqa_config).eval()
+def model(build_small):
+    model = build_small(VQA).eval()
     perturb(model, by=0.1)
     return model
 
 
 @pytest.fixture
-def samples(questions):  # noqa: F811
-    return {key: questions[key] for key in ("image", "text_input")}
+def samples():
+    return {key: batch(VQA)[key] for key in ("video", "text_input")}
 
 
 @torch.no_grad()
@@ -59,9 +58,7 @@ def ranked(model, samples, answers, k):
     candidates = tokenise_answers(answers, model.tokenizer)
     with torch.no_grad():
         memory = model._question_memory(samples)
-    return rank_answers(
-        model.text_decoder, memory, candidates, model.tokenizer.bos_token_id, k
-    )
+    return rank_answers(model.text_decoder, memory, candidates, model.tokenizer.bos_token_id, k)
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 3, 1024])
