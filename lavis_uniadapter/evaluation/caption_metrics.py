@@ -41,8 +41,8 @@ def caption_metrics(
 ) -> dict[str, float]:
     """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, times 100.
 
-    With Java they are those of COCO's evaluation server. Without it METEOR is left out, words are
-    split by rules close to those of the Penn Treebank, and a warning is logged.
+    With Java they are those of COCO's evaluation server. Without it METEOR is left out, and words
+    are split by rules close to those of the Penn Treebank.
 
     Args:
         references: at least one for each caption.

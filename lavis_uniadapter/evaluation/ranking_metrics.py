@@ -67,8 +67,8 @@ def retrieval_ranks(
         scores_v2t: (visuals, texts).
         scores_t2v: (texts, visuals); not the transpose in general, since each direction has its
             own shortlist.
-        txt2img: text index to the index of its image or video, as in LAVIS's datasets.
-        img2txt: index of an image or video to the indices of its texts.
+        txt2img: as in LAVIS's datasets, the visual input of a text.
+        img2txt: likewise, the texts of a visual input.
         visual: ``video`` or ``image``.
     """
     to_visual, to_text = _directions(visual)
@@ -85,7 +85,8 @@ def retrieval_outcomes(ranks: Mapping[str, Tensor]) -> dict[str, list[list[float
         By metric, one list of values per kind of query: one for the recall of a direction, two for
         ``mean_recall``. The metric is the mean of the lists' means.
     """
-    outcomes, both = {}, []
+    outcomes: dict[str, list[list[float]]] = {}
+    both = []
     for way, values in ranks.items():
         recalled = torch.stack([100 * (values <= k).double() for k in RECALLS.values()])
         outcomes |= {f"{way}_{m}": [row] for m, row in zip(RECALLS, recalled.tolist(), strict=True)}

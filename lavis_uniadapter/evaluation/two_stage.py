@@ -68,8 +68,8 @@ class _Gallery:
     texts: TextFeatures  # all, padded to the longest
     lengths: Tensor  # (texts,) in tokens, on the CPU
     feat: Tensor  # (visuals, embed_dim) of all visual inputs
-    embeds: Tensor | None  # (share, tokens, width); None without a share
-    frame_feat: Tensor | None  # (share, frames, embed_dim)
+    embeds: Tensor  # (share, tokens, width)
+    frame_feat: Tensor  # (share, frames, embed_dim)
     unreadable: Mapping[int, Unreadable]  # what no rank could read, by index
 
 
@@ -91,20 +91,21 @@ def score_gallery(
 
     Raises:
         FloatingPointError: if similarities are not finite.
-        RuntimeError: if a visual input was encoded by no rank or by several.
+        RuntimeError: if a visual input was encoded by no rank.
     """
+    dataset: Any = data_loader.dataset
     was_training = scorer.training
     scorer.train(False)
     try:
-        texts, lengths = _encode_texts(scorer, list(data_loader.dataset.text))
-        visuals = _encode_visuals(scorer, data_loader, settings.feature_memory)
+        texts, lengths = _encode_texts(scorer, list(dataset.text))
+        visuals = _encode_visuals(scorer, data_loader, len(dataset), settings.feature_memory)
         gallery = _Gallery(texts, lengths, *visuals)
         v2t, t2v = _score(scorer, gallery, settings)
     finally:
         scorer.train(was_training)
     for index in gallery.unreadable:
         v2t[index] = 0
-        v2t[index, data_loader.dataset.img2txt[index]] = float("-inf")
+        v2t[index, dataset.img2txt[index]] = float("-inf")
         t2v[:, index] = float("-inf")
     return v2t, t2v, gallery.unreadable
 
@@ -145,48 +146,43 @@ def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, T
 
 
 def _encode_visuals(
-    scorer: PairScorer, data_loader: DataLoader, feature_memory: float
-) -> tuple[Tensor, Tensor | None, Tensor | None, Mapping[int, Unreadable]]:
+    scorer: PairScorer, data_loader: DataLoader, number: int, feature_memory: float
+) -> tuple[Tensor, Tensor, Tensor, Mapping[int, Unreadable]]:
     """``feat``, ``embeds``, ``frame_feat`` and ``unreadable`` of a ``_Gallery``.
 
-    A rank encodes the items of its share, whether or not the loader is sharded, so an item that a
-    sampler repeats to even out the ranks counts once.
+    A rank encodes its share alone, whether or not the loader is sharded or repeats items.
     """
-    number, rank, world = len(data_loader.dataset), get_rank(), get_world_size()
+    rank, world = get_rank(), get_world_size()
     share = len(range(rank, number, world))
     feat = torch.zeros(number, scorer.embed_dim, device=scorer.device)
-    times_seen = torch.zeros(number, dtype=torch.long)
-    embeds = frame_feat = None
+    seen = torch.zeros(number, dtype=torch.int)
+    embeds = frame_feat = torch.empty(0)
     unreadable: dict[int, Unreadable] = {}
     batches = _progress(data_loader, "encode visual inputs", len(data_loader))
     for samples in samples_of(batches, unreadable):
         index = torch.as_tensor(samples["index"]).cpu()
-        mine = (index % world == rank) & (times_seen[index] == 0)
+        mine = (index % world == rank) & (seen[index] == 0)
         if not mine.any():
             continue
         index = index[mine]
         encoded = scorer.encode_visual(visual_input(samples)[mine].to(scorer.device))
-        if embeds is None:
+        if not len(embeds):
             embeds = _allocate((share, *encoded.embeds.shape[1:]), encoded.embeds, feature_memory)
             frame_feat = encoded.frame_feat.new_empty(share, *encoded.frame_feat.shape[1:])
         feat[index] = encoded.feat.to(feat.dtype)
         embeds[index // world] = encoded.embeds.cpu()
         frame_feat[index // world] = encoded.frame_feat
-        times_seen[index] += 1
-    times_seen = _sum_over_ranks(times_seen.to(scorer.device))
-    if wrong := torch.where(times_seen != 1)[0].tolist():
+        seen[index] = 1
+    if missing := torch.where(_sum_over_ranks(seen.to(scorer.device)) == 0)[0].tolist():
         raise RuntimeError(
-            f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
-            f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
+            f"{len(missing)} of {number} visual inputs were not encoded, the first at index "
+            f"{missing[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
         )
     return _sum_over_ranks(feat), embeds, frame_feat, gather_unreadable(unreadable)
 
 
 def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:
-    """A CPU tensor: in memory, or in a temporary file if it takes more than so many gigabytes.
-
-    A clip of 8 frames of 224 px takes 4.8 MB in float32, an image of 384 px 1.8 MB.
-    """
+    """A CPU tensor: in memory, or in a temporary file if it takes more than so many gigabytes."""
     elements = torch.Size(shape).numel()
     gigabytes = elements * like.dtype.itemsize / 1e9
     if gigabytes <= memory:

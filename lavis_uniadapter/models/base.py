@@ -1,32 +1,35 @@
-"""What every tuned BLIP has in common: how it is built and loaded, and what of it trains."""
+"""What every tuned BLIP has in common: how it is built, what of it trains, and its adapters."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
+from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.backbone import VisualMemory, build_visual_encoder, encode_frames
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.features import visual_input
-from lavis_uniadapter.checkpoints import blip_files
+from lavis_uniadapter.checkpoints import adapter_files, blip_files
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.schema import ModelSection
-from lavis_uniadapter.models.adapter_verbs import DEFAULT_SET, AdapterVerbs
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_SET = "default"  # the adapter set that training changes
 
-class TunedBlip(AdapterVerbs):
+
+class TunedBlip(BaseModel):
     """Mixin for LAVIS's BLIP models, whose names of encoders and heads it keeps.
 
     Args:
@@ -222,6 +225,125 @@ class TunedBlip(AdapterVerbs):
         continuations = output[:, prompt_ids.shape[1] :]
         return self.tokenizer.batch_decode(continuations, skip_special_tokens=True)
 
+    # --- adapters -------------------------------------------------------------------------------
+
+    def save_adapter(
+        self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the active adapter; see ``checkpoints.adapter_files``. ConfigError without one."""
+        adapter_files.save(self, folder, metrics or {})
+
+    def load_adapter(
+        self, folder: str | os.PathLike, name: str = DEFAULT_SET, force: bool = False
+    ) -> None:
+        """Read an adapter folder into the set ``name``, created if it does not exist; activate it.
+
+        Args:
+            force: load although it was trained on another base checkpoint.
+
+        Raises:
+            CheckpointError: if anything about it does not fit this model.
+        """
+        adapter_files.load(self, folder, name, force)
+        self.set_adapter(name)
+        if self._trains(name):
+            self.reset_momentum()
+
+    def set_adapter(self, name: str) -> None:
+        """Activate a loaded adapter, for all threads; KeyError if no adapter has that name."""
+        self.adapters.activate(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove a loaded adapter; ValueError for the active one and the one that trains."""
+        if self._trains(name) or name == self.adapters.active:
+            raise ValueError(
+                f"'{name}' is active, or the adapter that this model trains, and cannot be "
+                "deleted. Activate another one, and load what you want to delete later under "
+                "another name."
+            )
+        del self.adapters[name]
+
+    def _trains(self, name: str) -> bool:
+        """Whether a named adapter set is the one that training changes."""
+        return any(p.requires_grad for p in self.adapters[name].parameters())
+
+    @torch.no_grad()
+    def merge_adapter(self) -> None:
+        """Fold the active adapter into BLIP itself, heads included, and remove all adapters.
+
+        The model computes what it computed, at a plain BLIP's cost; its state dict is one that
+        LAVIS's own models load.
+
+        Raises:
+            ConfigError: for a method whose adapters stand beside BLIP's layers.
+        """
+        active = self.adapters.active_set
+        if active is None:
+            raise ConfigError("There is no active adapter to merge.")
+        beside = {*active.layer_parameters(), *active.key_value.parameters()}
+        if active.frame_aware or beside - {*active.deltas.parameters()}:
+            raise ConfigError(
+                f"Adapters of tuning '{self.tuning}' are modules beside BLIP's layers and cannot "
+                "be folded into its weights. Those of LoRA, BitFit and linear can."
+            )
+        for key, delta in active.deltas.items():
+            delta.fold_into(self.get_submodule(delta_path(key)))
+        for name, head in active.heads.items():
+            getattr(self, name).load_state_dict(head.state_dict())
+        self.adapters.clear()
+        self.adapters.active = None
+        self._frozen = frozenset()
+        self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
+        self.reset_momentum()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute with the BLIP that the model was built on, heads included, inside the context."""
+        with self.adapters.disabled():
+            yield
+
+    def reset_momentum(self) -> None:
+        """Restart moving averages, where the model has any, from the present parameters."""
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters.
+
+        ``adapters`` is the paper's count (bottlenecks alone), ``backbone`` BLIP's encoders without
+        heads.
+        """
+        active = self.adapters.active_set
+        encoders = nn.ModuleList([self.visual_encoder, *self.text_encoders().values()])
+        return {
+            "adapters": 0 if active is None else _count(active.layer_parameters()),
+            "trainable": _count(self.trainable_parameters().values()),
+            "backbone": _count(encoders.parameters()),
+            "total": _count(self.parameters()),
+        }
+
+    def adapter_summary(self) -> str:
+        """A table of what is loaded, what is active and what trains; its rows add up."""
+        counts = self.parameter_counts()
+        rows = {"backbone": counts["backbone"]}
+        for name, adapter_set in self.adapters.items():
+            state = "active" if name == self.adapters.active else "loaded"
+            parts = {
+                adapter_set.KIND: adapter_set.layer_parameters(),
+                "key/value adapters": adapter_set.key_value.parameters(),
+                "heads": adapter_set.heads.parameters(),
+            }
+            rows |= {f"{name} ({state}): {part}": _count(p) for part, p in parts.items()}
+        rows["BLIP's heads"] = counts["total"] - sum(rows.values())
+        rows |= {"total": counts["total"], "trained": counts["trainable"]}
+        width = max(map(len, rows))
+        lines = [f"{'':{width}}  {'parameters':>12}  share"]
+        for label, number in rows.items():
+            if number:
+                lines.append(f"{label:{width}}  {number:>12,}  {number / counts['total']:6.2%}")
+        if counts["adapters"]:
+            share = counts["adapters"] / counts["backbone"]
+            lines.append(f"the paper's count: adapters over backbone {share:.2%}")
+        return "\n".join(lines)
+
     # --- checkpoints ----------------------------------------------------------------------------
 
     def load_checkpoint(self, url_or_filename):
@@ -249,3 +371,7 @@ class TunedBlip(AdapterVerbs):
                 )
         self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -84,17 +84,12 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
             batch * num_captions texts without the prompt.
 
         Raises:
-            ValueError: if a beam search is to give more captions than it has beams.
+            ValueError: for more captions than ``num_beams``.
         """
         if use_nucleus_sampling:
             method = {"do_sample": True, "top_p": top_p, "top_k": 0}
-        elif num_captions <= num_beams:
-            method = {"num_beams": num_beams}
         else:
-            raise ValueError(
-                f"A search with {num_beams} beams cannot give {num_captions} captions. Raise "
-                "num_beams, or set use_nucleus_sampling=True."
-            )
+            method = {"num_beams": num_beams}
         embeds = self.visual_tokens(samples)
         prompts = self.tokenize([self.prompt] * len(embeds), truncation=False).input_ids[:, :-1]
         prompts[:, 0] = self.tokenizer.bos_token_id

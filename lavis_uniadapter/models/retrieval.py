@@ -169,11 +169,6 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
-        if self.training and self.adapters.active and not self._trains(self.adapters.active):
-            raise ValueError(
-                f"The active adapter '{self.adapters.active}' is not the one that trains. "
-                f"Call set_adapter('{DEFAULT_SET}') first."
-            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)
@@ -216,30 +211,22 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             with torch.no_grad():
                 same = torch.eq(ids, torch.cat([ids.t(), self.idx_queue], dim=1)).float()
                 hard_targets = same / same.sum(1, keepdim=True)
-                image_feat_all = torch.cat([visual_feat_m.t(), self.image_queue], dim=1)
-                text_feat_all = torch.cat([text_feat_m.t(), self.text_queue], dim=1)
-                sim_i2t_m = visual_feat_m @ text_feat_all / self.temp
-                sim_t2i_m = text_feat_m @ image_feat_all / self.temp
-                targets_i2t, targets_t2i = (
-                    alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets
-                    for sim in (sim_i2t_m, sim_t2i_m)
+                all_texts = torch.cat([text_feat_m.t(), self.text_queue], dim=1)
+                all_visuals = torch.cat([visual_feat_m.t(), self.image_queue], dim=1)
+                sims_m = (
+                    visual_feat_m @ all_texts / self.temp,
+                    text_feat_m @ all_visuals / self.temp,
                 )
-            sim_i2t = visual_feat @ text_feat_all / self.temp
-            sim_t2i = text_feat @ image_feat_all / self.temp
+                targets = [
+                    alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets for sim in sims_m
+                ]
+            sims = visual_feat @ all_texts / self.temp, text_feat @ all_visuals / self.temp
             loss = sum(
-                -(sim.log_softmax(dim=1) * targets).sum(dim=1).mean()
-                for sim, targets in ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
+                -(sim.log_softmax(dim=1) * target).sum(dim=1).mean()
+                for sim, target in zip(sims, targets, strict=True)
             )
         self._enqueue(visual_feat_m, text_feat_m, ids)
-        sims = BlipSimilarity(
-            sim_i2t=sim_i2t,
-            sim_t2i=sim_t2i,
-            sim_i2t_m=sim_i2t_m,
-            sim_t2i_m=sim_t2i_m,
-            sim_i2t_targets=targets_i2t,
-            sim_t2i_targets=targets_t2i,
-        )
-        return loss / 2, sims
+        return loss / 2, BlipSimilarity(*sims, *sims_m, *targets)
 
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
         """Loss of positives, and of a hard negative visual and a hard negative text for each item.

@@ -121,9 +121,8 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
 
         Args:
-            samples: ``image`` or ``video`` and ``text_input``, as in forward.
-            kwargs: ``inference_method`` ("rank", "generate"), ``answer_list``,
-                ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``.
+            samples: ``image`` or ``video``, and ``text_input``.
+            kwargs: LAVIS's options.
         """
         # LAVIS reads the batch size from samples["image"].
         return super().predict_answers({**samples, "image": visual_input(samples)}, **kwargs)

@@ -94,13 +94,12 @@ class MeasuredTask(BaseTask, ABC):
 
         Args:
             outcomes: by metric, what each query or item contributes to it, as one list of values
-                per kind of query; the metric is the mean of the lists' means. Comparisons of runs
-                pair them.
+                per kind of query; the metric is the mean of the lists' means.
             unreadable: ``index``, ``file`` and ``reason`` of what was scored as wrong.
 
         Returns:
-            The metrics; ``agg_metrics``, which LAVIS maximises and which is 0 without the selection
-            metric; and the number of unreadable items, if any.
+            The metrics, with ``agg_metrics``, which LAVIS maximises (0 without the selection
+            metric), and the number of unreadable items, if any.
         """
         selected = metrics.get(self.selection_metric, 0.0)
         lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
@@ -124,8 +123,8 @@ class PredictionTask(MeasuredTask):
     """Predicts for every item of a split, gathers over ranks, and scores once.
 
     LAVIS's tasks exchange predictions through files and detect repetitions by ``question_id`` or
-    ``image_id``, which need not be numbers. Here a prediction belongs to a record of the dataset's
-    ``annotation``, and every record must have one. Predictions are written before they are scored.
+    ``image_id``, which need not be numbers. Here each record of the dataset's ``annotation`` has
+    one prediction. Predictions are written before they are scored.
     """
 
     WRONG_PREDICTION: Mapping[str, Any]  # for an unreadable item (``allow_missing``)
@@ -147,11 +146,7 @@ class PredictionTask(MeasuredTask):
         return {}
 
     def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
-        """All items of a split with their predictions, on the main process; None on the others.
-
-        Raises:
-            RuntimeError: if an item was not predicted.
-        """
+        """All items of a split with their predictions, on the main process; None on the others."""
         predictions: dict[int, dict[str, Any]] = {}
         unreadable: dict[int, Unreadable] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
@@ -166,11 +161,6 @@ class PredictionTask(MeasuredTask):
             return None
         predictions = {index: item for share in shares for index, item in share.items()}
         records = data_loader.dataset.annotation
-        if missing := set(range(len(records))).difference(predictions):
-            raise RuntimeError(
-                f"{len(missing)} of {len(records)} items were not predicted, the first being "
-                f"{records[min(missing)]}. The evaluation sampler must cover the split."
-            )
         return [
             {
                 "file": record.get("video", record.get("image")),
