@@ -9,6 +9,11 @@ RETRIEVAL, VQA, CAPTION = MODELS = (
     "blip_uniadapter_vqa",
     "blip_uniadapter_caption",
 )
+TYPES = {
+    RETRIEVAL: ("coco", "flickr", "msrvtt", "didemo", "shapes"),
+    VQA: ("vqav2", "msrvtt_qa", "msvd_qa", "shapes"),
+    CAPTION: ("coco", "msrvtt", "msvd", "shapes"),
+}
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 WORDS = ["a red circle", "a blue star on the left"]
 
@@ -19,6 +24,15 @@ def perturb(module, seed=1, by=0.1):
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * by)
+
+
+def build_selective(build_model, **overrides):
+    """A model whose attention is far from uniform, so that what it looks at matters."""
+    model = build_model(**overrides)
+    perturb(model.adapters)
+    for layer in model.text_encoder.encoder.layer:
+        perturb(layer.crossattention, by=0.5)
+    return model
 
 
 def batch(arch: str, image_size: int = 32) -> dict:

@@ -166,7 +166,7 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
     datasets = task.build_datasets(config)
     available = sorted({split for by_split in datasets.values() for split in by_split})
     check_splits(splits, available, task)
-    check_lavis_model(config, datasets)
+    check_lavis_model(config)
     return task, datasets
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from fuzzing import examples
+from gallery import Gallery
 from hypothesis import given
 from hypothesis import strategies as st
-from test_lavis_parity import Gallery
-from test_two_stage import build_selective
+from small_models import build_selective
 from torch.utils.data import DataLoader
 
 import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules)
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
     query_ranks,
 )
-from lavis_uniadapter.evaluation.two_stage import two_stage_scores
+from lavis_uniadapter.evaluation.two_stage import score_gallery
 from lavis_uniadapter.processors.video import sample_frame_indices
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -99,13 +100,11 @@ def test_scores_do_not_depend_on_batches(
     }.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(two_stage, "TEXT_BATCH", at_once)
-            scores[how] = two_stage_scores(
+            settings = {"k_test": 100, "itc_weight": 0.5, "rerank_batch": pairs}
+            *scores[how], _ = score_gallery(
                 model,
                 DataLoader(gallery, batch_size=size),
-                k_test=100,
-                itc_weight=0.5,
-                rerank_batch=pairs,
-                feature_memory=memory,
+                Evaluation(**settings, feature_memory=memory),
             )
     for one, other in zip(*scores.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -66,11 +66,6 @@ class Evaluation(Section):
         """The settings in a ``run:`` section, which may be unchecked."""
         return cls.pick(_with_task_defaults(run_cfg, task), "run")
 
-    @property
-    def two_stage(self) -> dict[str, Any]:
-        """The settings of ``evaluation.two_stage.score_gallery``."""
-        return self.model_dump(include={"k_test", "itc_weight", "rerank_batch", "feature_memory"})
-
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         if self.min_len > self.max_len:

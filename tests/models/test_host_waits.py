@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_vqa_model import build as build_vqa
-from test_vqa_model import questions, vqa_config  # noqa: F401
+from small_models import VQA, batch
 from torch.profiler import ProfilerActivity, profile
 
 from lavis_uniadapter.common.host_copy import HostCopy
@@ -56,9 +55,9 @@ def test_retrieval_reads_once_how_its_pairs_are_laid_out(
     assert len(copies) == 1
 
 
-def test_answering_reads_nothing(vqa_config, questions, copies):  # noqa: F811
-    model = build_vqa(vqa_config).train()
-    assert reads_of(lambda: model(questions).loss.backward()) == []
+def test_answering_reads_nothing(build_small, copies):
+    model = build_small(VQA).train()
+    assert reads_of(lambda: model(batch(VQA)).loss.backward()) == []
     assert copies == []
 
 
@@ -67,11 +66,11 @@ def test_a_step_of_the_runner_reads_what_became_of_the_one_before(run, copies, a
     options = ("run.test_splits=[]", "run.valid_splits=[]", "run.batch_size_train=2")
     runner = run("shapes_retrieval", *options, f"run.amp={amp}", "run.max_epoch=1").runner
     reads, copied = [], []
-    for first_step in (1, 4):  # of six; what the first one reads is logged
+    for first_step in (4, 5):  # of six; what the first one reads is logged
         copies.clear()
         reads.append(reads_of(lambda: runner.train_epoch(EpochProgress(1, first_step))))  # noqa: B023
         copied.append(len(copies))
     assert len(reads[0]) == len(reads[1]), reads[0]  # those of an epoch, not of a step
     # the layout of the step's pairs, and the outcome of the step before
-    assert copied == [2 * 5, 2 * 2]
+    assert copied == [2 * 2, 2 * 1]
     assert torch.isfinite(next(iter(runner.optimizer.state.values()))["exp_avg"]).all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import perturb
-from test_vqa_model import build, questions, vqa_config  # noqa: F401
+from small_models import VQA, batch, perturb
 
 from lavis_uniadapter.evaluation import answer_ranking
-from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
+from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers
+from lavis_uniadapter.models import vqa
 
 ANSWERS = [
     *("red", "blue", "a green star", "left", "square", "top", "red circle", "red square"),
@@ -17,15 +17,15 @@ ANSWERS = [
 
 
 @pytest.fixture
-def model(vqa_config):  # noqa: F811
-    model = build(vqa_config).eval()
+def model(build_small):
+    model = build_small(VQA).eval()
     perturb(model, by=0.1)
     return model
 
 
 @pytest.fixture
-def samples(questions):  # noqa: F811
-    return {key: questions[key] for key in ("image", "text_input")}
+def samples():
+    return {key: batch(VQA)[key] for key in ("video", "text_input")}
 
 
 @torch.no_grad()
@@ -55,10 +55,10 @@ def scores_one_by_one(model, samples, answers):
 
 
 def ranked(model, samples, answers, k):
-    candidates = CandidateAnswers.tokenise(answers, model.tokenizer)
+    candidates = tokenise_answers(answers, model.tokenizer)
     with torch.no_grad():
         memory = model._question_memory(samples)
-    return rank_answers(model.text_decoder, memory, candidates, k)
+    return rank_answers(model.text_decoder, memory, candidates, model.tokenizer.bos_token_id, k)
 
 
 @pytest.mark.parametrize("positions_at_once", [1, 3, 1024])
@@ -135,11 +135,8 @@ def test_the_question_is_projected_once_and_the_first_position_decoded_once(mode
 
 def test_the_answer_list_is_tokenised_once(model, samples, monkeypatch):
     calls = []
-    original = CandidateAnswers.tokenise.__func__
     monkeypatch.setattr(
-        CandidateAnswers,
-        "tokenise",
-        classmethod(lambda cls, *args: calls.append(1) or original(cls, *args)),
+        vqa, "tokenise_answers", lambda *args: calls.append(1) or tokenise_answers(*args)
     )
     for _ in range(3):
         model.predict_answers(dict(samples), answer_list=list(ANSWERS))

@@ -6,14 +6,21 @@ import logging
 
 import pytest
 import torch
+from gallery import Gallery
 from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
-from small_models import perturb
-from test_lavis_parity import Gallery
+from small_models import build_selective
 from torch.utils.data import DataLoader
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.evaluation.two_stage import OUTSIDE_SHORTLIST, two_stage_scores
+from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.evaluation.two_stage import OUTSIDE_SHORTLIST, score_gallery
+
+
+def scores_of(model, loader, **settings):
+    v2t, t2v, unreadable = score_gallery(model, loader, Evaluation(**settings))
+    assert not unreadable
+    return v2t, t2v
 
 
 def slow_scores(model, gallery, k_test, itc_weight):
@@ -36,15 +43,6 @@ def slow_scores(model, gallery, k_test, itc_weight):
     return scores
 
 
-def build_selective(build_model, **overrides):
-    """A model whose attention is far from uniform, so that what it looks at matters."""
-    model = build_model(**overrides)
-    perturb(model.adapters)
-    for layer in model.text_encoder.encoder.layer:
-        perturb(layer.crossattention, by=0.5)
-    return model
-
-
 @pytest.fixture
 def model(build_model):
     return build_selective(build_model)
@@ -57,7 +55,7 @@ def test_fast_equals_slow(build_model, frames, k_test, rerank_batch, frame_aware
     gallery = Gallery(5, texts_each=2, frames=frames)
     gallery.text[3] = "red"  # one token
     expected = slow_scores(model, gallery, k_test, itc_weight=0.5)
-    actual = two_stage_scores(
+    actual = scores_of(
         model,
         DataLoader(gallery, batch_size=2),
         k_test=k_test,
@@ -76,7 +74,7 @@ def test_ties_are_scored_as_slowly(model, k_test):
     gallery.text[4] = gallery.text[2]
     expected = slow_scores(model, gallery, k_test, itc_weight=0.0)
     loader = DataLoader(gallery, batch_size=2)
-    actual = two_stage_scores(model, loader, k_test=k_test, itc_weight=0.0, rerank_batch=3)
+    actual = scores_of(model, loader, k_test=k_test, itc_weight=0.0, rerank_batch=3)
     for ours, theirs in zip(actual, expected, strict=True):
         ours, theirs = ours.sort(dim=1).values, theirs.sort(dim=1).values
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
@@ -91,24 +89,22 @@ def test_frame_aware_attention_acts_in_evaluation(build_model):
     for frame_aware in (True, False):
         model = build_selective(build_model, adapter={"frame_aware": frame_aware})
         loader = DataLoader(Gallery(4, frames=3), batch_size=2)
-        scores[frame_aware] = two_stage_scores(
-            model, loader, k_test=9, itc_weight=0.0, rerank_batch=9
-        )[0]
+        scores[frame_aware] = scores_of(model, loader, k_test=9, itc_weight=0.0, rerank_batch=9)[0]
     assert (scores[True] - scores[False]).abs().max() > 1e-2
 
 
 def test_gallery_of_one(model):
     loader = DataLoader(Gallery(1), batch_size=2)
-    scores, _ = two_stage_scores(model, loader, k_test=1, itc_weight=0.0, rerank_batch=2)
+    scores, _ = scores_of(model, loader, k_test=1, itc_weight=0.0, rerank_batch=2)
     assert scores.shape == (1, 1) and scores.item() > -50
 
 
 def test_features_on_disk_give_the_same_scores(model, caplog):
     loader = DataLoader(Gallery(5, texts_each=2), batch_size=2)
     how = {"k_test": 3, "itc_weight": 0.0, "rerank_batch": 4}
-    in_memory = two_stage_scores(model, loader, **how)
+    in_memory = scores_of(model, loader, **how)
     with caplog.at_level(logging.INFO):
-        on_disk = two_stage_scores(model, loader, **how, feature_memory=0)
+        on_disk = scores_of(model, loader, **how, feature_memory=0)
     assert "kept on disk" in caplog.text
     for one, other in zip(in_memory, on_disk, strict=True):
         assert torch.equal(one, other)
@@ -118,7 +114,7 @@ def test_features_that_fit_nowhere_are_refused(model, monkeypatch):
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("lavis_uniadapter.evaluation.two_stage.shutil.disk_usage", lambda _: usage)
     with pytest.raises(ConfigError, match="TMPDIR"):
-        two_stage_scores(
+        scores_of(
             *(model, DataLoader(Gallery(5), batch_size=2)),
             **{"k_test": 3, "itc_weight": 0, "rerank_batch": 4, "feature_memory": 0},
         )
@@ -126,7 +122,7 @@ def test_features_that_fit_nowhere_are_refused(model, monkeypatch):
 
 def test_contrastive_only(model):
     loader = DataLoader(Gallery(3), batch_size=2)
-    v2t, t2v = two_stage_scores(model, loader, k_test=0, itc_weight=0.0, rerank_batch=2)
+    v2t, t2v = scores_of(model, loader, k_test=0, itc_weight=0.0, rerank_batch=2)
     assert torch.equal(v2t, t2v.t()) and v2t.abs().max() <= 1.0001
 
 
@@ -139,22 +135,12 @@ def test_bf16_makes_no_ties(model, k_test):
     scores = {}
     for bf16 in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            scores[bf16] = two_stage_scores(
-                model, loader, k_test=k_test, itc_weight=0.5, rerank_batch=5
-            )
+            scores[bf16] = scores_of(model, loader, k_test=k_test, itc_weight=0.5, rerank_batch=5)
     for exact, coarse in zip(scores[False], scores[True], strict=True):
         assert coarse.dtype == torch.float32 and not torch.equal(coarse, exact)
         for found in (exact, coarse):
             distinct = found[found > -50]  # others lose digits when -100 is added to them
             assert len(distinct.unique()) == len(distinct) >= 3 * 8
-
-
-def test_k_above_the_gallery_is_clamped_with_a_notice(model, caplog):
-    with caplog.at_level(logging.INFO):
-        two_stage_scores(
-            model, DataLoader(Gallery(3), batch_size=2), k_test=9, itc_weight=0, rerank_batch=2
-        )
-    assert "k_test 9 exceeds the gallery's 3 texts" in caplog.text
 
 
 @pytest.mark.parametrize("k_test, rerank_batch", [(-1, 4), (2, 0)])
@@ -167,14 +153,12 @@ def test_impossible_settings_are_refused(model, k_test, rerank_batch):
 def test_loader_that_misses_part_of_the_gallery_is_refused(model):
     loader = DataLoader(Gallery(4), batch_size=2, sampler=[0, 1, 3])
     with pytest.raises(RuntimeError, match="index 2"):
-        two_stage_scores(model, loader, k_test=1, itc_weight=0, rerank_batch=2)
+        scores_of(model, loader, k_test=1, itc_weight=0, rerank_batch=2)
 
 
 def test_training_mode_is_restored(model):
     model.train()
-    two_stage_scores(
-        model, DataLoader(Gallery(2), batch_size=2), k_test=1, itc_weight=0, rerank_batch=2
-    )
+    scores_of(model, DataLoader(Gallery(2), batch_size=2), k_test=1, itc_weight=0, rerank_batch=2)
     assert model.training
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conftest import LavisDecoder
-from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from omegaconf import OmegaConf
-from small_models import perturb
+from small_models import VIT, VQA, batch, perturb
 
 from lavis_uniadapter.backbone import (
     build_text_decoder,
@@ -19,52 +15,29 @@ from lavis_uniadapter.backbone import (
 )
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.common.paths import PACKAGE_ROOT
 
-VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 ANSWERS = ["red", "blue", "a green star", "left", "square", "top"]
 
 
 @pytest.fixture
-def vqa_config(tmp_path):
-    med = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
-    med.update(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2)
-    (tmp_path / "med.json").write_text(json.dumps(med))
-    cls = registry.get_model_class("blip_uniadapter_vqa")
-    config = OmegaConf.load(cls.default_config_path("msrvtt_qa")).model
-    small = {
-        "pretrained": None,
-        "tokenizer": "configs/tokenizers/shapes",
-        "vit_type": "custom",
-        "vit": VIT,
-        "image_size": 32,
-        "med_config_path": str(tmp_path / "med.json"),
-        "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "init": "identity"},
-    }
-    return OmegaConf.merge(config, small)
+def build(build_small):
+    """Build a small model whose adapters are at rest."""
 
+    def build_vqa(seed=0, **adapter):
+        return build_small(VQA, seed=seed, adapter={"init": "identity", **adapter})
 
-def build(config, seed=0, **overrides):
-    torch.manual_seed(seed)
-    cls = registry.get_model_class("blip_uniadapter_vqa")
-    return cls.from_config(OmegaConf.merge(config, overrides))
+    return build_vqa
 
 
 @pytest.fixture
 def questions():
-    generator = torch.Generator().manual_seed(3)
-    return {
-        "image": torch.randn(2, 3, 32, 32, generator=generator),
-        "text_input": ["there is a circle on the left", "a star"],
-        "answer": ["red", "a green star", "left"],
-        "n_answers": torch.tensor([2, 1]),
-        "weight": torch.tensor([0.6, 0.4, 1.0]),
-    }
+    samples = batch(VQA)
+    return {"image": samples.pop("video")[:, :, 0], **samples}
 
 
-def test_adapters_at_rest_it_is_lavis_vqa(vqa_config, questions, monkeypatch, tmp_path):
-    ours, other = build(vqa_config), build(vqa_config, seed=5)
-    theirs = lavis_model_with_the_weights_of(other, str(tmp_path / "med.json"), monkeypatch)
+def test_adapters_at_rest_it_is_lavis_vqa(build, questions, monkeypatch, small_med_config):
+    ours, other = build(), build(seed=5)
+    theirs = lavis_model_with_the_weights_of(other, small_med_config, monkeypatch)
     assert load_base_state_dict(ours, theirs.state_dict(), "LAVIS's model", ()) == []
     for model in (ours, theirs):
         model.train()
@@ -97,10 +70,10 @@ def lavis_model_with_the_weights_of(ours, med_config, monkeypatch):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_generated_answers_equal_lavis(vqa_config, questions, monkeypatch, tmp_path, num_beams):
+def test_generated_answers_equal_lavis(build, questions, monkeypatch, small_med_config, num_beams):
     """Questions of one length: LAVIS's answers see the padding of others."""
-    ours = build(vqa_config).eval()
-    theirs = lavis_model_with_the_weights_of(ours, str(tmp_path / "med.json"), monkeypatch)
+    ours = build().eval()
+    theirs = lavis_model_with_the_weights_of(ours, small_med_config, monkeypatch)
     samples = {**questions, "text_input": ["a red circle", "a green star"]}
     how = {"inference_method": "generate", "num_beams": num_beams, "max_len": 8, "min_len": 4}
     with torch.no_grad():
@@ -109,8 +82,8 @@ def test_generated_answers_equal_lavis(vqa_config, questions, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("method", ["rank", "generate"])
-def test_an_answer_does_not_depend_on_the_batch(vqa_config, questions, method):
-    model = build(vqa_config).eval()
+def test_an_answer_does_not_depend_on_the_batch(build, questions, method):
+    model = build().eval()
     perturb(model.adapters, by=0.5)
     how = {"inference_method": method, "answer_list": ANSWERS, "num_ans_candidates": 4}
     how |= {"max_len": 8, "min_len": 4}
@@ -125,8 +98,8 @@ def test_an_answer_does_not_depend_on_the_batch(vqa_config, questions, method):
     assert together == alone
 
 
-def test_every_trained_parameter_gets_a_gradient(vqa_config, questions):
-    model = build(vqa_config).train()
+def test_every_trained_parameter_gets_a_gradient(build, questions):
+    model = build().train()
     perturb(model.adapters)
     model(dict(questions)).loss.backward()
     for name, p in model.trainable_parameters().items():
@@ -134,8 +107,8 @@ def test_every_trained_parameter_gets_a_gradient(vqa_config, questions):
     assert not any(p.requires_grad for p in model.text_decoder.parameters())
 
 
-def test_video_differs_from_its_first_frame(vqa_config, questions):
-    model = build(vqa_config).eval()
+def test_video_differs_from_its_first_frame(build, questions):
+    model = build().eval()
     video = torch.randn(2, 3, 4, 32, 32)
     with torch.no_grad():
         states = [
@@ -146,8 +119,8 @@ def test_video_differs_from_its_first_frame(vqa_config, questions):
 
 
 @pytest.mark.parametrize("method", ["rank", "generate"])
-def test_answers_about_video(vqa_config, method):
-    model = build(vqa_config).eval()
+def test_answers_about_video(build, method):
+    model = build().eval()
     samples = {"video": torch.randn(2, 3, 3, 32, 32), "text_input": ["a star", "a red circle"]}
     with torch.no_grad():
         answers = model.predict_answers(
@@ -159,8 +132,8 @@ def test_answers_about_video(vqa_config, method):
     assert "image" not in samples
 
 
-def test_save_and_load_under_another_seed(vqa_config, questions, tmp_path):
-    model, other = build(vqa_config, 0), build(vqa_config, 1)
+def test_save_and_load_under_another_seed(build, questions, tmp_path):
+    model, other = build(0), build(1)
     perturb(model.adapters)
     model.save_adapter(tmp_path / "adapter")
     load_base_state_dict(other, model.state_dict(), "the same BLIP", ())
@@ -171,6 +144,6 @@ def test_save_and_load_under_another_seed(vqa_config, questions, tmp_path):
     assert other(dict(questions)).loss.item() == losses[0]
 
 
-def test_frame_aware_attention_without_contrastive_features_is_refused(vqa_config):
+def test_frame_aware_attention_without_contrastive_features_is_refused(build):
     with pytest.raises(ConfigError, match="frame_aware"):
-        build(vqa_config, adapter={"frame_aware": True})
+        build(frame_aware=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_golden import Case, assert_close
+from golden_cases import Case, assert_close
 from transformers import BatchEncoding
 
-from lavis_uniadapter.backbone import build_text_decoder
-from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
-from lavis_uniadapter.common.schema.methods import AdapterConfig
+from lavis_uniadapter.checkpoints.released import released_to_ours
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
 
 
@@ -40,18 +38,9 @@ def case(request):
 
 @pytest.fixture
 def model(case):
-    config = case.about["config"]
-    model = BlipUniAdapterVQA(
-        *case.encoders(), build_text_decoder(case.about["med_config"]), GivenTokens(case)
+    return case.build(
+        BlipUniAdapterVQA, GivenTokens(case), arch="blip_uniadapter_vqa", model_type="vqav2"
     )
-    model.attach_tuning(
-        "uniadapter",
-        AdapterConfig(
-            bottleneck=config["adapter_dim"], kv_bottleneck=config["video_key_adapter_dim"]
-        ),
-    )
-    load_released_checkpoint(model, case.under("state."))
-    return model
 
 
 def samples(case):

@@ -5,32 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import LavisDecoder
-from lavis.common.registry import registry
 from lavis.models.blip_models.blip_caption import BlipCaption
-from omegaconf import OmegaConf
-from small_models import perturb
+from small_models import CAPTION, VIT, perturb
 
 from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
 
-VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 PROMPT = "there is "
 CAPTIONS = [PROMPT + "a red circle on the left", PROMPT + "a star"]
 
 
 @pytest.fixture
-def build(small_med_config):
+def build(build_small):
     def build_caption_model(seed=0, **overrides):
-        cls = registry.get_model_class("blip_uniadapter_caption")
-        config = OmegaConf.load(cls.default_config_path("shapes")).model
-        small = {
-            "vit": None,
-            **{"prompt": PROMPT, "image_size": 32, "med_config_path": small_med_config},
-            "adapter": {"bottleneck": 8, "kv_bottleneck": 4},
-        }
-        torch.manual_seed(seed)
-        return cls.from_config(OmegaConf.merge(config, small, {"vit": VIT}, overrides))
+        return build_small(CAPTION, seed=seed, **{"prompt": PROMPT, **overrides})
 
     return build_caption_model
 
@@ -186,14 +175,12 @@ def test_save_and_load_under_another_seed(build, images, tmp_path):
     assert other(samples).loss.item() == losses[0]
 
 
-def test_the_prompt_is_not_learnt_and_must_be_there(build, images):
+def test_the_prompt_is_not_learnt(build, images):
     model = build().eval()
     with torch.no_grad():
         labels = model({**images, "text_input": CAPTIONS}).intermediate_output.decoder_labels
     assert model.prompt_length == 3  # [DEC] there is
     assert (labels[:, :3] == -100).all() and (labels[:, 3] != -100).all()
-    with pytest.raises(ValueError, match="prompt 'there is '"):
-        model({**images, "text_input": ["a red circle", CAPTIONS[1]]})
 
 
 def test_no_prompt_at_all(build, images):
@@ -215,11 +202,9 @@ def test_what_it_cannot_do_is_refused(build, overrides, expected):
         build(**overrides)
 
 
-def test_vit_large_beside_bert_base(build):
-    """The decoder attends to tokens wider than its own states."""
-    model = build(
-        vit_type="large", vit=None, image_size=32, med_config_path="configs/models/med_config.json"
-    )
-    assert model.text_decoder.config.encoder_width == 1024
+def test_visual_encoder_wider_than_the_decoder(build):
+    """As ViT-L is wider than BERT base."""
+    model = build(vit={"width": 48})
+    assert model.text_decoder.config.encoder_width == 48
     model({"image": torch.randn(1, 3, 32, 32), "text_input": CAPTIONS[:1]}).loss.backward()
     assert all(p.grad is not None for p in model.trainable_parameters().values())
