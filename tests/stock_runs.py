@@ -4,7 +4,7 @@
 
 Once through this package's launcher, and once as LAVIS's own ``train.py`` starts them. They leave
 their folders in FOLDER/launcher and FOLDER/lavis, and each process leaves its model after each
-epoch, as rank<r>_epoch<e>.pt. tests/test_stock_runners.py looks at both.
+epoch, as rank<r>_epoch<e>.pt. tests/runners/test_stock_runners.py looks at both.
 """
 
 from __future__ import annotations
