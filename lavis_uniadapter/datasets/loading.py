@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import signal
 import threading
 import time
@@ -17,13 +15,11 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.distributed import gather
-from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.datasets.sampling import TrainingShard
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
-PINNING = "in pin memory thread"  # in PyTorch's messages
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,6 @@ class BatchLoader:
     """Yields a `Batch` at a time.
 
     Args:
-        items: what to read.
         sampler: in which order; a `TrainingShard` for `start`.
         num_workers: processes that read; 0: this one.
         collate_fn: makes samples of items; None: PyTorch's default.
@@ -93,13 +88,12 @@ class BatchLoader:
 
         Raises:
             DatasetError: if nothing can be read; naming an unreadable evaluation item, unless its
-                dataset allows it; naming what a worker was reading when it hung or died; or naming
-                the items of a batch that PyTorch could not pin in memory.
+                dataset allows it; or naming what a worker was reading when it hung or died.
         """
         batches = self._start_workers()
-        for number in itertools.count():
+        while True:
             try:
-                read = self._await(batches)
+                yield Batch(*self._await(batches))
             except StopIteration:
                 return
             except DatasetError as error:
@@ -107,20 +101,18 @@ class BatchLoader:
                 raise DatasetError(str(error).rpartition("DatasetError: ")[2].strip()) from None
             except (RuntimeError, OSError, EOFError) as error:
                 # "Caught" by a worker: an error in the code that reads
-                of_a_worker = str(error).startswith("Caught") and PINNING not in str(error)
-                if of_a_worker or not self._loader.num_workers:
+                if str(error).startswith("Caught") or not self._loader.num_workers:
                     raise
-                raise DatasetError(self._describe(error, number)) from error
-            yield Batch(*read)
+                raise DatasetError(self._describe(error)) from error
 
     def _start_workers(self) -> Iterator[Any]:
         """PyTorch's iterator, without its handler of SIGCHLD.
 
-        The handler raises a worker's death wherever this process happens to be, in an optimizer
-        step too. Without it, PyTorch notices the death while a batch is awaited.
+        The handler raises a worker's death wherever this process is, in an optimizer step too.
+        Without it, PyTorch notices the death while a batch is awaited.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or not hasattr(signal, "SIGCHLD"):
+        if not in_main_thread or not hasattr(signal, "SIGCHLD"):  # as on Windows
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
@@ -138,13 +130,7 @@ class BatchLoader:
                 if not timed_out or time.monotonic() >= until:
                     raise
 
-    def _describe(self, error: Exception, number: int) -> str:
-        """The failure of a batch, by its number in this pass."""
-        if PINNING in str(error):
-            indices = next(itertools.islice(self._loader.batch_sampler, number, None))
-            files = name_some(f"'{file_of(self.dataset, index)}'" for index in indices)
-            said = re.findall(r"^[\w.]+: .*", str(error), re.MULTILINE) or [str(error)]
-            return f"A batch could not be pinned in memory ({said[-1]}). Its items: {files}."
+    def _describe(self, error: Exception) -> str:
         reading = ", ".join(
             f"'{file_of(self.dataset, index)}' (for {seconds:.0f} s)"
             for index, seconds in self._items.monitor.in_progress()

@@ -1,9 +1,8 @@
 """Items of a dataset, whatever is wrong with some of their files.
 
-A file that was whole when a run started may be gone or damaged an hour later. In training such an
-item is replaced by another; in evaluation it is an error, or it is scored as wrong. What is random
-about an item (frames, crops) depends on the seed, the epoch and the item alone, and so neither on
-the number of workers nor on where the run began.
+In training an unreadable item is replaced by another; in evaluation it is an error, or it is scored
+as wrong. What is random about an item (frames, crops) depends on the seed, the epoch and the item
+alone, not on the number of workers or on where the run began.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import images_read_whole
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
-_OF_PYTHON = (OSError, RuntimeError, ValueError, SyntaxError, EOFError, AssertionError)
-_OF_LIBRARIES = (struct.error, zlib.error, DECORDError, Image.DecompressionBombError)
-READ_ERRORS = _OF_PYTHON + _OF_LIBRARIES
+READ_ERRORS = (
+    *(OSError, RuntimeError, ValueError, SyntaxError, EOFError, AssertionError),
+    *(struct.error, zlib.error, DECORDError, Image.DecompressionBombError),
+)
 RETRY_AFTER = 0.5  # seconds; a file on a network may be back a moment later
 MAX_REPLACEMENTS = 16  # other items tried in place of an unreadable one
 
@@ -69,6 +69,7 @@ class ReadingMonitor:
 
     @contextlib.contextmanager
     def reading(self, index: int) -> Iterator[None]:
+        """Note an item of this worker for the time of the block."""
         worker = get_worker_info()
         state = self._state[worker.id if worker else 0]
         state[1] = time.monotonic()
@@ -104,9 +105,7 @@ class TrainingItems(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[Any], list[int], list[Unreadable]]:
-        """Items, their indices, and what was unreadable.
-
-        (``torch.utils.data`` calls this, where it exists, in place of ``__getitem__``.)
+        """Items, their indices, and what was unreadable; PyTorch calls it for a batch.
 
         Raises:
             DatasetError: for an unreadable item without replacement.
@@ -121,17 +120,16 @@ class TrainingItems(Dataset):
             read.append(index)
         return items, read, unreadable
 
-    def try_to_read(self, *what: int) -> tuple[Any, Unreadable | None]:
-        """An item, by the arguments of ``read``, or why it could not be read in two attempts."""
-        for again in (True, False):
+    def try_to_read(self, index: int) -> tuple[Any, Unreadable | None]:
+        """An item, or why it could not be read in two attempts."""
+        for wait in (RETRY_AFTER, 0):
             try:
-                with self.monitor.reading(what[0]), images_read_whole():
-                    return self.read(*what), None
+                with self.monitor.reading(index), images_read_whole():
+                    return self.read(index), None
             except READ_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
-            if again:
-                time.sleep(RETRY_AFTER)
-        return None, Unreadable(what[0], file_of(self.dataset, what[0]), reason)
+            time.sleep(wait)
+        return None, Unreadable(index, file_of(self.dataset, index), reason)
 
     def read(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
@@ -155,7 +153,6 @@ class EvaluationItems(TrainingItems):
     """Items that are the same at every reading.
 
     Args:
-        dataset, monitor: as of `TrainingItems`.
         allow_missing: an unreadable item shows the picture or clip of another, to be scored as
             wrong; otherwise it is an error.
     """
@@ -164,30 +161,21 @@ class EvaluationItems(TrainingItems):
         super().__init__(dataset, monitor)
         self.allow_missing = allow_missing
 
-    def read(self, index: int, shown: int | None = None) -> Any:
-        if shown is None:
-            return super().read(index)
-        annotation = self.dataset.annotation
+    def replace(self, fault: Unreadable) -> tuple[int, Any]:
+        annotation, index = self.dataset.annotation, fault.index
         record = annotation[index]
         key = "video" if "video" in record else "image"
-        annotation[index] = {**record, key: annotation[shown][key]}
+        # many questions may be about one clip
+        names = dict.fromkeys(other[key] for other in [*annotation[index:], *annotation[:index]])
+        most = MAX_REPLACEMENTS if self.allow_missing else 0
         try:
-            return super().read(index)
+            for name in list(names)[1 : most + 1]:
+                annotation[index] = {**record, key: name}
+                item, failure = self.try_to_read(index)
+                if failure is None:
+                    return index, item
         finally:
             annotation[index] = record
-
-    def replace(self, fault: Unreadable) -> tuple[int, Any]:
-        tried = {fault.file}
-        for step in range(1, len(self)) if self.allow_missing else ():
-            shown = (fault.index + step) % len(self)
-            if (file := file_of(self.dataset, shown)) in tried:
-                continue  # many questions may be about one clip
-            item, failure = self.try_to_read(fault.index, shown)
-            if failure is None:
-                return fault.index, item
-            tried.add(file)
-            if len(tried) > MAX_REPLACEMENTS:
-                break
         raise DatasetError(
             f"'{fault.file}' cannot be read ({fault.reason}). Replace the file; or set "
             "allow_missing: True of the dataset, and its items are scored as wrong and counted, as "
@@ -195,18 +183,20 @@ class EvaluationItems(TrainingItems):
         )
 
 
-def record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:
-    """The dataset, of several concatenated ones, that an index belongs to, and its record."""
-    if isinstance(dataset, ConcatDataset):
-        part = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
-        before = dataset.cumulative_sizes[part - 1] if part else 0
-        return record_of(dataset.datasets[part], index - before)
-    annotation = getattr(dataset, "annotation", None)
-    return dataset, {} if annotation is None else annotation[index]
-
-
 def file_of(dataset: Dataset, index: int) -> str:
     """The visual file of an item."""
-    part, record = record_of(dataset, index)
-    name = record.get("video", record.get("image"))
-    return f"item {index}" if name is None else os.path.join(getattr(part, "vis_root", ""), name)
+    return describe_item(dataset, index)["file"]
+
+
+def describe_item(dataset: Dataset, index: int) -> dict[str, Any]:
+    """The index and the visual file of an item, and what else identifies its record."""
+    part, record = dataset, index
+    while isinstance(part, ConcatDataset):
+        number = int(np.searchsorted(part.cumulative_sizes, record, side="right"))
+        record -= part.cumulative_sizes[number - 1] if number else 0
+        part = part.datasets[number]
+    about = part.annotation[record] if hasattr(part, "annotation") else {}
+    name = about.get("video", about.get("image"))
+    file = f"item {index}" if name is None else os.path.join(getattr(part, "vis_root", ""), name)
+    identity = {k: about[k] for k in ("caption", "question_id", "image_id") if k in about}
+    return {"index": index, "file": file, **identity}

@@ -13,11 +13,6 @@ class TrainingShard(DistributedSampler):
 
     The order depends on the seed and the epoch alone. Items that do not fill all ranks alike are
     left out of the epoch, as in LAVIS.
-
-    Args:
-        dataset: whose length counts.
-        rank, world: which share of how many.
-        seed: of the order.
     """
 
     def __init__(self, dataset: Sized, rank: int, world: int, seed: int):

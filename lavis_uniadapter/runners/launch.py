@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import lavis.runners  # noqa: F401  (registers LAVIS's runners)
-import numpy as np
 import torch
 from lavis.common.config import Config
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
@@ -26,6 +24,7 @@ from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import set_seed
 
 from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.atomic import write_json
@@ -53,7 +52,7 @@ from lavis_uniadapter.runners.resuming import choose_folder
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
-from lavis_uniadapter.tasks.prediction import PredictionTask
+from lavis_uniadapter.tasks.prediction import MeasuredTask
 from lavis_uniadapter.tasks.retrieval import UniAdapterRetrievalTask
 
 SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
@@ -80,7 +79,6 @@ class RunResult:
     Attributes:
         output_dir: the run folder.
         metrics: by test split, on the main process; None on the others.
-        runner: with the model.
         seconds: wall-clock time, building included.
     """
 
@@ -96,7 +94,6 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     Args:
         cfg_path: YAML file.
         options: ``section.key=value`` strings that override it.
-        evaluate: test only.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: before training, naming what is wrong.
@@ -137,19 +134,18 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
 def _build(config: Config, job_id: str) -> RunnerBase:
     """The runner, with everything that can be checked before it starts checked."""
     run_cfg = config.run_cfg
-    seed = run_cfg.seed
     runner_cls = registry.get_runner_class(run_cfg.runner)
     if is_stock(run_cfg):
-        runner_cls = stock_runners.recording(runner_cls)
+        runner_cls = stock_runners.returning_metrics(runner_cls)
     set_cache_root(run_cfg)
     # The same on every rank while the model is built; different when batches are drawn.
-    seed_everything(seed)
+    set_seed(run_cfg.seed)
     precision.set_matmul_precision(run_cfg.matmul_precision)
     task, datasets = _build_datasets(config)
     model = task.build_model(config)
     # the last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, run_cfg.check_files)
-    seed_everything(seed + get_rank())
+    set_seed(run_cfg.seed + get_rank())
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if run_cfg.evaluate and run_cfg.get("resume_ckpt_path"):
         model.load_checkpoint(run_cfg.resume_ckpt_path)
@@ -171,14 +167,9 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
 
 
 def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False) -> None:
-    """Check the configuration and every data file of a run, and log what it would use.
+    """Check the configuration and every data file of a ``run``, and log what it would use.
 
     Builds no model and writes no run folder.
-
-    Args:
-        cfg_path: YAML file.
-        options: ``section.key=value`` strings over it.
-        evaluate: check what an evaluation needs.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: as ``run`` raises them.
@@ -201,14 +192,11 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
 def check_splits(
     splits: Mapping[str, Sequence[str]], available: Sequence[str], task: BaseTask
 ) -> None:
-    """Check that a run's splits exist, and that validation measures something.
+    """Raise ConfigError for a split that does not exist, or that cannot select the best epoch.
 
     Args:
         splits: by key of ``run:``; only ``test_splits`` if the run does not train.
         available: the splits of the datasets.
-
-    Raises:
-        ConfigError: naming the split and what to set.
     """
     for kind, names in splits.items():
         for split in names:
@@ -219,28 +207,25 @@ def check_splits(
                 )
     if not splits.get("train_splits", True):
         raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
-    unmeasured = splits.get("valid_splits", ())
-    if type(task) is VQATask:  # LAVIS's own
-        unmeasured = [split for split in unmeasured if split not in task.ques_files]
-    elif getattr(task, "report_metric", True):
-        unmeasured = ()
-    if unmeasured:
-        raise ConfigError(
-            f"run.valid_splits names '{unmeasured[0]}', of which run.task measures nothing (its "
-            "annotations have no question and annotation file in COCO's layout, or "
-            "run.report_metric is False), so it cannot select the best epoch. Set "
-            "run.valid_splits=[]."
-        )
+    measured = available if getattr(task, "report_metric", True) else ()
+    if type(task) is VQATask:  # LAVIS's own, which needs questions and annotations in COCO's layout
+        measured = task.ques_files
+    for split in splits.get("valid_splits", ()):
+        if split not in measured:
+            raise ConfigError(
+                f"run.valid_splits names '{split}', on which run.task measures nothing, so it "
+                "cannot select the best epoch. Set run.valid_splits=[]."
+            )
 
 
 def _check_allow_missing(config: Config, task: BaseTask) -> None:
     """Check that items that cannot be read can be scored as wrong."""
     names = [name for name, cfg in config.datasets_cfg.items() if cfg.get("allow_missing")]
-    model_cls = registry.get_model_class(config.model_cfg.arch)
-    scores_them = isinstance(task, PredictionTask) or (
-        isinstance(task, UniAdapterRetrievalTask) and not is_lavis_model(model_cls)
-    )
-    if names and (is_stock(config.run_cfg) or not scores_them):
+    scores_them = isinstance(task, MeasuredTask) and not is_stock(config.run_cfg)
+    if isinstance(task, UniAdapterRetrievalTask):
+        model_cls = registry.get_model_class(config.model_cfg.arch)
+        scores_them = scores_them and not is_lavis_model(model_cls)
+    if names and not scores_them:
         raise ConfigError(
             f"datasets.{names[0]}.allow_missing is True, and run.task '{config.run_cfg.task}' with "
             f"model.arch '{config.model_cfg.arch}' and this run.runner cannot score what is "
@@ -257,43 +242,50 @@ def set_cache_root(run_cfg: DictConfig) -> None:
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @main_process
 def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
-    """Write ``summary.json``, which marks a run as finished; see ``run_folders``."""
+    """Write ``summary.json``, which marks a run as finished; see ``run_folders.read``."""
+    run_cfg, folder = config.run_cfg, Path(runner.output_dir)
     # momentum encoders are copies of what is trained, and no part of a model's size
     momentum = momentum_parameters(runner._model)
     parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
-    trained = [] if config.run_cfg.evaluate else [p for p in parameters if p.requires_grad]
-    best = asdict(runner.best)
+    trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
+    score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
+    validated = [line for line in run_folders.logged(folder) if score in line]
+    best = max(validated, key=lambda line: line[score], default={})
+    epoch = [number for key, number in best.items() if key.endswith("_epoch")]
     write_json(
-        Path(runner.output_dir) / run_folders.SUMMARY,
+        folder / run_folders.SUMMARY,
         {
             "arch": config.model_cfg.arch,
             "tuning": config.model_cfg.get("tuning"),
-            "task": config.run_cfg.task,
-            "seed": int(config.run_cfg.seed),
-            "device": str(config.run_cfg.device),
-            "precision": precision.describe(config.run_cfg),
+            "task": run_cfg.task,
+            "seed": run_cfg.seed,
+            "device": run_cfg.device,
+            "precision": precision.describe(run_cfg),
             "processes": get_world_size(),
             "parameters": {
                 "trained": sum(p.numel() for p in trained),
                 "total": sum(p.numel() for p in parameters),
             },
             "metrics": metrics,
-            "best": {
-                "score": None if best["epoch"] is None else best["metric"],
-                "epoch": best["epoch"],
-            },
+            "best": {"score": best.get(score), "epoch": epoch[0] if epoch else None},
             "seconds": seconds,
-            "peak_bytes": run_folders.peak_bytes(torch.device(config.run_cfg.device)),
+            "peak_bytes": _peak_bytes(torch.device(run_cfg.device)),
         },
     )
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has used so far; on CUDA, of its device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":  # which does not have this module
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_and_report(
@@ -312,25 +304,23 @@ def exit_status(work: Callable[[], object]) -> int:
     Messages go to the console, and errors that a user can fix are printed in one line.
     """
     log_to_console()
-    rank = int(os.environ.get("RANK", "0"))
-    status = 0
+    rank, status, message = int(os.environ.get("RANK", "0")), 0, None
     try:
         work()
+    except RANK_ERRORS as error:
+        status, message = 2, f"error: {f'rank {rank}: ' if rank else ''}{error}"
     except USER_ERRORS as error:
-        # Configurations fail alike on every rank; data and numbers on one.
-        if rank == 0 or isinstance(error, RANK_ERRORS):
-            tqdm.write(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        status = 2
+        status, message = 2, None if rank else f"error: {error}"
     except Interrupted as interrupted:
-        if rank == 0:
-            tqdm.write(str(interrupted), file=sys.stderr)
-        status = EXIT_INTERRUPTED
+        status, message = EXIT_INTERRUPTED, None if rank else str(interrupted)
     except AnotherRankFailed:
         time.sleep(EXIT_DELAY)
         status = 2
     except Exception:
         traceback.print_exc()
         status = 1
+    if message:
+        tqdm.write(message, file=sys.stderr)
     if status and get_world_size() > 1:
         # Others may wait in a collective, so this rank can't leave the group with them: it ends
         # at once, which torchrun notices.

@@ -31,7 +31,7 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def describe(run_cfg: Mapping[str, Any]) -> str:
-    """The number format of a run, for people and for comparisons."""
+    """The number format of a run."""
     amp = run_cfg.amp or "float32"
     tf32 = run_cfg.matmul_precision == "high" and run_cfg.device == "cuda"
     return f"{amp} (TF32)" if tf32 else amp

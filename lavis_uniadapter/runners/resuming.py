@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lavis_uniadapter.common.errors import ConfigError, name_some
 from lavis_uniadapter.runners import run_checkpoints, run_folders
-from lavis_uniadapter.runners.run_folders import CONFIG
-from lavis_uniadapter.runners.stock_runners import is_stock
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +35,19 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
         ConfigError: if a new run would overwrite the checkpoints of another.
     """
     run = config["run"]
-    of_lavis = is_stock(run)
-    output_dir = Path.cwd() / run["output_dir"]
-    job_id = run["job_id"]
-    if not job_id and run.get("resume") and not run["evaluate"]:
-        job_id = find_unfinished_run(output_dir, config, of_lavis)
-    if not job_id:
-        return _new_folder(output_dir), None
-    folder = output_dir / job_id
+    output_dir, folder = Path.cwd() / run["output_dir"], None
+    if run["job_id"]:
+        folder = output_dir / run["job_id"]
+    elif run.get("resume") and not run["evaluate"]:
+        folder = find_unfinished_run(output_dir, config)
+    if folder is None:
+        folder = output_dir / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        folder.mkdir(parents=True)
+        return folder, None
     if run["evaluate"]:
         return folder, None
     with run_folders.sole_user(folder):
-        checkpoint = run_checkpoints.newest_whole(folder, of_lavis)
+        checkpoint = run_checkpoints.newest_whole(folder)
     if checkpoint is not None and not run.get("resume"):
         raise ConfigError(
             f"'{folder}' holds a run already. Set run.resume=auto to continue it; use another "
@@ -58,44 +56,34 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
     return folder, checkpoint
 
 
-def _new_folder(output_dir: Path) -> Path:
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    for suffix in itertools.count():
-        folder = output_dir / (f"{now}-{suffix}" if suffix else now)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue  # another run took the name
-
-
-def find_unfinished_run(
-    output_dir: Path, config: Mapping[str, Any], of_lavis: bool = False
-) -> str | None:
-    """Name of the newest unfinished run of a configuration below ``output_dir``."""
-    folders = [path.parent for path in output_dir.glob(f"*/{CONFIG}")]
+def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | None:
+    """The newest folder below ``output_dir`` with an unfinished run of a configuration."""
+    folders = [path.parent for path in output_dir.glob(f"*/{run_folders.CONFIG}")]
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if run_folders.is_finished(folder) or not run_checkpoints.states(folder, of_lavis):
+        if run_folders.is_finished(folder) or not run_checkpoints.states(folder):
             continue
-        if run_folders.is_in_use(folder):
-            logger.info("'%s' is in use and is left alone.", folder)
+        try:
+            with run_folders.sole_user(folder):
+                noted = json.loads((folder / run_folders.CONFIG).read_text())
+        except run_folders.FolderInUse as error:
+            logger.info("%s It is left alone.", error)
             continue
-        noted = json.loads((folder / CONFIG).read_text())
-        if differences := list(_differences(noted, config)):
-            logger.info(
-                "'%s' is unfinished and not this run: it has another %s.",
-                *(folder, name_some(differences, 3)),
-            )
-            continue
-        return folder.name
+        differences = _differences(noted, config)
+        if not differences:
+            return folder
+        logger.info(
+            "'%s' is unfinished and not this run: it has another %s.",
+            *(folder, name_some(differences, 3)),
+        )
     return None
 
 
-def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Names of the settings that change what is computed."""
-    for section in sorted({*noted, *config}):
-        theirs, ours = noted.get(section) or {}, config.get(section) or {}
-        for key in sorted({*theirs, *ours}):
-            may_differ = section == "run" and key in MAY_DIFFER
-            if not may_differ and theirs.get(key) != ours.get(key):
-                yield f"{section}.{key}"
+    return [
+        f"{section}.{key}"
+        for section in ("datasets", "model", "run")
+        for key in sorted({*noted[section], *config[section]})
+        if noted[section].get(key) != config[section].get(key)
+        and not (section == "run" and key in MAY_DIFFER)
+    ]

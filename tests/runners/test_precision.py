@@ -55,7 +55,7 @@ def test_auto_is_kept_as_what_was_used(run, processor, caplog):
     assert config["run"]["amp"] == "bf16"
 
     (folder / run_folders.SUMMARY).unlink()  # as if it had been stopped
-    assert resuming.find_unfinished_run(folder.parent, config) == folder.name
+    assert resuming.find_unfinished_run(folder.parent, config) == folder
     processor()
     with caplog.at_level("INFO"):
         other = run("shapes_retrieval", *options, "run.resume=auto")

@@ -21,7 +21,7 @@ from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
-from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST, PREVIOUS
+from lavis_uniadapter.runners.run_checkpoints import LATEST, PREVIOUS
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 
@@ -437,16 +437,6 @@ def test_items_do_not_depend_on_workers_or_on_where_the_epoch_began(run, longer)
         assert first_difference(first, batches) is None
     loader.start(4)
     assert first_difference(first, [batch.samples for batch in loader]) is not None
-
-
-def test_best_checkpoint_of_another_epoch_is_told(run, caplog):
-    result = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]")
-    runner = result.runner
-    content = run_checkpoints.read(result.output_dir / BEST)
-    run_checkpoints.write({**content, "epoch": 7}, result.output_dir / BEST)
-    with caplog.at_level("WARNING"):
-        runner.eval_epoch("val", cur_epoch="best")
-    assert "is of epoch 7, and epoch 0 was the best" in caplog.text
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):

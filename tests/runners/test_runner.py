@@ -17,6 +17,7 @@ from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN, torchrun
 from lavis_uniadapter.checkpoints.adapter_files import TENSORS
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.runners import epoch, launch, runner
 from lavis_uniadapter.runners.epoch import EpochProgress
@@ -153,18 +154,12 @@ def test_accumulated_gradients_equal_a_larger_batch(run, monkeypatch):
         runner.config.config.run.accum_grad_iters = accumulate
         seen = []
 
-        class Noted:
-            def __init__(self, *args, **kwargs):
-                pass
+        def note(optimizer, scaler, max_norm, loss, seen=seen):
+            seen.append(weight.grad.clone())
+            weight.grad.zero_()
+            return HostCopy(torch.ones(3))
 
-            def take(self, progress, loss, losses, indices, seen=seen):
-                seen.append(weight.grad.clone())
-                weight.grad.zero_()
-
-            def settle(self, progress):
-                pass
-
-        monkeypatch.setattr(epoch, "Updates", Noted)
+        monkeypatch.setattr(epoch, "take_step", note)
         batches = [Batch({"x": part}, [0]) for part in items.split(size)]
         runner._dataloaders["train"] = FixedLoader(batches)
         runner.train_epoch(EpochProgress(0))

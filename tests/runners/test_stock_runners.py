@@ -45,8 +45,7 @@ def stock(run, monkeypatch):
 
 def logged(folder: Path, key: str) -> list:
     """The values of a key in ``log.txt``, in their order."""
-    lines = run_folders.json_values((folder / "log.txt").read_text())
-    return [line[key] for line in lines if key in line]
+    return [line[key] for line in run_folders.logged(folder) if key in line]
 
 
 def steps_in(checkpoint: Path) -> int:
@@ -175,26 +174,6 @@ def test_a_checkpoint_without_its_queue_goes_on_in_neither_runner(stock, run):
     for start in (stock, run):
         with pytest.raises(CheckpointError, match="missing: queue_ptr"):
             start("shapes_retrieval", f"run.resume_ckpt_path={path}")
-
-
-def test_the_last_epoch_does_not_go_on(stock):
-    options = ("run.valid_splits=[]", "run.max_epoch=1", "run.job_id=done")
-    folder = stock("shapes_retrieval", *options).output_dir
-    (folder / run_folders.SUMMARY).unlink()
-    with pytest.raises(CheckpointError, match="checkpoint_0.pth' is of the last epoch"):
-        stock("shapes_retrieval", *options, "run.resume=auto")
-
-
-def test_no_epoch_that_lavis_would_save_is_named(stock, monkeypatch):
-    evaluation = UniAdapterRetrievalTask.evaluation
-
-    def nothing_found(*args, **kwargs):
-        metrics, *rest = evaluation(*args, **kwargs)
-        return {**metrics, "agg_metrics": 0.0}, *rest
-
-    monkeypatch.setattr(UniAdapterRetrievalTask, "evaluation", nothing_found)
-    with pytest.raises(CheckpointError, match="run.valid_splits="):
-        stock("shapes_retrieval", "run.max_epoch=1")
 
 
 # --- what LAVIS's runners skip or misread -------------------------------------------------------

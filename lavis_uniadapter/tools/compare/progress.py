@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections import Counter
@@ -61,14 +60,12 @@ class Progress:
 def logged(folder: Path) -> tuple[int, int | None, float]:
     """Epochs done, epochs in all (None while unknown), and seconds so far, by a run's files."""
     epochs, total, seconds = 0, None, 0.0
-    config, log = folder / run_folders.CONFIG, folder / run_folders.LOG
+    config = folder / run_folders.CONFIG
     if config.is_file():
         total = json.loads(config.read_text())["run"].get("max_epoch")
-    # of LAVIS's runners too, whose log begins with the configuration; the last line may be cut
-    with contextlib.suppress(ValueError):
-        for values in run_folders.json_values(log.read_text() if log.is_file() else ""):
-            epochs += "train_epoch" in values
-            seconds += sum(value for key, value in values.items() if key.endswith("_seconds"))
+    for values in run_folders.logged(folder):
+        epochs += "train_epoch" in values
+        seconds += sum(value for key, value in values.items() if key.endswith("_seconds"))
     return epochs, total, seconds
 
 
