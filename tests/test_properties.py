@@ -22,7 +22,7 @@ from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema.processors import VideoTrain
-from lavis_uniadapter.datasets.sampling import TrainingShard
+from lavis_uniadapter.datasets.loading import TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
     query_ranks,

@@ -28,11 +28,7 @@ _host_group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def choose_device(requested: str) -> str:
-    """``cpu`` or ``cuda``; ``auto`` is CUDA where it is available.
-
-    Raises:
-        ConfigError: for CUDA where there is none.
-    """
+    """``cpu`` or ``cuda``; ``auto`` is CUDA where it is available."""
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
         raise ConfigError("run.device is cuda, and PyTorch finds no CUDA device. Set it to auto.")

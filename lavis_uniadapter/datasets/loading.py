@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.datasets.sampling import TrainingShard
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
 
@@ -38,12 +38,30 @@ class Batch:
     unreadable: Sequence[Unreadable] = ()
 
 
+class TrainingShard(DistributedSampler):
+    """A rank's items of an epoch in random order, from the start or from further on.
+
+    The order depends on the seed and the epoch alone. Items that do not fill all ranks alike are
+    left out of the epoch, as in LAVIS.
+    """
+
+    def __init__(self, dataset: Sized, rank: int, world: int, seed: int):
+        super().__init__(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
+        self.first = 0
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Make the next iteration one over an epoch's order, without the rank's first items."""
+        self.set_epoch(epoch)
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.first, None)
+
+
 class BatchLoader:
     """Yields a `Batch` at a time.
 
     Args:
-        sampler: in which order; a `TrainingShard` for `start`.
-        num_workers: processes that read; 0: this one.
         collate_fn: makes samples of items; None: PyTorch's default.
         timeout: seconds that the workers may take for a batch; 0: any.
         options: ``batch_size``, ``drop_last``, ``pin_memory`` of ``torch.utils.data.DataLoader``.
@@ -87,8 +105,7 @@ class BatchLoader:
         """Batches.
 
         Raises:
-            DatasetError: if nothing can be read; naming an unreadable evaluation item, unless its
-                dataset allows it; or naming what a worker was reading when it hung or died.
+            DatasetError: naming what cannot be read, or what a worker read when it hung or died.
         """
         batches = self._start_workers()
         while True:

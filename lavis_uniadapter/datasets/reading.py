@@ -87,13 +87,7 @@ class ReadingMonitor:
 
 
 class TrainingItems(Dataset):
-    """A dataset read a batch at a time; an unreadable item is replaced by one drawn at random.
-
-    Args:
-        dataset: one of LAVIS's, or several of them concatenated.
-        monitor: notes what is being read.
-        seed: of what is random about items.
-    """
+    """A dataset read a batch at a time; an unreadable item is replaced by one drawn at random."""
 
     def __init__(self, dataset: Dataset, monitor: ReadingMonitor, seed: int = 0):
         self.dataset = dataset
@@ -105,11 +99,7 @@ class TrainingItems(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[Any], list[int], list[Unreadable]]:
-        """Items, their indices, and what was unreadable; PyTorch calls it for a batch.
-
-        Raises:
-            DatasetError: for an unreadable item without replacement.
-        """
+        """Items, their indices, and what was unreadable; PyTorch calls it for a batch."""
         items, read, unreadable = [], [], []
         for index in indices:
             item, fault = self.try_to_read(index)
@@ -152,9 +142,8 @@ class TrainingItems(Dataset):
 class EvaluationItems(TrainingItems):
     """Items that are the same at every reading.
 
-    Args:
-        allow_missing: an unreadable item shows the picture or clip of another, to be scored as
-            wrong; otherwise it is an error.
+    An unreadable one is an error or, with ``allow_missing``, shows the picture or clip of another,
+    to be scored as wrong.
     """
 
     def __init__(self, dataset: Dataset, monitor: ReadingMonitor, allow_missing: bool = False):

@@ -137,12 +137,7 @@ class TrainingEpoch:
         self._indices: list[int] = []
 
     def run(self) -> dict[str, float]:
-        """Train; returns the epoch's line of ``log.txt``.
-
-        Raises:
-            FloatingPointError, DatasetError, Interrupted: see ``RunnerUniAdapter.train``.
-            AnotherRankFailed: if another rank raised a DatasetError.
-        """
+        """Train; returns the epoch's line of ``log.txt``. Raises as ``RunnerUniAdapter.train``."""
         runner, progress = self._runner, self._progress
         runner.model.train()
         self._loader.start(progress.epoch, progress.step)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,48 +39,29 @@ from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
 from lavis_uniadapter.processors.decoding import VideoDecodeError
-from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
-from lavis_uniadapter.runners.console import (
-    describe_start,
-    log_to_console,
-    log_to_file,
-    logger,
-    metrics_table,
-)
+from lavis_uniadapter.runners import console, precision, run_checkpoints, run_folders, stock_runners
+from lavis_uniadapter.runners.console import log_to_console, logger
 from lavis_uniadapter.runners.epoch import AnotherRankFailed
-from lavis_uniadapter.runners.resuming import choose_folder
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
 from lavis_uniadapter.tasks.prediction import MeasuredTask
 from lavis_uniadapter.tasks.retrieval import UniAdapterRetrievalTask
 
-SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
-# Errors whose message is all that a user needs; others keep their traceback.
-USER_ERRORS = (
-    ConfigError,
-    CheckpointError,
-    DatasetError,
-    VideoDecodeError,
-    FileExistsError,
-    FloatingPointError,
-    run_folders.FolderInUse,
-)
-# Errors of one rank alone; others are the same on every rank.
+# Errors whose message is all that a user needs; others keep their traceback. The first kind is of
+# one rank alone, the second is the same on every rank.
 RANK_ERRORS = (VideoDecodeError, DatasetError, FloatingPointError)
+USER_ERRORS = (
+    *RANK_ERRORS,
+    *(ConfigError, CheckpointError, FileExistsError, run_folders.FolderInUse),
+)
 # Seconds that a rank waits before it exits because of another one, which reports its error first.
 EXIT_DELAY = 10
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
-
-    Attributes:
-        output_dir: the run folder.
-        metrics: by test split, on the main process; None on the others.
-        seconds: wall-clock time, building included.
-    """
+    """What a run leaves; ``metrics`` are by test split, on the main process, None on the others."""
 
     output_dir: Path
     metrics: dict[str, dict[str, float]] | None
@@ -108,9 +89,7 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     asked = config.to_dict()  # before LAVIS's builders and runners fill it in
     if is_stock(run_cfg):
         stock_runners.prepare(run_cfg)
-    folder, checkpoint = on_main_process(
-        choose_folder, asked, errors=(ConfigError, CheckpointError, run_folders.FolderInUse)
-    )
+    folder, checkpoint = on_main_process(run_folders.choose_folder, asked, errors=USER_ERRORS)
     if checkpoint is not None:
         run_cfg.resume_ckpt_path = str(checkpoint)
     with contextlib.ExitStack() as held:
@@ -123,8 +102,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
             (folder / run_folders.SUMMARY).unlink(missing_ok=True)
             if checkpoint is None:  # a resumed run has it
                 write_json(folder / run_folders.CONFIG, asked)
-        log_to_file(folder)
-        describe_start(runner, config)
+        console.log_to_file(folder)
+        console.describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
         seconds = time.perf_counter() - started
         _write_summary(runner, config, metrics, seconds)
@@ -140,7 +119,8 @@ def _build(config: Config, job_id: str) -> RunnerBase:
     set_cache_root(run_cfg)
     # The same on every rank while the model is built; different when batches are drawn.
     set_seed(run_cfg.seed)
-    precision.set_matmul_precision(run_cfg.matmul_precision)
+    torch.set_float32_matmul_precision(run_cfg.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = run_cfg.matmul_precision == "high"
     task, datasets = _build_datasets(config)
     model = task.build_model(config)
     # the last of the checks, as it opens every file
@@ -156,12 +136,18 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
     task = setup_task(config)
     _check_allow_missing(config, task)
     run_cfg = config.run_cfg
-    kinds = ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS
-    splits = {kind: list(run_cfg[kind]) for kind in kinds}
-    make_buildable(config.datasets_cfg, {name for names in splits.values() for name in names})
+    kinds = ("test_splits", *(() if run_cfg.evaluate else ("train_splits", "valid_splits")))
+    make_buildable(config.datasets_cfg, {split for kind in kinds for split in run_cfg[kind]})
     datasets = task.build_datasets(config)
-    available = sorted({split for by_split in datasets.values() for split in by_split})
-    check_splits(splits, available, task)
+    available = {split for by_split in datasets.values() for split in by_split}
+    for kind in kinds:
+        for split in set(run_cfg[kind]) - available:
+            raise ConfigError(
+                f"run.{kind} names '{split}', and the datasets have "
+                f"{', '.join(sorted(available))}.{nearest(split, available)}"
+            )
+    if not run_cfg.evaluate:
+        _check_training_splits(run_cfg, task)
     check_lavis_model(config, datasets)
     return task, datasets
 
@@ -189,28 +175,13 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
     logger.info("The configuration and the data files are valid.")
 
 
-def check_splits(
-    splits: Mapping[str, Sequence[str]], available: Sequence[str], task: BaseTask
-) -> None:
-    """Raise ConfigError for a split that does not exist, or that cannot select the best epoch.
-
-    Args:
-        splits: by key of ``run:``; only ``test_splits`` if the run does not train.
-        available: the splits of the datasets.
-    """
-    for kind, names in splits.items():
-        for split in names:
-            if split not in available:
-                raise ConfigError(
-                    f"run.{kind} names '{split}', and the datasets have {', '.join(available)}."
-                    f"{nearest(split, available)}"
-                )
-    if not splits.get("train_splits", True):
+def _check_training_splits(run_cfg: DictConfig, task: BaseTask) -> None:
+    if not run_cfg.train_splits:
         raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
-    measured = available if getattr(task, "report_metric", True) else ()
+    measured = run_cfg.valid_splits if getattr(task, "report_metric", True) else ()
     if type(task) is VQATask:  # LAVIS's own, which needs questions and annotations in COCO's layout
         measured = task.ques_files
-    for split in splits.get("valid_splits", ()):
+    for split in run_cfg.valid_splits:
         if split not in measured:
             raise ConfigError(
                 f"run.valid_splits names '{split}', on which run.task measures nothing, so it "
@@ -234,10 +205,7 @@ def _check_allow_missing(config: Config, task: BaseTask) -> None:
 
 
 def set_cache_root(run_cfg: DictConfig) -> None:
-    """Set where LAVIS looks for data with relative paths; its default is its authors' folder.
-
-    ``run.cache_root``, else the environment's ``LAVIS_CACHE_ROOT``, else ``./cache``.
-    """
+    """Set where LAVIS looks for data with relative paths; its default is its authors' folder."""
     root = run_cfg.cache_root or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
@@ -253,7 +221,6 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
     score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
     validated = [line for line in run_folders.logged(folder) if score in line]
     best = max(validated, key=lambda line: line[score], default={})
-    epoch = [number for key, number in best.items() if key.endswith("_epoch")]
     write_json(
         folder / run_folders.SUMMARY,
         {
@@ -269,20 +236,23 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
                 "total": sum(p.numel() for p in parameters),
             },
             "metrics": metrics,
-            "best": {"score": best.get(score), "epoch": epoch[0] if epoch else None},
+            "best": {
+                "score": best.get(score),
+                "epoch": next((v for k, v in best.items() if k.endswith("_epoch")), None),
+            },
             "seconds": seconds,
-            "peak_bytes": _peak_bytes(torch.device(run_cfg.device)),
+            "peak_bytes": _peak_bytes(run_cfg.device),
         },
     )
 
 
-def _peak_bytes(device: torch.device) -> int | None:
+def _peak_bytes(device: str) -> int | None:
     """Most memory that this process has used so far; on CUDA, of its device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":  # which does not have this module
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
         return None
-    import resource
+    import resource  # which Windows does not have
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -294,7 +264,7 @@ def run_and_report(
     """``run``, and log the metrics. Keeps no reference to the run, so the process group can end."""
     result = run(cfg_path, options, evaluate)
     if result.metrics is not None:
-        logger.info("%s", metrics_table(result.metrics))
+        logger.info("%s", console.metrics_table(result.metrics))
         logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
 
 

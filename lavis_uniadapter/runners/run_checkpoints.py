@@ -36,11 +36,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint of this package's runner or of LAVIS's.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged.
-    """
+    """Read a checkpoint of this runner or of LAVIS's; CheckpointError if it is damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"No checkpoint at '{path}' (run.resume_ckpt_path).")
     try:
@@ -56,11 +52,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def states(folder: Path) -> list[Path]:
-    """The files that a run can continue from, the newest first.
-
-    LAVIS's runners save the best epoch or, without validation, every epoch.
-    """
+    """The files that a run can continue from, the newest first."""
     ours = [folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()]
+    # LAVIS's runners save the best epoch or, without validation, every epoch.
     return ours or sorted(folder.glob("checkpoint_*.pth"), key=lambda p: -p.stat().st_mtime)
 
 

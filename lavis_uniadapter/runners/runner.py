@@ -13,19 +13,17 @@ import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from lavis.common.registry import registry
-from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.distributed import largest
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView
+from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView, TrainingShard
 from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.runners import run_checkpoints, run_folders, training_state
 from lavis_uniadapter.runners.epoch import EpochProgress, TrainingEpoch
@@ -45,12 +43,11 @@ COMPILE_BACKEND = "inductor"
 class RunnerUniAdapter(RunnerBase):
     """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
 
-    Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
-    over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
-    ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the middle of an
-    epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or gradient is not
-    finite are skipped, counted and logged, up to a limit. The configuration is one that
-    ``load_config`` has completed.
+    Beyond LAVIS's: CPU and gloo, bf16, the loss divided over accumulated batches, and the best
+    epoch by ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the
+    middle of an epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or
+    gradient is not finite are skipped, counted and logged, up to a limit. The configuration is one
+    that ``load_config`` has completed.
     """
 
     def __init__(self, cfg, task, model, datasets, job_id):
@@ -73,10 +70,6 @@ class RunnerUniAdapter(RunnerBase):
         registry.mapping["paths"]["result_dir"] = str(self.result_dir)
 
     @property
-    def use_distributed(self) -> bool:
-        return get_world_size() > 1
-
-    @property
     def model(self):
         """The model on its device, wrapped for distributed training if there is any."""
         if self._wrapped_model is None:
@@ -94,16 +87,9 @@ class RunnerUniAdapter(RunnerBase):
                 )
         return self._wrapped_model
 
-    def unwrap_dist_model(self, model):
-        return model.module if isinstance(model, DistributedDataParallel) else model
-
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters.
-
-        Weights decay as ``run.weight_decay_on`` says: ``matrices`` as in LAVIS, or ``all`` trained
-        tensors as in the authors' released code.
-        """
+        """AdamW; what decays is matrices, as in LAVIS, or all, as in the authors' released code."""
         if self._optimizer is None:
             run = self.config.run_cfg
             trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -130,31 +116,16 @@ class RunnerUniAdapter(RunnerBase):
         dtype = AMP_DTYPES.get(self.amp)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    @property
-    def dataloaders(self) -> dict[str, BatchLoader]:
-        """A loader for each split; items are sharded over ranks, and in training shuffled."""
-        if self._dataloaders is None:
-            sections = self.config.datasets_cfg
-            tolerant = {
-                split
-                for name, splits in self.datasets.items()
-                for split in splits
-                if sections[name].get("allow_missing")
-            }
-            self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
-            self._dataloaders = {
-                split: self._create_loader(dataset, split in self.train_splits, split in tolerant)
-                for split, dataset in self.datasets.items()
-            }
-        return self._dataloaders
+    def create_loaders(self, datasets, batch_sizes, is_trains, collate_fns, **_):
+        """A `BatchLoader` for each split; items are sharded over ranks, in training shuffled."""
+        splits = zip(datasets, batch_sizes, is_trains, collate_fns, strict=True)
+        return [self._create_loader(*split) for split in splits]
 
-    def _create_loader(self, dataset: Dataset, training: bool, allow_missing: bool) -> BatchLoader:
+    def _create_loader(self, dataset, batch_size, training, collate_fn) -> BatchLoader:
         if isinstance(dataset, list | tuple | IterableDataset):
             raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
-        run = self.config.run_cfg
-        batch_size = run.batch_size_train if training else run.batch_size_eval
+        run, rank, world = self.config.run_cfg, get_rank(), get_world_size()
         monitor = ReadingMonitor(run.num_workers)
-        rank, world = get_rank(), get_world_size()
         if training:
             items = TrainingItems(dataset, monitor, run.seed)
             sampler = TrainingShard(dataset, rank, world, run.seed)
@@ -164,20 +135,22 @@ class RunnerUniAdapter(RunnerBase):
                     f"run.batch_size_train {batch_size}. Make the batch smaller."
                 )
         else:
-            items = EvaluationItems(dataset, monitor, allow_missing)
+            sections = self.config.datasets_cfg.values()
+            items = EvaluationItems(dataset, monitor, any(s.get("allow_missing") for s in sections))
             # LAVIS's own retrieval models score what their loader yields as if it were the gallery.
             scores_its_loader = hasattr(self._model, "compute_sim_matrix") and not isinstance(
                 self._model, BlipUniAdapterRetrieval
             )
-            shards = self.use_dist_eval_sampler and not scores_its_loader
-            # (DistributedSampler would repeat items to give every rank as many.)
-            sampler = range(rank if shards else 0, len(dataset), world if shards else 1)
+            if not self.use_dist_eval_sampler or scores_its_loader:
+                rank, world = 0, 1
+            # DistributedSampler would repeat items to give every rank as many.
+            sampler = range(rank, len(dataset), world)
         return BatchLoader(
             items,
             sampler,
             batch_size=batch_size,
             num_workers=run.num_workers,
-            collate_fn=getattr(dataset, "collater", None),
+            collate_fn=collate_fn,
             timeout=run.data_timeout,
             drop_last=training,
             pin_memory=self.cuda_enabled,
@@ -236,30 +209,35 @@ class RunnerUniAdapter(RunnerBase):
         if stops:
             raise Interrupted(self.watch.requested or "a signal to another rank")
         logs = {split: self.eval_epoch(split, cur_epoch=epoch) for split in self.valid_splits}
-        logs = {split: log for split, log in logs.items() if log is not None}
-        self.log_stats({**stats, "epoch": epoch}, "train")
-        for split, log in logs.items():
-            self.log_stats({**log, "epoch": epoch}, split)
-        said = [f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss")]
-        is_best = False
-        if logs:  # on the main process; the first split decides
-            split, log = next(iter(logs.items()))
-            value, score = log[self._metric_name], log["agg_metrics"]
-            is_best = score > self.best["agg_metrics"]
-            if is_best:
-                self.best = {"epoch": epoch, "value": value, "agg_metrics": score}
-            said.append(f"{split} {self._metric_name} {value:.2f}{' (best so far)' * is_best}")
         progress = EpochProgress(epoch + 1, skipped_in_a_row=progress.skipped_in_a_row)
-        self._save_epoch(progress, is_best)
-        if is_main_process():
-            seconds = time.perf_counter() - started
-            number, text = f"{epoch + 1}/{self.max_epoch}", ", ".join(said)
-            logger.info("epoch %s: %s (%.0f s)", number, text, seconds)
+        self._end_epoch(progress, stats, logs, time.perf_counter() - started)
         dist.barrier()
         return progress
 
+    def _end_epoch(self, progress: EpochProgress, stats: dict, logs: dict, seconds: float) -> None:
+        """Log an epoch and save it; ``logs`` are of the validation splits (main process)."""
+        epoch, metric, is_best = progress.epoch - 1, self._metric_name, False
+        self.log_stats({**stats, "epoch": epoch}, "train")
+        text = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
+        for split, log in logs.items() if is_main_process() else ():
+            self.log_stats({**log, "epoch": epoch}, split)
+            text += f", {split} {metric} {log[metric]:.2f}"
+            if split == self.valid_splits[0] and log["agg_metrics"] > self.best["agg_metrics"]:
+                scores = {"value": log[metric], "agg_metrics": log["agg_metrics"]}
+                self.best, is_best = {"epoch": epoch, **scores}, True
+                text += " (best so far)"
+        content = training_state.collect(self, progress)
+        if content is not None:
+            # The best one first: a state must not refer to a best one that is not on disk yet.
+            if is_best:
+                run_checkpoints.write(content, self.output_dir / BEST)
+                self._save_adapter(BEST_ADAPTER, epoch)
+            run_checkpoints.write(content, self.output_dir / LATEST)
+            self._save_adapter(LATEST_ADAPTER, epoch)
+        if is_main_process():
+            logger.info("epoch %d/%d: %s (%.0f s)", epoch + 1, self.max_epoch, text, seconds)
+
     def train_epoch(self, progress: EpochProgress) -> dict[str, float]:
-        """Train an epoch, or the rest of it; returns its line of ``log.txt``."""
         return TrainingEpoch(self, progress).run()
 
     def losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
@@ -304,22 +282,9 @@ class RunnerUniAdapter(RunnerBase):
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save_latest(self, progress: EpochProgress) -> None:
-        """Write the newest state; every rank must call it."""
         content = training_state.collect(self, progress)
         if content is not None:
             run_checkpoints.write(content, self.output_dir / LATEST)
-
-    def _save_epoch(self, progress: EpochProgress, is_best: bool) -> None:
-        """Write the state after an epoch, the best beside it, and their adapters."""
-        content = training_state.collect(self, progress)
-        if content is None:
-            return
-        # The best one first: a state must not refer to a best one that is not on disk yet.
-        if is_best:
-            run_checkpoints.write(content, self.output_dir / BEST)
-            self._save_adapter(BEST_ADAPTER, progress.epoch - 1)
-        run_checkpoints.write(content, self.output_dir / LATEST)
-        self._save_adapter(LATEST_ADAPTER, progress.epoch - 1)
 
     def _save_adapter(self, name: str, epoch: int, results: dict | None = None) -> None:
         """Write the adapter, if the model has one, with the metrics that are known of it."""
@@ -330,8 +295,7 @@ class RunnerUniAdapter(RunnerBase):
         if name == BEST_ADAPTER:
             metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best["value"]
         for split, values in (results or {}).items():
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            metrics.update({f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"})
+            metrics |= {f"{split}_{k}": v for k, v in values.items() if k != "agg_metrics"}
         self._model.save_adapter(self.output_dir / name, metrics)
 
     @main_process
@@ -350,15 +314,8 @@ class RunnerUniAdapter(RunnerBase):
         return getattr(self.task, "selection_metric", "agg_metrics")
 
     @main_process
-    def log_stats(self, stats, split_name) -> None:
-        """Add a JSON line to ``log.txt``, keys prefixed by the split as in LAVIS."""
-        line = {f"{split_name}_{key}": value for key, value in stats.items()}
-        with open(self.output_dir / run_folders.LOG, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    @main_process
     def _begin_log(self, epoch: int) -> None:
-        """Begin ``log.txt``; a resumed run takes over the lines of the epochs before this one."""
+        """Begin ``log.txt``; a resumed run keeps the lines of the epochs before this one."""
         resumed = self.resume_ckpt_path is not None
         lines = run_folders.logged(Path(self.resume_ckpt_path).parent) if resumed else []
         kept = [

@@ -28,20 +28,13 @@ def is_stock(run: Mapping[str, Any]) -> bool:
 
 
 def check(run: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a setting that the runner does not read.
-
-    LAVIS's own train script has not validated the ``run:`` section.
-    """
+    """Raise ConfigError for a setting that the runner of LAVIS's own train script does not read."""
     if problem := unread(run, run.get("runner", "runner_base")):
         raise ConfigError(f"run.{problem}")
 
 
 def prepare(run: DictConfig) -> None:
-    """Set what LAVIS's ``train.py`` sets, once the process group exists; changes ``run``.
-
-    Raises:
-        ConfigError: if LAVIS's loader does not put batches on the run's device.
-    """
+    """Set what LAVIS's ``train.py`` sets, once the process group exists."""
     if run.device != DEVICE:
         raise ConfigError(
             f"run.runner is {run.runner}, whose loader needs CUDA, and run.device is {run.device}. "
@@ -56,10 +49,7 @@ def prepare(run: DictConfig) -> None:
 
 
 def returning_metrics(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
-    """One of LAVIS's runners, whose ``train`` returns the metrics that its ``evaluate`` returned.
-
-    They are by test split, on the main process; None on the others.
-    """
+    """One of LAVIS's runners, whose ``train`` returns the metrics as ours does."""
 
     class Returning(runner_cls):
         def train(self):

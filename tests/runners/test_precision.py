@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_uniadapter.runners import resuming, run_folders
+from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.precision import choose_amp, describe
 
 
@@ -55,7 +55,7 @@ def test_auto_is_kept_as_what_was_used(run, processor, caplog):
     assert config["run"]["amp"] == "bf16"
 
     (folder / run_folders.SUMMARY).unlink()  # as if it had been stopped
-    assert resuming.find_unfinished_run(folder.parent, config) == folder
+    assert run_folders.find_unfinished_run(folder.parent, config) == folder
     processor()
     with caplog.at_level("INFO"):
         other = run("shapes_retrieval", *options, "run.resume=auto")

@@ -21,8 +21,8 @@ from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.runners import epoch, launch, runner
 from lavis_uniadapter.runners.epoch import EpochProgress
-from lavis_uniadapter.runners.resuming import choose_folder
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
+from lavis_uniadapter.runners.run_folders import choose_folder
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
 from uniadapter_cli.main import main
 
