@@ -87,7 +87,8 @@ def largest(number: int) -> int:
     if get_world_size() == 1:
         return number
     numbers = torch.tensor(number)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group)
+    work = dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_host_group, async_op=True)
+    work.wait(TIMEOUT)
     return int(numbers)
 
 

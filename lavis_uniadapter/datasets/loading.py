@@ -41,8 +41,7 @@ class Batch:
 class TrainingShard(DistributedSampler):
     """A rank's items of an epoch in random order, from the start or from further on.
 
-    The order depends on the seed and the epoch alone. Items that do not fill all ranks alike are
-    left out of the epoch, as in LAVIS.
+    The order depends on the seed and the epoch alone.
     """
 
     def __init__(self, dataset: Sized, rank: int, world: int, seed: int):
@@ -62,9 +61,8 @@ class BatchLoader:
     """Yields a `Batch` at a time.
 
     Args:
-        collate_fn: makes samples of items; None: PyTorch's default.
         timeout: seconds that the workers may take for a batch; 0: any.
-        options: ``batch_size``, ``drop_last``, ``pin_memory`` of ``torch.utils.data.DataLoader``.
+        options: of ``torch.utils.data.DataLoader``: ``batch_size``, ``drop_last``, ``pin_memory``.
     """
 
     def __init__(
@@ -176,11 +174,8 @@ def _ignore_interrupts(worker: int) -> None:
 def samples_of(
     batches: Iterable[Batch | dict[str, Any]], unreadable: dict[int, Unreadable]
 ) -> Iterator[dict[str, Any]]:
-    """The samples of batches; adds what could not be read to ``unreadable``, by index.
-
-    Samples pass as they are: LAVIS's own loaders yield nothing else.
-    """
-    for batch in batches:
+    """The samples of batches; adds what could not be read to ``unreadable``, by index."""
+    for batch in batches:  # or samples, which are what LAVIS's own loaders yield
         if isinstance(batch, Batch):
             unreadable.update({fault.index: fault for fault in batch.unreadable})
             batch = batch.samples

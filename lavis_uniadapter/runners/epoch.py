@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.datasets.data_utils import apply_to_sample
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from lavis_uniadapter.common.distributed import largest
+from lavis_uniadapter.common.distributed import gather, largest
 from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.datasets.reading import describe_item
@@ -46,7 +46,6 @@ class EpochProgress:
     """How far this rank is in an epoch; part of the saved state.
 
     Attributes:
-        epoch: counted from 0.
         step: batches done.
         losses: by name, (2,): the sum of the finite ones, and their number.
         seconds: spent on the epoch, earlier processes included.
@@ -158,15 +157,12 @@ class TrainingEpoch:
                 if step % runner.log_freq == 0 or step + 1 == steps:
                     bar.set_postfix({k: f"{v[0] / v[1]:.3f}" for k, v in progress.losses.items()})
         self._settle()
-        faults = torch.tensor([progress.unreadable, progress.skipped], device=runner.device)
-        dist.all_reduce(faults)
-        unreadable, skipped = faults.tolist()
         return {
             **progress.means(),
             "lr": runner.optimizer.param_groups[0]["lr"],
             "seconds": progress.seconds,
-            "unreadable": unreadable,
-            "skipped_steps": skipped // get_world_size(),
+            "unreadable": sum(gather(progress.unreadable)),
+            "skipped_steps": progress.skipped,
         }
 
     def _train_batch(self, step: int, batches: Iterator[Batch]) -> None:
@@ -177,6 +173,7 @@ class TrainingEpoch:
         window = min(accumulate, steps - first)
         updates = step + 1 == first + window
         batch = self._next_batch(batches, may_save=step == first)
+        progress.unreadable += len(batch.unreadable)
         self._indices += batch.indices
         samples = apply_to_sample(lambda x: x.to(runner.device, non_blocking=True), batch.samples)
         samples.update(epoch=progress.epoch, iters=step, num_iters_per_epoch=steps)
@@ -206,7 +203,7 @@ class TrainingEpoch:
         watch, failure, vote = self._runner.watch, None, Vote.CONTINUE
         try:
             batch = next(batches)
-            self._count_unreadable(batch)
+            self._log_unreadable(batch)
             if watch.requested and may_save:
                 vote = Vote.STOP
         except DatasetError as error:
@@ -224,7 +221,7 @@ class TrainingEpoch:
             raise AnotherRankFailed("Another rank cannot read its data.")
         raise Interrupted(watch.requested or "a signal to another rank")
 
-    def _count_unreadable(self, batch: Batch) -> None:
+    def _log_unreadable(self, batch: Batch) -> None:
         runner, progress = self._runner, self._progress
         for fault in batch.unreadable:
             runner.faults.add(
@@ -234,12 +231,11 @@ class TrainingEpoch:
                 step=progress.step,
                 **asdict(fault),
             )
-        progress.unreadable += len(batch.unreadable)
         threshold = self._run_cfg.unreadable_threshold
         items = len(self._loader) * self._loader.batch_size
-        if batch.unreadable and progress.unreadable > threshold * items:
-            number, last = progress.unreadable, batch.unreadable[-1]
-            progress.unreadable -= len(batch.unreadable)  # the batch is read again
+        number = progress.unreadable + len(batch.unreadable)
+        if batch.unreadable and number > threshold * items:
+            last = batch.unreadable[-1]
             raise DatasetError(
                 f"{number} of the {items} items of this epoch could not be read, more than "
                 f"run.unreadable_threshold {threshold:g} allows; the last: '{last.file}' "

@@ -85,11 +85,7 @@ class FolderInUse(RuntimeError):
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process, until the end of the block or of the process.
-
-    Raises:
-        FolderInUse: if another process holds it.
-    """
+    """Lock a folder until the end of the block; FolderInUse if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / LOCK, blocking=False).acquire()
@@ -115,13 +111,7 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
     """The run folder, and the checkpoint in it to continue from (``run.resume: auto``).
 
     The folder is named ``run.job_id``; else it is that of an unfinished run of the same
-    configuration, or a new one named by the time.
-
-    Args:
-        config: the sections of the configuration, as plain containers.
-
-    Raises:
-        ConfigError: if a new run would overwrite the checkpoints of another.
+    configuration, or a new one named by the time. ConfigError if a new run would overwrite another.
     """
     run = config["run"]
     output_dir, folder = Path.cwd() / run["output_dir"], None

@@ -28,10 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def collect(runner: RunnerUniAdapter, progress: EpochProgress) -> dict[str, Any] | None:
-    """The state of a run, on the main process; None on the others. Every rank must call it.
-
-    None there too if the weights are not finite.
-    """
+    """The state of a run, on the main process; None if a weight is not finite. Every rank calls."""
     mine = {"rng": _rng_state(runner.device), "progress": asdict(progress)}
     ranks = gather_to_main(apply_to_sample(Tensor.cpu, mine))
     if ranks is None:
@@ -109,11 +106,7 @@ def _restore_rank(runner, content: Mapping[str, Any], path: str | Path) -> Epoch
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load what a runner saved of a model.
-
-    Raises:
-        CheckpointError: if anything but frozen parameters is missing, unexpected or misshapen.
-    """
+    """Load what a runner saved of a model, from which only frozen parameters may be missing."""
     frozen = _frozen(model)
     own = {k: v for k, v in model.state_dict().items() if k not in frozen or k in state}
     if problems := describe_mismatch(own, state):
@@ -135,7 +128,6 @@ def momentum_parameters(model: nn.Module) -> set[str]:
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators of this process, as tensors and plain containers."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
