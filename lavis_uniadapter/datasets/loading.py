@@ -148,7 +148,7 @@ class BatchLoader:
     def _describe(self, error: Exception) -> str:
         reading = ", ".join(
             f"'{file_of(self.dataset, index)}' (for {seconds:.0f} s)"
-            for index, seconds in self._items.monitor.in_progress()
+            for index, seconds in self._items.in_progress()
         )
         if "timed out" in str(error):
             what = f"A data worker returned no batch for {self._timeout:g} s (run.data_timeout)"

@@ -60,40 +60,21 @@ def seeded(*entropy: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class ReadingMonitor:
-    """What each data worker is reading, in memory that outlives the worker."""
-
-    def __init__(self, workers: int):
-        # (workers, 2): the index of an item, or -1, and since when
-        self._state = torch.full((max(workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
-
-    @contextlib.contextmanager
-    def reading(self, index: int) -> Iterator[None]:
-        """Note an item of this worker for the time of the block."""
-        worker = get_worker_info()
-        state = self._state[worker.id if worker else 0]
-        state[1] = time.monotonic()
-        state[0] = index
-        try:
-            yield
-        finally:
-            state[0] = -1
-
-    def in_progress(self) -> list[tuple[int, float]]:
-        """(index, seconds) of the items that are being read, the longest first."""
-        now = time.monotonic()
-        items = [(int(index), now - since) for index, since in self._state.tolist() if index >= 0]
-        return sorted(items, key=lambda item: -item[1])
-
-
 class TrainingItems(Dataset):
-    """A dataset read a batch at a time; an unreadable item is replaced by one drawn at random."""
+    """A dataset read a batch at a time; an unreadable item is replaced by one drawn at random.
 
-    def __init__(self, dataset: Dataset, monitor: ReadingMonitor, seed: int = 0):
+    Args:
+        workers: number of processes that read.
+        seed: of what is random about items.
+    """
+
+    def __init__(self, dataset: Dataset, workers: int, seed: int = 0):
         self.dataset = dataset
-        self.monitor = monitor
         self.seed = seed
         self.epoch = 0
+        # What each worker is reading, in memory that outlives the worker: the index of an item, or
+        # -1, and since when.
+        self._reading = torch.full((max(workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -112,18 +93,30 @@ class TrainingItems(Dataset):
 
     def try_to_read(self, index: int) -> tuple[Any, Unreadable | None]:
         """An item, or why it could not be read in two attempts."""
+        worker = get_worker_info()
+        reading = self._reading[worker.id if worker else 0]
         for wait in (RETRY_AFTER, 0):
+            reading[1] = time.monotonic()
+            reading[0] = index
             try:
-                with self.monitor.reading(index), images_read_whole():
+                with images_read_whole():
                     return self.read(index), None
             except READ_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
+            finally:
+                reading[0] = -1
             time.sleep(wait)
         return None, Unreadable(index, file_of(self.dataset, index), reason)
 
     def read(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
             return self.dataset[index]
+
+    def in_progress(self) -> list[tuple[int, float]]:
+        """(index, seconds) of the items that are being read, the longest first."""
+        now = time.monotonic()
+        items = [(int(index), now - since) for index, since in self._reading.tolist() if index >= 0]
+        return sorted(items, key=lambda item: -item[1])
 
     def replace(self, fault: Unreadable) -> tuple[int, Any]:
         """An index and an item to use in place of an unreadable one."""
@@ -146,8 +139,8 @@ class EvaluationItems(TrainingItems):
     to be scored as wrong.
     """
 
-    def __init__(self, dataset: Dataset, monitor: ReadingMonitor, allow_missing: bool = False):
-        super().__init__(dataset, monitor)
+    def __init__(self, dataset: Dataset, workers: int, allow_missing: bool = False):
+        super().__init__(dataset, workers)
         self.allow_missing = allow_missing
 
     def replace(self, fault: Unreadable) -> tuple[int, Any]:

@@ -220,7 +220,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
     trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
     score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
     validated = [line for line in run_folders.logged(folder) if score in line]
-    # A resumed run of LAVIS's begins anew to look for the best epoch, and logs the one it found.
+    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
     found = [line.get("val_best_epoch") for line in validated]
     of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
     best = max(of_last, key=lambda line: line[score], default={})

@@ -81,7 +81,7 @@ def newest_whole(folder: Path) -> Path | None:
     if torn:
         raise CheckpointError(
             f"No whole checkpoint is left in '{folder}' ({', '.join(p.name for p in torn)} are "
-            "damaged). Delete the folder, or start anew under another run.job_id."
+            "damaged). Delete the folder, or use another run.job_id."
         )
     return None
 

@@ -22,7 +22,7 @@ from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.distributed import largest
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView, TrainingShard
-from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, TrainingItems
+from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.runners import run_checkpoints, run_folders, training_state
@@ -125,9 +125,8 @@ class RunnerUniAdapter(RunnerBase):
         if isinstance(dataset, list | tuple | IterableDataset):
             raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
         run, rank, world = self.config.run_cfg, get_rank(), get_world_size()
-        monitor = ReadingMonitor(run.num_workers)
         if training:
-            items = TrainingItems(dataset, monitor, run.seed)
+            items = TrainingItems(dataset, run.num_workers, run.seed)
             sampler = TrainingShard(dataset, rank, world, run.seed)
             if len(sampler) < batch_size:
                 raise ConfigError(
@@ -136,7 +135,8 @@ class RunnerUniAdapter(RunnerBase):
                 )
         else:
             sections = self.config.datasets_cfg.values()
-            items = EvaluationItems(dataset, monitor, any(s.get("allow_missing") for s in sections))
+            allow_missing = any(section.get("allow_missing") for section in sections)
+            items = EvaluationItems(dataset, run.num_workers, allow_missing)
             # LAVIS's own retrieval models score what their loader yields as if it were the gallery.
             scores_its_loader = hasattr(self._model, "compute_sim_matrix") and not isinstance(
                 self._model, BlipUniAdapterRetrieval
@@ -187,7 +187,6 @@ class RunnerUniAdapter(RunnerBase):
         progress = EpochProgress(epoch=0)
         if self.resume_ckpt_path is not None:
             progress = training_state.restore(self, self.resume_ckpt_path)
-            self._copy_best(Path(self.resume_ckpt_path).resolve().parent)
         self._begin_log(progress.epoch)
         while progress.epoch < self.max_epoch:
             progress = self._train_and_validate(progress)
@@ -298,15 +297,6 @@ class RunnerUniAdapter(RunnerBase):
             metrics |= {f"{split}_{k}": v for k, v in values.items() if k != "agg_metrics"}
         self._model.save_adapter(self.output_dir / name, metrics)
 
-    @main_process
-    def _copy_best(self, source: Path) -> None:
-        """Copy the best epoch of a resumed run from its folder: this run may not improve on it."""
-        here = self.output_dir.resolve()
-        if source != here and (source / BEST).is_file():
-            shutil.copy2(source / BEST, here)
-        if source != here and (source / BEST_ADAPTER).is_dir():
-            shutil.copytree(source / BEST_ADAPTER, here / BEST_ADAPTER, dirs_exist_ok=True)
-
     # --- log ------------------------------------------------------------------------------------
 
     @property
@@ -315,14 +305,21 @@ class RunnerUniAdapter(RunnerBase):
 
     @main_process
     def _begin_log(self, epoch: int) -> None:
-        """Begin ``log.txt``; a resumed run keeps the lines of the epochs before this one."""
-        resumed = self.resume_ckpt_path is not None
-        lines = run_folders.logged(Path(self.resume_ckpt_path).parent) if resumed else []
-        kept = [
-            json.dumps(line) + "\n"
-            for line in lines
-            if any(key.endswith("_epoch") and number < epoch for key, number in line.items())
-        ]
+        """Begin ``log.txt``; a run that resumes at an epoch keeps the lines of those before it.
+
+        It also keeps the best epoch, on which it may not improve.
+        """
+        kept: list[str] = []
+        if self.resume_ckpt_path is not None and not self.evaluate_only:
+            source = Path(self.resume_ckpt_path).resolve().parent
+            for line in run_folders.logged(source):
+                if any(key.endswith("_epoch") and value < epoch for key, value in line.items()):
+                    kept.append(json.dumps(line) + "\n")
+            if source != self.output_dir.resolve() and (source / BEST).is_file():
+                shutil.copy2(source / BEST, self.output_dir)
+                if (source / BEST_ADAPTER).is_dir():
+                    there = self.output_dir / BEST_ADAPTER
+                    shutil.copytree(source / BEST_ADAPTER, there, dirs_exist_ok=True)
         (self.output_dir / run_folders.LOG).write_text("".join(kept))
 
 

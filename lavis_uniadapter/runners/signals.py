@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 # sysexits.h: a temporary failure, try again. Schedulers' requeue rules can tell it from an error.
 EXIT_INTERRUPTED = 75
@@ -29,7 +30,7 @@ class InterruptionWatch:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._raises = False
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptionWatch:
         if threading.current_thread() is threading.main_thread():

@@ -94,7 +94,7 @@ def _restore_rank(runner, content: Mapping[str, Any], path: str | Path) -> Epoch
         )
     if len(ranks) != world:
         logger.warning(
-            "'%s' has the random numbers of %d process(es), not of %d: they start anew.",
+            "'%s' has the random numbers of %d process(es), not of %d: new ones are used.",
             *(path, len(ranks), world),
         )
         return EpochProgress(content["epoch"] + 1)

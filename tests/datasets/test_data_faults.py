@@ -18,7 +18,7 @@ from tiny_runs import TRAIN, torchrun
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.loading import BatchLoader
-from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, file_of
+from lavis_uniadapter.datasets.reading import EvaluationItems, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics, retrieval_ranks
@@ -297,7 +297,7 @@ def test_questions_and_captions_count_what_is_missing_as_wrong(
     assert not any(item.get("correct") for item in missing)
 
 
-def test_only_who_can_score_it_may_allow_what_is_missing(run, tmp_path):
+def test_only_tasks_that_score_missing_items_allow_them(run, tmp_path):
     config = OmegaConf.load(TRAIN / "shapes_caption.yaml")
     config.run.task = "captioning"
     config.run.pop("selection_metric", None)
@@ -320,7 +320,7 @@ def test_an_unreadable_item_shows_another_file_and_keeps_its_record(run, clips):
     options, folder = clips
     runner = run("shapes_retrieval", *options, evaluate=True).runner
     dataset = runner.datasets["test"]
-    items = EvaluationItems(dataset, ReadingMonitor(0), allow_missing=True)
+    items = EvaluationItems(dataset, 0, allow_missing=True)
     before = [dict(record) for record in dataset.annotation]
     Path(file_of(dataset, 1)).unlink()
     (_, second), indices, unreadable = items.__getitems__([0, 1])
@@ -339,7 +339,7 @@ def test_an_unreadable_file_with_many_records_shows_another_file(run, clips, mon
     first = dataset.annotation[0]
     dataset.annotation[:] = [first] * (reading.MAX_REPLACEMENTS + 4) + dataset.annotation[1:]
     Path(file_of(dataset, 0)).unlink()
-    items = EvaluationItems(dataset, ReadingMonitor(0), allow_missing=True)
+    items = EvaluationItems(dataset, 0, allow_missing=True)
     (item,), _, (fault,) = items.__getitems__([0])
     assert fault.index == 0 and torch.equal(item["video"], shown)
 
@@ -353,7 +353,7 @@ def test_lavis_own_retrieval_task_may_not_leave_items_out(run, clips):
 
 @pytest.mark.processes
 def test_a_rank_without_data_ends_the_others_and_says_why(tmp_path, clips):
-    """Nobody waits for the process group's timeout, and the failing rank's error is told."""
+    """No rank waits for the process group's timeout; the failing rank prints its error."""
     options, folder = clips
     done = torchrun(
         2,

@@ -129,7 +129,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(run, spoil, scale):
     with pytest.raises(FloatingPointError, match="3 steps in a row"):
         run("shapes_retrieval", *options)
     noted = (Path("output/shapes_retrieval/one") / SKIPPED_STEPS).read_text().splitlines()
-    # at scales of 4 and 2 the scaler was to blame
+    # at scales of 4 and 2 the scale was the cause
     assert [json.loads(line)["step"] for line in noted] == [2, 3, 4]
 
 

@@ -1,4 +1,4 @@
-"""What a run computes in: chosen for the device, told, and kept."""
+"""What a run computes in: chosen for the device, reported, and kept."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def test_matrix_products_are_exact_unless_asked_otherwise(run):
         ({"matmul_precision": "high"}, "float32 (TF32)"),
     ],
 )
-def test_precision_is_told_by_name(run_cfg, expected):
+def test_precision_has_a_name(run_cfg, expected):
     default = {"device": "cuda", "amp": None, "matmul_precision": "highest"}
     assert describe(OmegaConf.create({**default, **run_cfg})) == expected

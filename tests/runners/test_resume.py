@@ -1,4 +1,4 @@
-"""Runs that are killed or interrupted go on as if they had not been."""
+"""Runs that are killed or interrupted resume as if they had not been."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_mid_epoch_resume_equals_not_stopping(run, whole, tuning, step, longer):
     assert logged(resumed) == log
 
 
-def test_a_gradient_scaler_goes_on_too(run, longer):
+def test_a_gradient_scaler_resumes_too(run, longer):
     options = (*longer, "run.amp=fp16", "run.test_splits=[]")
     whole = run("shapes_retrieval", *options, "run.job_id=whole")
     with at_step(8, raise_killed), pytest.raises(Killed):
@@ -137,7 +137,7 @@ def test_a_gradient_scaler_goes_on_too(run, longer):
     assert first_difference(ended(whole), ended(resumed)) is None
 
 
-def test_an_optimizer_that_was_not_fused_goes_on(run, tmp_path):
+def test_an_optimizer_that_was_not_fused_resumes(run, tmp_path):
     """As in checkpoints of LAVIS's runner and of earlier versions of this one."""
     options = ("run.test_splits=[]", "run.valid_splits=[]")
     folder = run("shapes_retrieval", *options, "run.max_epoch=1").output_dir
@@ -162,7 +162,7 @@ def test_the_last_two_states_are_kept(run, longer):
 
 
 @pytest.mark.parametrize("harm", ["cut", "emptied", "one byte"])
-def test_a_torn_checkpoint_is_put_aside_for_the_one_before(run, harm, caplog, longer):
+def test_a_torn_checkpoint_is_set_aside_for_the_one_before(run, harm, caplog, longer):
     options = (*longer, "run.job_id=torn", "run.resume=auto")
     whole = run("shapes_retrieval", *options)
     path = whole.output_dir / LATEST
@@ -197,8 +197,8 @@ def test_resume_auto_finds_the_unfinished_run(run, longer):
     resumed = run("shapes_retrieval", *options, "run.num_workers=0")
     assert resumed.output_dir.resolve() == folder.resolve()
     assert run_folders.is_finished(folder)
-    anew = run("shapes_retrieval", *options)
-    assert anew.output_dir.name not in (folder.name, other.output_dir.name)
+    third = run("shapes_retrieval", *options)
+    assert third.output_dir.name not in (folder.name, other.output_dir.name)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(run):
@@ -208,7 +208,7 @@ def test_a_folder_with_a_run_is_not_overwritten(run):
     with pytest.raises(ConfigError, match="holds a run already. Set run.resume=auto"):
         run("shapes_retrieval", *options)
     assert (folder / LATEST).read_bytes() == before
-    # a finished run that goes on has nothing to train
+    # a finished run that is resumed has nothing to train
     again = run("shapes_retrieval", *options, "run.resume=auto")
     assert again.output_dir == folder
 
@@ -362,7 +362,7 @@ def run_lavis_blip(run, tmp_path, monkeypatch, build_model, small_med_config):
 
 
 @pytest.mark.parametrize("model", ["ours", "LAVIS's own"])
-def test_a_checkpoint_of_lavis_own_runner_goes_on(run, run_lavis_blip, tmp_path, model, caplog):
+def test_a_checkpoint_of_lavis_own_runner_resumes(run, run_lavis_blip, tmp_path, model, caplog):
     def train(*options):
         if model == "LAVIS's own":
             return run_lavis_blip(*options)
@@ -373,7 +373,7 @@ def test_a_checkpoint_of_lavis_own_runner_goes_on(run, run_lavis_blip, tmp_path,
     torch.save(as_lavis_saves(first.runner, epoch=0), path)
     with caplog.at_level("WARNING"):
         resumed = train(f"run.resume_ckpt_path={path}", "run.max_epoch=2")
-    assert "start anew" in caplog.text
+    assert "new ones are used" in caplog.text
     assert ("no momentum encoders" in caplog.text) == (model == "LAVIS's own")
     log = (resumed.output_dir / "log.txt").read_text().splitlines()
     assert [json.loads(line)["train_epoch"] for line in log] == [1]

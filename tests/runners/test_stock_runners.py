@@ -138,7 +138,7 @@ def interrupted(monkeypatch):
 
 
 @pytest.mark.parametrize(("job_id", "valid_splits"), [("", "[val]"), ("named", "[]")])
-def test_resume_auto_goes_on_from_what_lavis_saved(stock, interrupted, job_id, valid_splits):
+def test_resume_auto_continues_from_what_lavis_saved(stock, interrupted, job_id, valid_splits):
     options = (f"run.valid_splits={valid_splits}", f"run.job_id={job_id}", "run.resume=auto")
     with pytest.raises(KeyboardInterrupt):
         stock("shapes_retrieval", *options)
@@ -154,7 +154,7 @@ def test_resume_auto_goes_on_from_what_lavis_saved(stock, interrupted, job_id, v
     assert steps_in(folder / ended) == 6
 
 
-def test_checkpoints_go_on_in_either_runner(stock, run):
+def test_checkpoints_resume_in_either_runner(stock, run):
     options = ("run.valid_splits=[]", "run.test_splits=[]")
     first = run("shapes_retrieval", *options, "run.max_epoch=1")
     for number, (start, name) in enumerate(
@@ -165,7 +165,7 @@ def test_checkpoints_go_on_in_either_runner(stock, run):
         assert steps_in(resumed.output_dir / name) == 6
 
 
-def test_a_checkpoint_without_its_queue_goes_on_in_neither_runner(stock, run):
+def test_a_checkpoint_without_its_queue_resumes_in_neither_runner(stock, run):
     path = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]").output_dir / BEST
     content = run_checkpoints.read(path)
     del content["model"]["queue_ptr"]
