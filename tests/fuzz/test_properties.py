@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules)
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema import Evaluation
-from lavis_uniadapter.datasets.sampling import TrainingShard
+from lavis_uniadapter.datasets.loading import TrainingShard
 from lavis_uniadapter.evaluation import two_stage
 from lavis_uniadapter.evaluation.ranking_metrics import (
     query_ranks,

@@ -1,4 +1,4 @@
-"""What an annotation, an archive or a checkpoint of a stranger's cannot do."""
+"""What a foreign annotation, archive or checkpoint cannot do."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ BELOW = ["a.mp4", "part/a.mp4", "part/../a.mp4", "./a.mp4", "..a.mp4", "a..b/..c
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_names_that_lead_out_are_recognised(name):
+def test_names_that_escape_are_recognised(name):
     assert escapes_root(name)
 
 
 @pytest.mark.parametrize("name", BELOW)
-def test_names_that_stay_below_are_let_through(name):
+def test_names_below_the_folder_are_accepted(name):
     assert not escapes_root(name)
 
 
 @given(st.lists(st.sampled_from(["..", ".", "a", "b", "", "a..", "C:", "\\"])).map("/".join))
-def test_just_what_stays_below_is_let_through(name):
+def test_only_what_stays_below_is_accepted(name):
     joined = os.path.normpath(os.path.join("/data/videos", name))
     stays = joined == "/data/videos" or joined.startswith("/data/videos/")
     if not escapes_root(name):
@@ -97,7 +97,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_lavis_annotations_do_not_lead_out_of_the_folder(folder, name):
+def test_lavis_annotations_cannot_escape_the_folder(folder, name):
     builder = registry.get_builder_class("msrvtt_retrieval")(config_of(folder, ["a.mp4", name]))
     with pytest.raises(DatasetError) as caught:
         check_annotations(builder)
@@ -105,7 +105,7 @@ def test_lavis_annotations_do_not_lead_out_of_the_folder(folder, name):
     assert expected in str(caught.value)
 
 
-def test_what_leads_out_of_a_built_dataset_is_named_and_not_opened(folder, monkeypatch):
+def test_what_escapes_from_a_built_dataset_is_named_and_not_opened(folder, monkeypatch):
     config_of(folder, ["a.mp4", "../secret.mp4", str(folder / "videos/a.mp4")])
     dataset = VideoRetrievalEvalDataset(
         BaseProcessor(), BaseProcessor(), str(folder / "videos"), [str(folder / "val.json")]
@@ -119,14 +119,14 @@ def test_what_leads_out_of_a_built_dataset_is_named_and_not_opened(folder, monke
     assert opened == [str(folder / "videos/a.mp4")]
 
 
-def test_links_of_the_user_lead_where_they_lead(folder):
+def test_symbolic_links_are_followed(folder):
     (folder / "videos/link.mp4").symlink_to(folder / "secret.mp4")
     builder = registry.get_builder_class("msrvtt_retrieval")(config_of(folder, ["link.mp4"]))
     check_annotations(builder)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_own_records_do_not_lead_out_of_the_folder(folder, name):
+def test_own_records_cannot_escape_the_folder(folder, name):
     path = folder / "train.jsonl"
     path.write_text(
         "".join(json.dumps({"video": n, "caption": "x"}) + "\n" for n in ("a.mp4", name))
@@ -332,7 +332,7 @@ def test_dangers_are_recognised(source):
         "torch.compile(model)",
     ],
 )
-def test_what_is_safe_is_let_through(source):
+def test_safe_calls_are_accepted(source):
     assert not list(dangers(source))
 
 

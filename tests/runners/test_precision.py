@@ -1,4 +1,4 @@
-"""What a run computes in: chosen for the device, told, and kept."""
+"""What a run computes in: chosen for the device, reported, and kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_uniadapter.runners import resuming, run_folders
+from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.precision import choose_amp, describe
 
 
@@ -55,7 +55,7 @@ def test_auto_is_kept_as_what_was_used(run, processor, caplog):
     assert config["run"]["amp"] == "bf16"
 
     (folder / run_folders.SUMMARY).unlink()  # as if it had been stopped
-    assert resuming.find_unfinished_run(folder.parent, config) == folder.name
+    assert run_folders.find_unfinished_run(folder.parent, config) == folder
     processor()
     with caplog.at_level("INFO"):
         other = run("shapes_retrieval", *options, "run.resume=auto")
@@ -80,6 +80,6 @@ def test_matrix_products_are_exact_unless_asked_otherwise(run):
         ({"matmul_precision": "high"}, "float32 (TF32)"),
     ],
 )
-def test_precision_is_told_by_name(run_cfg, expected):
+def test_precision_has_a_name(run_cfg, expected):
     default = {"device": "cuda", "amp": None, "matmul_precision": "highest"}
     assert describe(OmegaConf.create({**default, **run_cfg})) == expected
