@@ -1,4 +1,4 @@
-"""Run by test_training_step.py under torchrun: each rank holds one item of a batch of two.
+"""Run by models/test_training_step.py under torchrun: each rank holds one item of a batch of two.
 
 Arguments: a model file (torch.save of configuration and state), and where to write the result.
 """

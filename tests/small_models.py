@@ -9,6 +9,11 @@ RETRIEVAL, VQA, CAPTION = MODELS = (
     "blip_uniadapter_vqa",
     "blip_uniadapter_caption",
 )
+TYPES = {
+    RETRIEVAL: ("coco", "flickr", "msrvtt", "didemo", "shapes"),
+    VQA: ("vqav2", "msrvtt_qa", "msvd_qa", "shapes"),
+    CAPTION: ("coco", "msrvtt", "msvd", "shapes"),
+}
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 WORDS = ["a red circle", "a blue star on the left"]
 

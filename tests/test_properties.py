@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from gallery import Gallery
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from test_lavis_parity import Gallery
 from test_two_stage import build_selective
 from torch.utils.data import DataLoader
 

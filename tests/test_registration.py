@@ -9,7 +9,7 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from lavis.models import load_model_and_preprocess, model_zoo
-from test_starting_points import TYPES
+from small_models import TYPES
 
 
 def test_model_zoo_lists_the_types():

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
+from gallery import Gallery
 from lavis.tasks.retrieval import RetrievalTask
 from omegaconf import OmegaConf
 from small_models import perturb
-from test_lavis_parity import Gallery
 from torch.utils.data import DataLoader
 
 from lavis_uniadapter.common.errors import ConfigError

@@ -109,7 +109,7 @@ def test_negatives_from_other_ranks_equal_those_of_one_batch(
         {"config": OmegaConf.to_container(config), "state": model.state_dict(), **batch},
         tmp_path / "model.pth",
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),

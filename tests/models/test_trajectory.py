@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from golden_cases import Case, GivenTokens, assert_close
 from lavis.tasks import setup_task
-from test_golden import Case, GivenTokens, assert_close
 from tiny_runs import TRAIN
 
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours

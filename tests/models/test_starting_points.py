@@ -18,6 +18,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
+from small_models import TYPES, VIT
 
 from lavis_uniadapter.backbone import (
     build_text_decoder,
@@ -28,7 +29,6 @@ from lavis_uniadapter.common.errors import CheckpointError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.models import TunedBlip
 
-VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 TOKENIZER = "configs/tokenizers/shapes"
 TASKS = ("retrieval", "vqa", "caption")
 HEADS = ["temp"] + [
@@ -36,11 +36,6 @@ HEADS = ["temp"] + [
     for head in ("vision_proj", "text_proj", "itm_head")
     for leaf in ("weight", "bias")
 ]
-TYPES = {
-    "blip_uniadapter_retrieval": ("coco", "flickr", "msrvtt", "didemo", "shapes"),
-    "blip_uniadapter_vqa": ("vqav2", "msrvtt_qa", "msvd_qa", "shapes"),
-    "blip_uniadapter_caption": ("coco", "msrvtt", "msvd", "shapes"),
-}
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_golden import Case, assert_close
+from golden_cases import Case, assert_close
 from transformers import BatchEncoding
 
 from lavis_uniadapter.backbone import build_text_decoder
