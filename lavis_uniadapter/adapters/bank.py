@@ -13,33 +13,23 @@ from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
 class AdapterSet(nn.Module):
-    """Everything that one tuned task owns: adapters by layer, key/value adapters, heads.
+    """All that one tuned task owns: adapters by layer, key/value adapters, heads.
 
     A tuning method is a subclass with a ``build``. A method that adds modules beside the FFNs
-    overrides ``layer``; one that changes modules of the backbone fills ``deltas``.
-
-    Args:
-        heads: the modules that are trained whole, by their names in the model.
-        config: of the tuning method.
-        geometry: of the backbone.
-
-    Attributes:
-        KIND: name of the parameters that are neither heads nor key/value adapters.
-        frame_aware: whether matching weighs the frames of a video (PFA) while this set is active.
-        key_value: adapters of cross-attention's keys and values, by name of the text encoder.
-        deltas: changes by ``delta_key`` of the module they change. A delta maps the module's input
-            and output to a new output; its ``fold_into`` changes the module itself to that effect.
+    overrides ``layer``. One that changes modules of the backbone fills ``deltas``, by the
+    ``delta_key`` of the module: a delta maps the module's input and output to a new output, and its
+    ``fold_into`` changes the module itself to that effect.
     """
 
-    KIND = "adapters"
-    frame_aware = False
+    KIND = "adapters"  # name of the parameters that are neither heads nor key/value adapters
+    frame_aware = False  # whether matching weighs the frames of a video (PFA)
 
     def __init__(
         self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
     ):
         super().__init__()
-        self.heads = nn.ModuleDict(heads)
-        self.key_value = nn.ModuleDict()
+        self.heads = nn.ModuleDict(heads)  # trained whole, by their names in the model
+        self.key_value = nn.ModuleDict()  # by name of the text encoder
         self.deltas = nn.ModuleDict()
         self.build(config, geometry)
 
@@ -71,22 +61,19 @@ def delta_path(key: str) -> str:
 class AdapterBank(nn.ModuleDict):
     """Adapter sets by name, one of them active.
 
-    Layers of the backbone look up what they compute with here, each time they run, through bound
-    methods of the bank. Which set is active is a property of the whole model: threads may share
-    it, but must not change or disable it while another computes.
+    Layers of the backbone look up what they compute with here, each time they run. Which set is
+    active is a property of the whole model: threads may share it, but must not change or disable it
+    while another computes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
 
-    def __getitem__(self, name: str) -> AdapterSet:
-        self._require(name)
-        return super().__getitem__(name)
-
-    def _require(self, name: str) -> None:
+    def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
+        return super().__getitem__(name)
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
         """Add a set; the first becomes active.
@@ -104,12 +91,12 @@ class AdapterBank(nn.ModuleDict):
 
     def activate(self, name: str) -> None:
         """Make a set the active one; KeyError if there is no such set."""
-        self._require(name)
+        self[name]
         self.active = name
 
     @property
     def active_set(self) -> AdapterSet | None:
-        return None if self.active is None else getattr(self, self.active)
+        return None if self.active is None else self[self.active]
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -120,7 +107,7 @@ class AdapterBank(nn.ModuleDict):
         finally:
             self.active = before
 
-    # --- what layers of the backbone look up ------------------------------------------------------
+    # --- what the backbone looks up -------------------------------------------------------------
 
     def layer(self, encoder: str, index: int) -> nn.Module | None:
         """The active adapter of a layer; see ``AdapterSet.layer``."""
@@ -130,9 +117,8 @@ class AdapterBank(nn.ModuleDict):
     def key_value(self, encoder: str) -> nn.Module | None:
         """The active key/value adapter of a text encoder, by its name."""
         active = self.active_set
-        if active is None or encoder not in active.key_value:
-            return None
-        return active.key_value[encoder]
+        has_one = active is not None and encoder in active.key_value
+        return active.key_value[encoder] if has_one else None
 
     def delta(self, key: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Apply the active set's delta of a module, as the module's forward hook."""

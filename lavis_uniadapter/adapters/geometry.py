@@ -1,4 +1,4 @@
-"""What a tuning method knows of a backbone: its sizes, and where its matrices and biases are."""
+"""What a tuning method knows of a backbone: its sizes and its modules."""
 
 from __future__ import annotations
 
@@ -8,36 +8,26 @@ from typing import NamedTuple
 from torch import nn
 
 
-class LinearSite(NamedTuple):
-    """A matrix of the backbone that a method may change.
+class Site(NamedTuple):
+    """A module of the backbone that a method may change.
 
     Attributes:
-        path: of the ``nn.Linear`` in the model.
-        role: query, key, value, attention_output, ffn_in or ffn_out.
-        in_width: of its input.
-        rows: the rows of its weight that compute this role (LAVIS's ViT has query, key and value
-            in one matrix).
+        roles: what equal parts of its output are (LAVIS's ViT has query, key and value in one):
+            query, key, value, attention_output, ffn_in, ffn_out or word_transform.
     """
 
-    path: str
-    role: str
-    in_width: int
-    rows: range
+    module: nn.Module
+    roles: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BackboneGeometry:
-    """The sizes of a backbone that adapters must fit.
+    """The backbone that adapters must fit.
 
     Attributes:
-        visual_width, visual_depth: of the visual encoder.
-        text_width, text_depth: of the text encoder.
-        memory_widths: width of the states that each encoder with cross-attention attends to, by
-            the encoder's name in the model.
+        memory_widths: width of what each encoder with cross-attention attends to, by its name.
         text_mode: whether the model ever encodes text alone.
-        linears: the matrices of all layers.
-        biases: shape of each bias as it is added to its module's output, by the module's path.
-        output_layers: the modules before the vocabulary of a model that generates, by path.
+        sites: the modules of all encoders, and the transform before the vocabulary, by path.
     """
 
     visual_width: int
@@ -46,6 +36,4 @@ class BackboneGeometry:
     text_depth: int
     memory_widths: dict[str, int] = field(default_factory=dict)
     text_mode: bool = True
-    linears: tuple[LinearSite, ...] = ()
-    biases: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    output_layers: dict[str, nn.Module] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)

@@ -33,6 +33,6 @@ class LinearSet(AdapterSet):
     KIND = "layer before the vocabulary"
 
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
-        if not self.heads:
-            for path, module in geometry.output_layers.items():
+        for path, (module, roles) in geometry.sites.items():
+            if roles == ("word_transform",) and not self.heads:
                 self.deltas[delta_key(path)] = Replacement(module)

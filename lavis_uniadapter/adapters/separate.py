@@ -1,7 +1,7 @@
 """Separate adapters: a bottleneck of its own for each modality, nothing shared.
 
-The baseline that the paper measures UniAdapter's sharing against (arXiv 2302.06605, section 4):
-no query residual, no norm in the cross-modal branch, no key/value adapter.
+The baseline of arXiv 2302.06605, section 4: no query residual, no norm in the cross-modal branch,
+no key/value adapter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
 from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
+NOTHING_SHARED = {
+    **{"share": "none", "reuse_textual_up": False},
+    **{"query_residual": False, "kv_bottleneck": 0},
+}
+
 
 class SeparateAdapterSet(UniAdapterSet):
     """A bottleneck of its own for each modality (``tuning: adapter``)."""
@@ -17,11 +22,4 @@ class SeparateAdapterSet(UniAdapterSet):
     norm_cross_modal = False
 
     def build(self, config: BottleneckConfig, geometry: BackboneGeometry) -> None:
-        nothing_shared = AdapterConfig(
-            **config.model_dump(),
-            share="none",
-            reuse_textual_up=False,
-            query_residual=False,
-            kv_bottleneck=0,
-        )
-        super().build(nothing_shared, geometry)
+        super().build(AdapterConfig(**config.model_dump(), **NOTHING_SHARED), geometry)

@@ -13,7 +13,6 @@ In cross-modal mode a layer adds ``textual`` of its self-attention's output, the
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
 
@@ -30,9 +29,7 @@ class UniAdapter(nn.Module):
     """The adapter of one layer (or of a visual and a textual layer of equal width).
 
     Args:
-        width: width of the hidden states.
-        config: bottleneck, scale, and what the branches share.
-        branches: which of ``visual``, ``textual`` and ``cross_modal`` this layer computes.
+        branches: which of ``visual``, ``textual`` and ``cross_modal`` it computes.
         norm_cross_modal: whether the cross-modal branch ends in a LayerNorm.
     """
 
@@ -48,18 +45,20 @@ class UniAdapter(nn.Module):
         self.branches = tuple(branches)
         self.query_residual = config.query_residual
         share_down, share_up = config.share in ("down", "all"), config.share in ("up", "all")
-        has_cross_modal = "cross_modal" in branches
         # A shared up-projection is W_c and W_t at once, so there is nothing to reuse.
         self.reuses_textual_up = (
-            has_cross_modal and config.textual and config.reuse_textual_up and not share_up
+            "cross_modal" in branches
+            and config.textual
+            and config.reuse_textual_up
+            and not share_up
         )
         ups = dict.fromkeys([*branches, *(["textual"] if self.reuses_textual_up else [])])
         self.norm_in = PerBranch(lambda: nn.LayerNorm(width), branches, share_down)
         self.down = PerBranch(lambda: nn.Linear(width, config.bottleneck), branches, share_down)
         self.dropout = nn.Dropout(config.dropout)
         self.up = PerBranch(lambda: nn.Linear(config.bottleneck, width), ups, share_up)
-        with_norm = has_cross_modal and norm_cross_modal
-        self.norm_cross_modal = nn.LayerNorm(width) if with_norm else None
+        has_norm = norm_cross_modal and "cross_modal" in branches
+        self.norm_cross_modal = nn.LayerNorm(width) if has_norm else nn.Identity()
 
     def forward(self, x: Tensor, branch: str) -> Tensor:
         """One branch for states (batch, tokens, width)."""
@@ -68,29 +67,29 @@ class UniAdapter(nn.Module):
         if branch == "cross_modal":
             if self.reuses_textual_up:
                 up = up + self.up(h, "textual")
-            if self.norm_cross_modal is not None:
-                up = self.norm_cross_modal(up)
+            up = self.norm_cross_modal(up)
         return self.scale * up
 
     def visual(self, x: Tensor) -> Tensor:
         """What a ViT block adds beside its FFN."""
         return self(x, "visual")
 
-    def textual(self, x: Tensor) -> Tensor | None:
-        """What a BERT layer adds beside its FFN in text mode; None without this branch."""
-        return self(x, "textual") if "textual" in self.branches else None
+    def textual(self, a: Tensor) -> Tensor | int:
+        """What a BERT layer adds beside its FFN in text mode; 0 without this branch.
 
-    def cross_modal(self, after_self: Tensor, after_cross: Tensor) -> Tensor | None:
+        Args:
+            a: output of its self-attention.
+        """
+        return self(a, "textual") if "textual" in self.branches else 0
+
+    def cross_modal(self, a: Tensor, c: Tensor) -> Tensor | int:
         """What a BERT layer adds beside its FFN in cross-modal mode.
 
         Args:
-            after_self, after_cross: outputs of its self-attention and of its cross-attention.
+            a, c: outputs of its self-attention and of its cross-attention.
         """
-        residual = self.textual(after_self) if self.query_residual else None
-        if "cross_modal" not in self.branches:
-            return residual
-        cross = self(after_cross, "cross_modal")
-        return cross if residual is None else residual + cross
+        residual = self.textual(a) if self.query_residual else 0
+        return residual + (self(c, "cross_modal") if "cross_modal" in self.branches else 0)
 
     def init_weights(self, init: str, zero_textual_up: bool) -> None:
         """Draw the initial weights. Norms keep weight 1 and bias 0, biases are 0.
@@ -100,18 +99,19 @@ class UniAdapter(nn.Module):
             zero_textual_up: with ``released``, start as the retrieval script of the authors' code
                 does (W_down uniform, W_t zero), or else as its VQA script does (all normal).
         """
-        released, norm = init == "released", self.norm_cross_modal
+        released = init == "released"
+        has_norm = isinstance(self.norm_cross_modal, nn.LayerNorm)
         for down in self.down.values():
             (normal if released and not zero_textual_up else uniform)(down)
         for branch, up in self.up.items():
-            # The norm of the cross-modal branch must not see zeros, where its gradient is
-            # 1/sqrt(eps): "identity" makes that branch zero through the gain of the norm.
             if released:
                 (zero if branch == "textual" and zero_textual_up else normal)(up)
             else:
-                (uniform if branch == "cross_modal" and norm is not None else zero)(up)
-        if norm is not None and not released:
-            zero(norm)
+                # The norm of the cross-modal branch must not see zeros, where its gradient is
+                # 1/sqrt(eps): that branch is made zero through the gain of the norm.
+                (uniform if branch == "cross_modal" and has_norm else zero)(up)
+        if has_norm and not released:
+            zero(self.norm_cross_modal)
 
 
 class PerBranch(nn.ModuleDict):
@@ -143,11 +143,10 @@ class LinearBottleneck(nn.Module):
 
 
 class KeyValueAdapter(nn.Module):
-    """Adapter of the cross-attention's keys and values, one for all layers.
+    """What is added to the keys and to the values of every cross-attention.
 
-    It is in the authors' released code and not in the paper. Applied to the states ``m`` of shape
-    (batch, tokens, in_width) that cross-attention attends to, its two outputs, of shape
-    (batch, tokens, out_width), are added to the keys and to the values of every layer.
+    It is in the authors' released code and not in the paper. Its input are the states that
+    cross-attention attends to, (batch, tokens, in_width); its outputs are as wide as the text.
     """
 
     def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
@@ -170,27 +169,18 @@ class UniAdapterSet(AdapterSet):
 
     def build(self, config: AdapterConfig, geometry: BackboneGeometry) -> None:
         self.frame_aware = config.frame_aware
-        visual_depth = geometry.visual_depth if config.visual else 0
-        text_depth = geometry.text_depth if config.textual or config.cross_modal else 0
         # Without text mode and the query residual nothing computes the textual branch, and its
         # parameters would never get a gradient.
         has_textual = config.textual and (geometry.text_mode or config.query_residual)
         text = ("textual",) * has_textual + ("cross_modal",) * config.cross_modal
-        visual_layers, text_layers = [("visual",)] * visual_depth, [text] * text_depth
-        if geometry.visual_width == geometry.text_width:
-            both = itertools.zip_longest(visual_layers, text_layers, fillvalue=())
-            layers = [(geometry.text_width, of_vision + of_text) for of_vision, of_text in both]
-            first_text = 0
-        else:
-            layers = [(geometry.visual_width, of_vision) for of_vision in visual_layers]
-            layers += [(geometry.text_width, of_text) for of_text in text_layers]
-            first_text = visual_depth
-        self._places = {
-            "visual": range(visual_depth),
-            "text": range(first_text, first_text + text_depth),
-        }
+        visual_depth = geometry.visual_depth if config.visual else 0
+        first = 0 if geometry.visual_width == geometry.text_width else visual_depth
+        end = first + (geometry.text_depth if config.textual or config.cross_modal else 0)
+        self._places = {"visual": range(visual_depth), "text": range(first, end)}
         self.layers = nn.ModuleList()
-        for width, branches in layers:
+        for i in range(max(visual_depth, end)):
+            width = geometry.visual_width if i < visual_depth else geometry.text_width
+            branches = ("visual",) * (i < visual_depth) + text * (first <= i < end)
             layer = UniAdapter(width, config, branches, self.norm_cross_modal)
             # The authors' retrieval script zeroes W_t again, their VQA script does not. Captioning,
             # which they have not released, has a decoder like VQA's.

@@ -6,32 +6,21 @@ added or renamed, so state-dict keys stay LAVIS's and any BLIP checkpoint loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
-from lavis.models.med import (
-    BertEncoder,
-    BertLayer,
-    BertSelfAttention,
-    XBertEncoder,
-    XBertLMHeadDecoder,
-)
+from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention
 from lavis.models.vit import Attention, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavis_uniadapter.adapters.bank import AdapterSet, delta_path
-from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
-from lavis_uniadapter.backbone.text import (
-    AdaptedBertEncoder,
-    AdaptedBertLayer,
-    AdaptedXBertEncoder,
-    SdpaCrossAttention,
-)
+from lavis_uniadapter.adapters.geometry import BackboneGeometry, Site
+from lavis_uniadapter.backbone.text import AdaptedBertEncoder, AdaptedBertLayer, SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
-# What the matrices of a layer compute, by the ends of their paths in vit.py and med.py.
-LINEAR_ROLES = {
+ENCODERS = ("visual_encoder.", "text_encoder.", "text_decoder.bert.")
+# What modules compute, by the ends of their paths in vit.py and med.py.
+ROLES = {
     "attn.qkv": ("query", "key", "value"),  # one matrix in LAVIS's ViT
     "attn.proj": ("attention_output",),
     "mlp.fc1": ("ffn_in",),
@@ -42,6 +31,7 @@ LINEAR_ROLES = {
     "attention.output.dense": ("attention_output",),  # of cross-attention as well
     "intermediate.dense": ("ffn_in",),
     "output.dense": ("ffn_out",),
+    "cls.predictions.transform": ("word_transform",),
 }
 
 
@@ -49,9 +39,11 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
     """What a tuning method knows of a TunedBlip's encoders; its text encoders are equally deep."""
     configs = {name: encoder.config for name, encoder in model.text_encoders().items()}
     first = next(iter(configs.values()))
-    paths = {module: path for path, module in model.named_modules()}
-    encoders = (model.visual_encoder, *model.text_encoders().values())
-    modules = {paths[module]: module for encoder in encoders for module in encoder.modules()}
+    sites = {}
+    for path, module in model.named_modules():
+        roles = next((roles for end, roles in ROLES.items() if path.endswith(end)), ())
+        if path.startswith(ENCODERS) or roles == ("word_transform",):
+            sites[path] = Site(module, roles)
     return BackboneGeometry(
         visual_width=model.visual_encoder.embed_dim,
         visual_depth=len(model.visual_encoder.blocks),
@@ -59,26 +51,8 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
         text_mode=model.TEXT_MODE,
-        linears=tuple(site for path, m in modules.items() for site in _linear_sites(path, m)),
-        biases={
-            # A bias of keys adds the same to all logits of a query and cannot matter.
-            path: (len(m.bias), 1, 1) if isinstance(m, nn.Conv2d) else (len(m.bias),)
-            for path, m in modules.items()
-            if getattr(m, "bias", None) is not None and not path.endswith("self.key")
-        },
-        output_layers={
-            f"{path}.cls.predictions.transform": m.cls.predictions.transform
-            for m, path in paths.items()
-            if isinstance(m, XBertLMHeadDecoder)
-        },
+        sites=sites,
     )
-
-
-def _linear_sites(path: str, module: nn.Module) -> Iterator[LinearSite]:
-    roles = next((roles for end, roles in LINEAR_ROLES.items() if path.endswith(end)), ())
-    for i, role in enumerate(roles):
-        rows = module.out_features // len(roles)
-        yield LinearSite(path, role, module.in_features, range(i * rows, (i + 1) * rows))
 
 
 def attach_adapters(
@@ -106,8 +80,6 @@ def attach_adapters(
     for block in blocks:
         _swap_class(block.attn, Attention, SdpaAttention)
     for name, text_encoder in model.text_encoders().items():
-        if type(text_encoder) is XBertEncoder:
-            text_encoder.__class__ = AdaptedXBertEncoder
         encoder = text_encoder.encoder
         _swap_class(encoder, BertEncoder, AdaptedBertEncoder)
         encoder.key_value_adapter = partial(model.adapters.key_value, name)

@@ -13,12 +13,13 @@ from transformers.models.bert.configuration_bert import BertConfig
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
 from lavis_uniadapter.common.errors import ConfigError
 
+# LAVIS applies stochastic depth to its large ViT alone (lavis.models.vit).
 VIT_SIZES = {
     "base": dict(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4),
-    "large": dict(width=1024, depth=24, num_heads=16, patch_size=16, mlp_ratio=4),
+    "large": dict(
+        width=1024, depth=24, num_heads=16, patch_size=16, mlp_ratio=4, drop_path_rate=0.1
+    ),
 }
-# LAVIS applies stochastic depth to its large ViT (lavis.models.vit, from_config).
-DROP_PATH = {"base": 0.0, "large": 0.1, "custom": 0.0}
 
 
 def build_visual_encoder(
@@ -29,12 +30,12 @@ def build_visual_encoder(
     Args:
         vit_type: ``base``, ``large`` or ``custom``.
         image_size: side of a frame, pixels.
-        vit: for ``custom``: width, depth, num_heads, patch_size, mlp_ratio; and, if LAVIS's 0.02
-            is too little for a small ViT trained from scratch to tell places apart,
-            pos_embed_std, with which the positional embedding is drawn.
+        vit: the section ``model.vit``, for ``custom``. A small ViT trained from scratch may need a
+            larger ``pos_embed_std`` than LAVIS's 0.02 to tell places apart.
         drop_path_rate: stochastic depth; None for what LAVIS uses at this size.
     """
     size = VIT_SIZES.get(vit_type, vit)
+    default_rate = size.get("drop_path_rate", 0.0)
     encoder = VisionTransformerEncoder(
         img_size=image_size,
         patch_size=size["patch_size"],
@@ -42,7 +43,7 @@ def build_visual_encoder(
         depth=size["depth"],
         num_heads=size["num_heads"],
         mlp_ratio=size["mlp_ratio"],
-        drop_path_rate=DROP_PATH[vit_type] if drop_path_rate is None else drop_path_rate,
+        drop_path_rate=default_rate if drop_path_rate is None else drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     if size.get("pos_embed_std") is not None:
@@ -61,34 +62,29 @@ def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBe
     Raises:
         ConfigError: if the file does not exist.
     """
-    config = _read_med_config(med_config)
-    config.encoder_width = encoder_width
+    config = _read_med_config(med_config, encoder_width)
     return XBertEncoder(config=config, add_pooling_layer=False)
 
 
 def build_text_decoder(
     med_config: dict | str | Path, encoder_width: int | None = None
 ) -> AdaptedLMHeadDecoder:
-    """LAVIS's text decoder (causal MED with a language modelling head).
+    """LAVIS's text decoder; see ``build_text_encoder``.
 
     Args:
-        encoder_width: width of what it attends to: visual tokens, or by default states as wide as
-            its own, such as a question's.
-
-    Raises: as build_text_encoder.
+        encoder_width: by default the decoder attends to states as wide as its own.
     """
-    config = _read_med_config(med_config)
-    config.encoder_width = encoder_width or config.hidden_size
-    return AdaptedLMHeadDecoder(config=config)
+    return AdaptedLMHeadDecoder(config=_read_med_config(med_config, encoder_width))
 
 
-def _read_med_config(med_config: dict | str | Path) -> BertConfig:
+def _read_med_config(med_config: dict | str | Path, encoder_width: int | None) -> BertConfig:
     if isinstance(med_config, dict):
         config = BertConfig.from_dict(med_config)
     elif Path(med_config).is_file():
         config = BertConfig.from_json_file(med_config)
     else:
         raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+    config.encoder_width = encoder_width or config.hidden_size
     config.add_cross_attention = True
     if not hasattr(config, "add_type_embeddings"):
         config.add_type_embeddings = False

@@ -27,11 +27,11 @@ class VisualFeatures:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """A batch of texts, tokenised and encoded without looking at anything visual.
+    """A batch of texts, encoded in text mode.
 
     Attributes:
         input_ids, attention_mask: (batch, length).
-        embeds: (batch, length, width); None where only matching is to follow.
+        embeds: (batch, length, width); None where only matching follows.
         feat: (batch, embed_dim) unit vectors.
     """
 
@@ -42,14 +42,10 @@ class TextFeatures:
 
 
 def visual_input(samples: Mapping[str, Any] | Tensor) -> Tensor:
-    """The images or videos of a batch.
-
-    Args:
-        samples: a tensor (batch, 3, H, W) or (batch, 3, frames, H, W), or a dict that holds it
-            as ``image`` or ``video``.
+    """The images or videos of a batch: a tensor, or the ``image`` or ``video`` of a dict.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: unless it is (batch, 3, H, W) or (batch, 3, frames, H, W).
     """
     x = samples if torch.is_tensor(samples) else samples.get("video", samples.get("image"))
     if x is None or x.ndim not in (4, 5) or x.shape[1] != 3:

@@ -10,34 +10,12 @@ from lavis.models.med import (
     BertLayer,
     BertOnlyMLMHead,
     BertSelfAttention,
-    XBertEncoder,
     XBertLMHeadDecoder,
 )
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
-
-
-class SdpaCrossAttention(BertSelfAttention):
-    """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
-
-    LAVIS's gradcam sets ``save_attention``; attention maps are materialised then.
-    """
-
-    def forward(
-        self, hidden_states, attention_mask, head_mask, encoder_hidden_states: VisualMemory, *unused
-    ):
-        memory = encoder_hidden_states
-        query = self.transpose_for_scores(self.query(hidden_states))
-        if self.save_attention:
-            probs, values = memory.attention_map(self, query)
-            self.save_attention_map(probs)
-            probs.register_hook(self.save_attn_gradients)
-            context = self.dropout(probs) @ values
-        else:
-            context = memory.attend(self, query, self.dropout.p if self.training else 0.0)
-        return context.transpose(1, 2).flatten(2), None
 
 
 class AdaptedBertLayer(BertLayer):
@@ -70,15 +48,35 @@ class AdaptedBertLayer(BertLayer):
         )
         adapter = self.adapter()
         if mode == "multimodal":
-            if encoder_hidden_states is None:
-                raise ValueError("Multimodal mode needs encoder_hidden_states, a VisualMemory.")
             c, _ = self.crossattention(a, attention_mask, head_mask, encoder_hidden_states)
             out = self.feed_forward_chunk(c)
-            delta = None if adapter is None else adapter.cross_modal(a, c)
+            if adapter is not None:
+                out = out + adapter.cross_modal(a, c)
         else:
             out = self.feed_forward_chunk(a)
-            delta = None if adapter is None else adapter.textual(a)
-        return (out if delta is None else out + delta, *attentions, present)
+            if adapter is not None:
+                out = out + adapter.textual(a)
+        return (out, *attentions, present)
+
+
+class SdpaCrossAttention(BertSelfAttention):
+    """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
+
+    LAVIS's gradcam sets ``save_attention``; attention maps are materialised then.
+    """
+
+    def forward(self, hidden_states, attention_mask, head_mask, memory: VisualMemory, *unused):
+        if memory is None:
+            raise ValueError("Multimodal mode needs encoder_hidden_states.")
+        query = self.transpose_for_scores(self.query(hidden_states))
+        if self.save_attention:
+            probs, values = memory.attention_map(self, query)
+            self.save_attention_map(probs)
+            probs.register_hook(self.save_attn_gradients)
+            context = self.dropout(probs) @ values
+        else:
+            context = memory.attend(self, query, self.dropout.p if self.training else 0.0)
+        return context.transpose(1, 2).flatten(2), None
 
 
 class AdaptedBertEncoder(BertEncoder):
@@ -104,24 +102,12 @@ class AdaptedBertEncoder(BertEncoder):
         encoder_attention_mask=None,
         **kwargs,
     ):
-        if torch.is_tensor(encoder_hidden_states):  # as LAVIS's own code passes them
-            encoder_hidden_states = self.project(encoder_hidden_states, encoder_attention_mask)
+        memory = encoder_hidden_states
+        if torch.is_tensor(memory):  # as LAVIS's own code passes states
+            memory = self.project(memory, encoder_attention_mask)
         return super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            head_mask=head_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
+            hidden_states, attention_mask, head_mask, memory, encoder_attention_mask, **kwargs
         )
-
-
-class AdaptedXBertEncoder(XBertEncoder):
-    """``lavis.models.med.XBertEncoder`` that can project its visual side ahead of any text."""
-
-    def project(self, visual_embeds: Tensor) -> VisualMemory:
-        """Visual memory of (visuals, tokens, width) embeddings, key/value adapter included."""
-        return self.encoder.project(visual_embeds)
 
 
 class WordScores(BertOnlyMLMHead):
@@ -155,11 +141,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
         return False
 
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> VisualMemory:
-        """Memory of (items, tokens, width) states, key/value adapter included.
-
-        Args:
-            attention_mask: (items, tokens) ones where there is something to attend to.
-        """
+        """Memory of (items, tokens, width) states, of which (items, tokens) ones are attended."""
         mask = None if attention_mask is None else self.invert_attention_mask(attention_mask)
         return self.bert.encoder.project(states, mask)
 
@@ -170,8 +152,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
         """Beam search (``num_beams``) or sampling (``do_sample``), by transformers.
 
         Args:
-            prompt_ids: (items, prompt length), the same prompt for each.
-            memory: of the same items.
+            prompt_ids: (items, prompt length), the same prompt for each item of the memory.
             num_return_sequences: texts per item; beam search gives its best ones.
             options: of ``transformers.GenerationMixin.generate``.
 

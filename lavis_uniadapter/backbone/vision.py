@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 
 def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> Tensor:
-    """Encode images or videos, frame by frame.
-
-    Args:
-        visual: (batch, 3, H, W) images or (batch, 3, frames, H, W) videos.
+    """Encode (batch, 3, H, W) images or (batch, 3, frames, H, W) videos, frame by frame.
 
     Returns:
         (batch, frames, tokens, width); an image is a video of one frame.
@@ -54,5 +51,4 @@ class AdaptedBlock(Block):
         x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
         out = x + self.drop_path(self.mlp(self.norm2(x)))
         adapter = self.adapter()
-        delta = None if adapter is None else adapter.visual(x)
-        return out if delta is None else out + delta
+        return out if adapter is None else out + adapter.visual(x)

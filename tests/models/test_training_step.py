@@ -142,7 +142,7 @@ def test_key_value_adapter_keeps_bf16_and_its_scale(build_model, video_batch):
             adapter.key.scale.fill_(scale)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs += adapter(states.bfloat16())
-            memory = model.text_encoder.project(states)
+            memory = model.text_encoder.encoder.project(states)
         for keys, values in memory.projected.values():
             assert keys.dtype == values.dtype == torch.bfloat16
     assert {output.dtype for output in outputs} == {torch.bfloat16}
