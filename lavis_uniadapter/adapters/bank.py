@@ -114,11 +114,12 @@ class AdapterBank(nn.ModuleDict):
         active = self.active_set
         return None if active is None else active.layer(encoder, index)
 
-    def key_value(self, encoder: str) -> nn.Module | None:
-        """The active key/value adapter of a text encoder, by its name."""
+    def key_value(self, encoder: str) -> nn.ModuleDict | None:
+        """The active ``key`` and ``value`` adapters of a text encoder, by its name."""
         active = self.active_set
-        has_one = active is not None and encoder in active.key_value
-        return active.key_value[encoder] if has_one else None
+        if active is None or encoder not in active.key_value:
+            return None
+        return active.key_value[encoder]
 
     def delta(self, key: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """Apply the active set's delta of a module, as the module's forward hook."""

@@ -6,8 +6,7 @@ from lavis_uniadapter.adapters.bank import AdapterSet
 from lavis_uniadapter.adapters.bitfit import BitFitSet
 from lavis_uniadapter.adapters.linear import LinearSet
 from lavis_uniadapter.adapters.lora import LoraSet
-from lavis_uniadapter.adapters.separate import SeparateAdapterSet
-from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
+from lavis_uniadapter.adapters.uniadapter import SeparateAdapterSet, UniAdapterSet
 
 # All but "full" train a set beside a frozen backbone, and the set's copies of the model's heads.
 TUNING_METHODS: dict[str, type[AdapterSet] | None] = {

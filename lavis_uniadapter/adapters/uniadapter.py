@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lavis_uniadapter.adapters.bank import AdapterSet
 from lavis_uniadapter.adapters.geometry import BackboneGeometry
-from lavis_uniadapter.common.schema.methods import AdapterConfig
+from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
 
 class UniAdapter(nn.Module):
@@ -125,37 +125,25 @@ class PerBranch(nn.ModuleDict):
         return self["shared" if "shared" in self else branch](x)
 
 
-class LinearBottleneck(nn.Module):
-    """``scale (W_up (W_down m + b) + b)``: no activation, learnable scalar starting at 1."""
+class KeyValueAdapter(nn.Module):
+    """``scale (W_up (W_down m + b) + b)``, added to the keys or the values of every layer.
 
-    def __init__(self, in_width: int, out_width: int, bottleneck: int, init: str):
+    It is in the authors' released code and not in the paper. ``m`` are the states that
+    cross-attention attends to; ``scale`` is learned and starts at 1.
+    """
+
+    def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
         super().__init__()
-        self.down = nn.Linear(in_width, bottleneck)
-        self.up = nn.Linear(bottleneck, out_width)
+        self.down = nn.Linear(in_width, config.kv_bottleneck)
+        self.up = nn.Linear(config.kv_bottleneck, out_width)
         self.scale = nn.Parameter(torch.ones(1))
         normal(self.down)
-        (normal if init == "released" else zero)(self.up)
+        (normal if config.init == "released" else zero)(self.up)
 
     def forward(self, m: Tensor) -> Tensor:
         up = self.up(self.down(m))
         # Under autocast the float32 scale would make float32 of it.
         return (self.scale * up).to(up.dtype)
-
-
-class KeyValueAdapter(nn.Module):
-    """What is added to the keys and to the values of every cross-attention.
-
-    It is in the authors' released code and not in the paper. Its input are the states that
-    cross-attention attends to, (batch, tokens, in_width); its outputs are as wide as the text.
-    """
-
-    def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
-        super().__init__()
-        self.key = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
-        self.value = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
-
-    def forward(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        return self.key(m), self.value(m)
 
 
 class UniAdapterSet(AdapterSet):
@@ -188,15 +176,31 @@ class UniAdapterSet(AdapterSet):
             self.layers.append(layer)
         if config.kv_bottleneck:
             for name, width in geometry.memory_widths.items():
-                self.key_value[name] = KeyValueAdapter(width, geometry.text_width, config)
+                parts = [KeyValueAdapter(width, geometry.text_width, config) for _ in range(2)]
+                self.key_value[name] = nn.ModuleDict(zip(("key", "value"), parts, strict=True))
 
     def layer(self, encoder: str, index: int) -> UniAdapter | None:
         places = self._places[encoder]
         return self.layers[places[index]] if index < len(places) else None
 
 
+class SeparateAdapterSet(UniAdapterSet):
+    """A bottleneck of its own for each modality (``tuning: adapter``), nothing shared.
+
+    The baseline of the paper, section 4: no query residual, no norm in the cross-modal branch, no
+    key/value adapter.
+    """
+
+    norm_cross_modal = False
+
+    def build(self, config: BottleneckConfig, geometry: BackboneGeometry) -> None:
+        separate = {"share": "none", "reuse_textual_up": False, "query_residual": False}
+        options = {**config.model_dump(), **separate, "kv_bottleneck": 0}
+        super().build(AdapterConfig(**options), geometry)
+
+
 def uniform(linear: nn.Linear) -> None:
-    """Kaiming's uniform distribution with a = sqrt(5); bias zero."""
+    """Kaiming's uniform distribution; bias zero."""
     nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
     nn.init.zeros_(linear.bias)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from lavis.models.med import BertEncoder, BertLayer, BertSelfAttention
-from lavis.models.vit import Attention, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,29 +61,26 @@ def attach_adapters(
     Args:
         visual_checkpointing_layers: recompute activations in the last so many ViT blocks.
         textual_checkpointing_layers: likewise for BERT layers.
-
-    Raises:
-        TypeError: if a module is not the LAVIS class expected, e.g. when attached twice.
     """
 
-    def attach(encoder: str, layers: nn.ModuleList, expected: type, adapted: type, last: int):
+    def attach(encoder: str, layers: nn.ModuleList, adapted: type, checkpointed: int) -> None:
         for index, layer in enumerate(layers):
-            _swap_class(layer, expected, adapted)
+            layer.__class__ = adapted
             layer.adapter = partial(model.adapters.layer, encoder, index)
-            if index >= len(layers) - last:
+            if index >= len(layers) - checkpointed:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     blocks = model.visual_encoder.blocks
-    attach("visual", blocks, Block, AdaptedBlock, visual_checkpointing_layers)
+    attach("visual", blocks, AdaptedBlock, visual_checkpointing_layers)
     for block in blocks:
-        _swap_class(block.attn, Attention, SdpaAttention)
+        block.attn.__class__ = SdpaAttention
     for name, text_encoder in model.text_encoders().items():
         encoder = text_encoder.encoder
-        _swap_class(encoder, BertEncoder, AdaptedBertEncoder)
-        encoder.key_value_adapter = partial(model.adapters.key_value, name)
-        attach("text", encoder.layer, BertLayer, AdaptedBertLayer, textual_checkpointing_layers)
+        encoder.__class__ = AdaptedBertEncoder
+        encoder.key_value_adapters = partial(model.adapters.key_value, name)
+        attach("text", encoder.layer, AdaptedBertLayer, textual_checkpointing_layers)
         for layer in encoder.layer:
-            _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
+            layer.crossattention.self.__class__ = SdpaCrossAttention
 
 
 def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
@@ -93,12 +88,3 @@ def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
     for key in adapter_set.deltas:
         hook = partial(model.adapters.delta, key)
         model.get_submodule(delta_path(key)).register_forward_hook(hook)
-
-
-def _swap_class(module: nn.Module, expected: type, adapted: type) -> None:
-    if type(module) is not expected:
-        raise TypeError(
-            f"Expected LAVIS's {expected.__name__}, found {type(module).__name__}. Adapters are "
-            "attached once, to encoders that LAVIS built."
-        )
-    module.__class__ = adapted

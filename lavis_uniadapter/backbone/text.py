@@ -29,26 +29,14 @@ class AdaptedBertLayer(BertLayer):
     adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
 
     def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states: VisualMemory | None = None,
-        encoder_attention_mask=None,
-        past_key_value=None,
-        output_attentions=False,
-        mode=None,
+        self, x, mask, head_mask, memory: VisualMemory | None, _, past, output_attentions, mode
     ):
         a, *attentions, present = self.attention(
-            hidden_states,
-            attention_mask,
-            head_mask,
-            past_key_value=None if past_key_value is None else past_key_value[:2],
-            output_attentions=output_attentions,
+            x, mask, head_mask, past_key_value=past, output_attentions=output_attentions
         )
         adapter = self.adapter()
         if mode == "multimodal":
-            c, _ = self.crossattention(a, attention_mask, head_mask, encoder_hidden_states)
+            c, _ = self.crossattention(a, mask, head_mask, memory)
             out = self.feed_forward_chunk(c)
             if adapter is not None:
                 out = out + adapter.cross_modal(a, c)
@@ -82,16 +70,12 @@ class SdpaCrossAttention(BertSelfAttention):
 class AdaptedBertEncoder(BertEncoder):
     """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory."""
 
-    key_value_adapter: Callable[[], nn.Module | None]  # looks up the active one
+    key_value_adapters: Callable[[], nn.ModuleDict | None]  # looks up the active ones
 
     def project(self, states: Tensor, mask: Tensor | None = None) -> VisualMemory:
-        """Memory of (items, tokens, width) states, key/value adapter included.
-
-        Args:
-            mask: additive, broadcastable to (items, heads, queries, tokens).
-        """
+        """Memory of (items, tokens, width) states, key/value adapters included, as VisualMemory."""
         attentions = [layer.crossattention.self for layer in self.layer]
-        return VisualMemory(states, attentions, self.key_value_adapter(), mask)
+        return VisualMemory(states, attentions, self.key_value_adapters(), mask)
 
     def forward(
         self,
@@ -149,12 +133,10 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     def generate_from_memory(
         self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
     ) -> Tensor:
-        """Beam search (``num_beams``) or sampling (``do_sample``), by transformers.
+        """Search or sample by ``transformers.GenerationMixin.generate``, which has the options.
 
         Args:
             prompt_ids: (items, prompt length), the same prompt for each item of the memory.
-            num_return_sequences: texts per item; beam search gives its best ones.
-            options: of ``transformers.GenerationMixin.generate``.
 
         Returns:
             (items * num_return_sequences, length) token ids, the prompt included.
@@ -170,13 +152,10 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
             **options,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **model_kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         return {
             "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
-            "attention_mask": attention_mask,
             "past_key_values": past_key_values,
-            "encoder_hidden_states": model_kwargs["encoder_hidden_states"],
+            **{name: kwargs[name] for name in ("attention_mask", "encoder_hidden_states")},
             "is_decoder": True,
         }

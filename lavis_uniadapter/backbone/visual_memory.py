@@ -1,9 +1,8 @@
 """The visual side of cross-attention, projected once and shared by every text paired with it.
 
-BLIP's cross-modal encoder attends from a text to the tokens of a visual input. Keys and values
-depend on the visual input alone, so a VisualMemory projects them once per layer, and a pair is a
-text and the index of a visual input. Texts paired with the same visual input are attended from
-in one product, which leaves no copy of keys or values per pair.
+Keys and values of BLIP's cross-modal encoder depend on the visual input alone. A pair is a text and
+the index of a visual input; texts paired with the same input attend to it in one product, without
+a copy of keys or values per pair.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter
 from lavis_uniadapter.common.host_copy import HostCopy
 
 
@@ -31,7 +29,7 @@ class VisualMemory:
     Args:
         states: (visuals, tokens, width); frames of a video concatenated along tokens.
         attentions: the cross-attention of each layer (LAVIS's BertSelfAttention).
-        key_value_adapter: applied once, for all layers.
+        key_value_adapters: ``key`` and ``value``, applied once for all layers.
         mask: additive attention mask, broadcastable to (visuals, heads, queries, tokens); not used
             together with frame weights.
 
@@ -43,21 +41,20 @@ class VisualMemory:
         self,
         states: Tensor,
         attentions: Iterable[nn.Module],
-        key_value_adapter: KeyValueAdapter | None,
+        key_value_adapters: nn.ModuleDict | None,
         mask: Tensor | None,
     ):
         self.states, self.mask = states, mask
         self._layout: PairLayout | None = None
         self._token_weights: Tensor | None = None
-        deltas = (0, 0) if key_value_adapter is None else key_value_adapter(states)
-        self.projected = {
-            attention: tuple(
-                # in one piece: matrix products would copy them otherwise
-                attention.transpose_for_scores(linear(states) + delta).contiguous()
-                for linear, delta in zip((attention.key, attention.value), deltas, strict=True)
+        deltas = [adapter(states) for adapter in (key_value_adapters or {}).values()] or [0, 0]
+        self.projected = {}
+        for attention in attentions:
+            projected = attention.key(states) + deltas[0], attention.value(states) + deltas[1]
+            # in one piece: matrix products would copy them otherwise
+            self.projected[attention] = tuple(
+                attention.transpose_for_scores(x).contiguous() for x in projected
             )
-            for attention in attentions
-        }
 
     def pairs(self, visual_index: Tensor, frame_weights: Tensor | None = None) -> VisualMemory:
         """The same memory as seen by a batch of texts; keys and values stay shared.
@@ -168,11 +165,10 @@ def frame_aware_weights(text_feat: Tensor, frame_feat: Tensor) -> Tensor:
     UniAdapter, section 3.3: a softmax over frames, scaled so that it averages 1; no gradient.
 
     Args:
-        text_feat: (pairs, embed_dim) unit vectors.
-        frame_feat: (pairs, frames, embed_dim) unit vectors.
+        text_feat, frame_feat: (pairs, embed_dim) and (pairs, frames, embed_dim) unit vectors.
 
     Returns:
-        (pairs, frames) weights, whose sum over frames is their number.
+        (pairs, frames) weights.
     """
     with torch.no_grad(), torch.autocast(text_feat.device.type, enabled=False):
         logits = torch.einsum("pd,ptd->pt", text_feat.float(), frame_feat.float()) / 4

@@ -13,9 +13,8 @@ from lavis_uniadapter.checkpoints.blip_files import (
     AVERAGES,
     describe_mismatch,
     interpolate_positions,
-    may_lack,
     read_state_dict,
-    without_foreign_queues,
+    with_queues_and_averages,
 )
 from lavis_uniadapter.common.errors import CheckpointError
 
@@ -95,16 +94,15 @@ def load_released_checkpoint(
             "The model has no adapters to load a released UniAdapter checkpoint into. "
             "Build it with tuning: uniadapter."
         )
-    own = {k: v for k, v in model.state_dict().items() if _is_loaded(k, active)}
-    incoming = released_to_ours(state, active)
-    incoming = {k: v for k, v in incoming.items() if _is_loaded(k, active)}
+    incoming = with_queues_and_averages(model, released_to_ours(state, active), source)
+    own, incoming = (
+        {k: v for k, v in tensors.items() if _is_loaded(k, active)}
+        for tensors in (model.state_dict(), incoming)
+    )
     interpolate_positions(model, incoming)
-    incoming = without_foreign_queues(incoming, own, source)
-    if problems := describe_mismatch(own, incoming, may_lack(incoming)):
+    if problems := describe_mismatch(own, incoming):
         raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {problems}.")
     model.load_state_dict(incoming, strict=False)
-    if AVERAGES in may_lack(incoming):
-        model.reset_momentum()
     model.randomly_initialised = []
     model.base_changed(source)
 
