@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from lavis.models import vit
+from torch import nn
 
 RETRIEVAL, VQA, CAPTION = MODELS = (
     "blip_uniadapter_retrieval",
@@ -24,6 +26,14 @@ def perturb(module, seed=1, by=0.1):
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * by)
+
+
+def skip_init(monkeypatch) -> None:
+    """Leave weights as memory happens to be: drawing those of BLIP base takes seconds."""
+    for module, name in ((vit, "trunc_normal_"), (nn.init, "trunc_normal_"), (nn.init, "normal_")):
+        monkeypatch.setattr(module, name, lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
 
 
 def batch(arch: str, image_size: int = 32) -> dict:

@@ -1,15 +1,49 @@
-"""The bank owns every adapter parameter, once, in named sets of which one is active."""
+"""What tuning methods share: the backbone as they see it, their sets of modules, and the bank.
+
+The bank owns every adapter parameter, once, in named sets of which one is active.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.common.schema.methods import MethodConfig
+
+
+class Site(NamedTuple):
+    """A module of the backbone that a method may change.
+
+    Attributes:
+        roles: what equal parts of its output are (LAVIS's ViT has query, key and value in one):
+            query, key, value, attention_output, ffn_in, ffn_out or word_transform.
+    """
+
+    module: nn.Module
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BackboneGeometry:
+    """The backbone that adapters must fit.
+
+    Attributes:
+        memory_widths: width of what each encoder with cross-attention attends to, by its name.
+        text_mode: whether the model ever encodes text alone.
+        sites: the modules of all encoders, and the transform before the vocabulary, by path.
+    """
+
+    visual_width: int
+    visual_depth: int
+    text_width: int
+    text_depth: int
+    memory_widths: dict[str, int] = field(default_factory=dict)
+    text_mode: bool = True
+    sites: dict[str, Site] = field(default_factory=dict)
 
 
 class AdapterSet(nn.Module):
@@ -76,16 +110,7 @@ class AdapterBank(nn.ModuleDict):
         return super().__getitem__(name)
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
-        """Add a set; the first becomes active.
-
-        Raises:
-            ValueError: if the name is taken or cannot be part of a state-dict key.
-        """
-        if not name.isidentifier() or hasattr(self, name):
-            raise ValueError(
-                f"'{name}' cannot name an adapter: it is taken ({', '.join(self)}), reserved, or "
-                "not a plain identifier. Choose another name."
-            )
+        """Add a set; the first becomes active. KeyError if torch cannot use the name."""
         self[name] = adapter_set
         self.active = self.active or name
 

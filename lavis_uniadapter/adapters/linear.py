@@ -7,8 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 

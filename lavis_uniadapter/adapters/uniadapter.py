@@ -20,17 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
 from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
 
 class UniAdapter(nn.Module):
     """The adapter of one layer (or of a visual and a textual layer of equal width).
 
-    Args:
-        branches: which of ``visual``, ``textual`` and ``cross_modal`` it computes.
-        norm_cross_modal: whether the cross-modal branch ends in a LayerNorm.
+    ``branches`` are those that it computes, of ``visual``, ``textual`` and ``cross_modal``.
     """
 
     def __init__(
@@ -75,29 +72,19 @@ class UniAdapter(nn.Module):
         return self(x, "visual")
 
     def textual(self, a: Tensor) -> Tensor | int:
-        """What a BERT layer adds beside its FFN in text mode; 0 without this branch.
-
-        Args:
-            a: output of its self-attention.
-        """
+        """What a BERT layer adds beside its FFN in text mode, of its self-attention's output."""
         return self(a, "textual") if "textual" in self.branches else 0
 
     def cross_modal(self, a: Tensor, c: Tensor) -> Tensor | int:
-        """What a BERT layer adds beside its FFN in cross-modal mode.
-
-        Args:
-            a, c: outputs of its self-attention and of its cross-attention.
-        """
+        """What it adds in cross-modal mode, of its self- and its cross-attention's output."""
         residual = self.textual(a) if self.query_residual else 0
         return residual + (self(c, "cross_modal") if "cross_modal" in self.branches else 0)
 
     def init_weights(self, init: str, zero_textual_up: bool) -> None:
-        """Draw the initial weights. Norms keep weight 1 and bias 0, biases are 0.
+        """Draw the initial weights: ``identity`` makes all branches 0.
 
-        Args:
-            init: ``released`` or ``identity``, see AdapterConfig.
-            zero_textual_up: with ``released``, start as the retrieval script of the authors' code
-                does (W_down uniform, W_t zero), or else as its VQA script does (all normal).
+        ``released`` with ``zero_textual_up`` starts as the authors' retrieval script does (W_down
+        uniform, W_t zero), and without it as their VQA script (all normal).
         """
         released = init == "released"
         has_norm = isinstance(self.norm_cross_modal, nn.LayerNorm)
@@ -170,8 +157,7 @@ class UniAdapterSet(AdapterSet):
             width = geometry.visual_width if i < visual_depth else geometry.text_width
             branches = ("visual",) * (i < visual_depth) + text * (first <= i < end)
             layer = UniAdapter(width, config, branches, self.norm_cross_modal)
-            # The authors' retrieval script zeroes W_t again, their VQA script does not. Captioning,
-            # which they have not released, has a decoder like VQA's.
+            # Captioning, which the authors have not released, has a decoder like VQA's.
             layer.init_weights(config.init, zero_textual_up=geometry.text_mode)
             self.layers.append(layer)
         if config.kv_bottleneck:

@@ -11,8 +11,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_path
-from lavis_uniadapter.adapters.geometry import BackboneGeometry, Site
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, Site, delta_path
 from lavis_uniadapter.backbone.text import AdaptedBertEncoder, AdaptedBertLayer, SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
@@ -58,9 +57,7 @@ def attach_adapters(
 ) -> None:
     """Let every layer of a TunedBlip look up the active adapter of its bank.
 
-    Args:
-        visual_checkpointing_layers: recompute activations in the last so many ViT blocks.
-        textual_checkpointing_layers: likewise for BERT layers.
+    The last so many layers of vision and of text recompute their activations.
     """
 
     def attach(encoder: str, layers: nn.ModuleList, adapted: type, checkpointed: int) -> None:

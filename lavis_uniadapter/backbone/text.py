@@ -50,12 +50,10 @@ class AdaptedBertLayer(BertLayer):
 class SdpaCrossAttention(BertSelfAttention):
     """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
 
-    LAVIS's gradcam sets ``save_attention``; attention maps are materialised then.
+    LAVIS's gradcam sets ``save_attention``, for attention maps.
     """
 
     def forward(self, hidden_states, attention_mask, head_mask, memory: VisualMemory, *unused):
-        if memory is None:
-            raise ValueError("Multimodal mode needs encoder_hidden_states.")
         query = self.transpose_for_scores(self.query(hidden_states))
         if self.save_attention:
             probs, values = memory.attention_map(self, query)
@@ -111,8 +109,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
 
     The memory is projected once for all steps and beams, and keys and values of earlier tokens are
-    cached. LAVIS's decoder recomputes both at every step: it looks for its cache under a name that
-    transformers no longer uses.
+    cached. LAVIS's decoder recomputes both at every step.
     """
 
     def __init__(self, config):

@@ -22,16 +22,13 @@ from lavis_uniadapter.common.host_copy import HostCopy
 
 
 class VisualMemory:
-    """Visual inputs as the cross-modal encoder sees them.
-
-    It may be passed to LAVIS's BERT models wherever they take ``encoder_hidden_states``.
+    """Visual inputs as the cross-modal encoder sees them, for its ``encoder_hidden_states``.
 
     Args:
         states: (visuals, tokens, width); frames of a video concatenated along tokens.
         attentions: the cross-attention of each layer (LAVIS's BertSelfAttention).
         key_value_adapters: ``key`` and ``value``, applied once for all layers.
-        mask: additive attention mask, broadcastable to (visuals, heads, queries, tokens); not used
-            together with frame weights.
+        mask: additive, broadcastable to (visuals, heads, queries, tokens); frame weights ignore it.
 
     Attributes:
         projected: keys and values (visuals, heads, tokens, d) by cross-attention.
@@ -61,8 +58,7 @@ class VisualMemory:
 
         Args:
             visual_index: (pairs,) the visual input that each text is paired with.
-            frame_weights: (pairs, frames) factors of frame-aware attention, or None. A frame's
-                factor applies to the keys of all its tokens but [CLS].
+            frame_weights: (pairs, frames) factors of the keys of a frame's tokens, but of [CLS].
         """
         view = copy.copy(self)
         view._layout = PairLayout(visual_index, len(self.states))
@@ -107,11 +103,7 @@ class VisualMemory:
 
 
 class PairLayout:
-    """Lays the pairs of each visual input side by side.
-
-    Args:
-        visual_index: (pairs,) the visual input of each pair, of ``num_visuals``.
-    """
+    """Lays the pairs of each visual input side by side; ``visual_index`` is (pairs,)."""
 
     def __init__(self, visual_index: Tensor, num_visuals: int):
         self.visual_index = visual_index.long()
@@ -141,8 +133,7 @@ class PairLayout:
 def _attend_weighted(query, keys, values, weights, dropout: float) -> Tensor:
     """Attention whose logits are multiplied by weights (visuals, 1, queries, tokens)."""
     if torch.is_grad_enabled():
-        # Probabilities are recomputed in the backward pass: three tensors of (visuals, heads,
-        # queries, tokens) a layer cost more to keep than to recompute.
+        # Tensors of (visuals, heads, queries, tokens) cost more to keep than to recompute.
         return checkpoint(_at_once, query, keys, values, weights, dropout, use_reentrant=False)
     if query.device.type == "cpu" and not dropout:
         # in pieces that fit a processor's cache

@@ -57,7 +57,8 @@ def _our_names(key: str, set_name: str) -> list[str]:
     if root != first:  # an average; the frozen backbone and key/value adapters have none here
         ours = [name for name in _our_names(f"{root}.{rest}", set_name) if prefix in name]
         return [AVERAGES + n.replace(".", "/") for n in ours if ".key_value." not in n]
-    if root == "adapters_dec":  # built by the released VQA model and never used
+    # adapters_dec is built by the released VQA model and never used
+    if root == "adapters_dec" or key.endswith("position_ids"):
         return []
     if match := ADAPTER.match(key):
         name = ADAPTER_NAMES.get(match[3], match[3])
@@ -78,7 +79,7 @@ def load_released_checkpoint(
     Backbone, adapters, heads, momentum averages and, where its length is the same, the queue.
 
     Args:
-        model: built with ``tuning: uniadapter`` and the sizes of the checkpoint.
+        model: built with ``tuning: uniadapter`` and the checkpoint's sizes.
         path_or_state_dict: a ``.pth`` path or URL, or its state dict.
 
     Raises:
@@ -90,24 +91,17 @@ def load_released_checkpoint(
         state, source = read_state_dict(path_or_state_dict), str(path_or_state_dict)
     active = model.adapters.active
     if active is None:
-        raise CheckpointError(
-            "The model has no adapters to load a released UniAdapter checkpoint into. "
-            "Build it with tuning: uniadapter."
-        )
+        raise CheckpointError("The model has no adapters. Build it with tuning: uniadapter.")
+    own = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(f"adapters.{active}.")
+        or not (key.startswith("adapters.") or key.endswith("position_ids"))
+    }
     incoming = with_queues_and_averages(model, released_to_ours(state, active), source)
-    own, incoming = (
-        {k: v for k, v in tensors.items() if _is_loaded(k, active)}
-        for tensors in (model.state_dict(), incoming)
-    )
     interpolate_positions(model, incoming)
     if problems := describe_mismatch(own, incoming):
         raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {problems}.")
     model.load_state_dict(incoming, strict=False)
     model.randomly_initialised = []
     model.base_changed(source)
-
-
-def _is_loaded(key: str, active: str) -> bool:
-    """Whether a tensor is in the checkpoint: no constant, and of no other adapter set."""
-    of_another_set = key.startswith("adapters.") and not key.startswith(f"adapters.{active}.")
-    return not key.endswith("position_ids") and not of_another_set
