@@ -134,10 +134,14 @@ class AdapterBank(nn.ModuleDict):
 
     # --- what the backbone looks up -------------------------------------------------------------
 
-    def layer(self, encoder: str, index: int) -> nn.Module | None:
-        """The active adapter of a layer; see ``AdapterSet.layer``."""
+    def layer(self, encoder: str, index: int, branch: str, *states: Tensor) -> Tensor | int:
+        """What the active adapter of a layer adds beside its FFN; 0 without one.
+
+        ``branch`` names the adapter's method: ``visual``, ``textual`` or ``cross_modal``.
+        """
         active = self.active_set
-        return None if active is None else active.layer(encoder, index)
+        adapter = None if active is None else active.layer(encoder, index)
+        return 0 if adapter is None else getattr(adapter, branch)(*states)
 
     def key_value(self, encoder: str) -> nn.ModuleDict | None:
         """The active ``key`` and ``value`` adapters of a text encoder, by its name."""

@@ -26,7 +26,7 @@ class AdaptedBertLayer(BertLayer):
     where ``A_t(a)`` is the query residual (UniAdapter, section 3.2).
     """
 
-    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
+    adapter: Callable[..., Tensor | int]  # the active one of this layer, see AdapterBank.layer
 
     def forward(
         self, x, mask, head_mask, memory: VisualMemory | None, _, past, output_attentions, mode
@@ -34,16 +34,11 @@ class AdaptedBertLayer(BertLayer):
         a, *attentions, present = self.attention(
             x, mask, head_mask, past_key_value=past, output_attentions=output_attentions
         )
-        adapter = self.adapter()
         if mode == "multimodal":
             c, _ = self.crossattention(a, mask, head_mask, memory)
-            out = self.feed_forward_chunk(c)
-            if adapter is not None:
-                out = out + adapter.cross_modal(a, c)
+            out = self.feed_forward_chunk(c) + self.adapter("cross_modal", a, c)
         else:
-            out = self.feed_forward_chunk(a)
-            if adapter is not None:
-                out = out + adapter.textual(a)
+            out = self.feed_forward_chunk(a) + self.adapter("textual", a)
         return (out, *attentions, present)
 
 
@@ -75,21 +70,11 @@ class AdaptedBertEncoder(BertEncoder):
         attentions = [layer.crossattention.self for layer in self.layer]
         return VisualMemory(states, attentions, self.key_value_adapters(), mask)
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        **kwargs,
-    ):
+    def forward(self, *args, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
         memory = encoder_hidden_states
         if torch.is_tensor(memory):  # as LAVIS's own code passes states
             memory = self.project(memory, encoder_attention_mask)
-        return super().forward(
-            hidden_states, attention_mask, head_mask, memory, encoder_attention_mask, **kwargs
-        )
+        return super().forward(*args, encoder_hidden_states=memory, **kwargs)
 
 
 class WordScores(BertOnlyMLMHead):

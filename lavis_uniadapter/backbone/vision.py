@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from lavis.models.vit import Attention, Block, VisionTransformerEncoder
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> Tensor:
@@ -45,10 +45,8 @@ class AdaptedBlock(Block):
     The adapter sees ``x`` before ``norm2``: it has a norm of its own.
     """
 
-    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
+    adapter: Callable[..., Tensor | int]  # the active one of this layer, see AdapterBank.layer
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
-        out = x + self.drop_path(self.mlp(self.norm2(x)))
-        adapter = self.adapter()
-        return out if adapter is None else out + adapter.visual(x)
+        return x + self.drop_path(self.mlp(self.norm2(x))) + self.adapter("visual", x)

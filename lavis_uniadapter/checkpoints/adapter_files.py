@@ -35,23 +35,15 @@ class BaseCheckpoint(BaseModel, extra="forbid"):
 
 
 class AdapterAbout(BaseModel, extra="forbid", ser_json_inf_nan="constants"):
-    """What an adapter is, as ``adapter_config.json`` says it.
-
-    Attributes:
-        arch: name of the model in LAVIS's registry.
-        method, configuration: ``model.tuning`` and its configuration.
-        settings: other options of the model that decide what the adapter computes.
-        blake2b: hash of the file of tensors.
-        metrics: what it was measured to do.
-    """
+    """What an adapter is, as ``adapter_config.json`` says it."""
 
     format_version: Literal[4] = 4
-    arch: str
-    method: str
-    configuration: dict[str, Any]
-    settings: dict[str, Any]
+    arch: str  # the model in LAVIS's registry
+    method: str  # model.tuning
+    configuration: dict[str, Any]  # of the method
+    settings: dict[str, Any]  # other options of the model that decide what the adapter computes
     base: BaseCheckpoint
-    blake2b: str
+    blake2b: str  # hash of the file of tensors
     metrics: dict[str, float]
     versions: dict[str, str]
 
@@ -60,9 +52,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
     """Write the model's active adapter set; an adapter that the folder holds is replaced."""
     active = model.adapters.active_set
     if active is None:
-        raise ConfigError(
-            f"There is no active adapter to save: the model's tuning is '{model.tuning}'."
-        )
+        raise ConfigError(f"No adapter is active: the model's tuning is '{model.tuning}'.")
     folder = Path(folder)
     if folder.is_file() or ((folder / CARD).exists() and not (folder / CONFIG).exists()):
         raise ConfigError(
@@ -159,7 +149,7 @@ def _check_method(model: nn.Module, folder: Path, about: AdapterAbout) -> None:
     if different:
         raise CheckpointError(
             f"'{folder}' was trained with {', '.join(different)}. Give the model the folder's "
-            f"values; if the folder never had them, it is damaged."
+            "values; if the folder never had them, it is damaged."
         )
 
 
@@ -180,9 +170,8 @@ def _hash(content: bytes) -> str:
 
 def _model_card(model: nn.Module, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
     """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
-    section = type(model.method_config).SECTION
     overrides = {"tuning": about.method, **about.settings}
-    if section:
+    if section := model.method_config.SECTION:
         overrides[section] = about.configuration
     facts = {
         "base checkpoint": f"{about.base.name} ({about.base.fingerprint})",

@@ -84,7 +84,7 @@ def load_base_state_dict(
     embedding is interpolated to the model's image size.
 
     Args:
-        may_be_missing: prefixes of what may stay at its initial value (the task's heads).
+        may_be_missing: prefixes of the task's heads.
 
     Returns:
         Names of what stays at its initial value.
@@ -142,27 +142,20 @@ def with_queues_and_averages(
     none, start from the parameters.
     """
     own = model.state_dict()
-    whole = {key: value for key, value in state.items() if key not in QUEUE_BUFFERS}
-    for name in filter(own.__contains__, QUEUE_BUFFERS):
-        whole[name] = state.get(name, own[name])
-        if whole[name].shape != own[name].shape:
+    has_averages = any(key.startswith(AVERAGES) for key in state)
+    whole = {key: value for key, value in state.items() if key in own or key not in QUEUE_BUFFERS}
+    for name, value in own.items():
+        if name in QUEUE_BUFFERS and whole.setdefault(name, value).shape != value.shape:
             logger.warning("'%s': %s has another length and is skipped.", source, name)
-            whole[name] = own[name]
-    if not any(key.startswith(AVERAGES) for key in state):
-        averages = [key for key in own if key.startswith(AVERAGES)]
-        parameters = [key.removeprefix(AVERAGES).replace("/", ".") for key in averages]
-        whole |= {k: state.get(p, own[p]) for k, p in zip(averages, parameters, strict=True)}
+            whole[name] = value
+        if name.startswith(AVERAGES) and not has_averages:
+            parameter = name.removeprefix(AVERAGES).replace("/", ".")
+            whole[name] = state.get(parameter, own[parameter])
     return whole
 
 
 def load_trained(model: nn.Module, source: str) -> None:
-    """Load what a runner saved of a tuned model (path or URL), strictly.
-
-    Frozen parameters, averages and queues may be absent, and queues of another length are skipped.
-
-    Raises:
-        CheckpointError: naming what is missing, unexpected or misshapen.
-    """
+    """Load what a runner saved of a tuned model; see ``TunedBlip.load_checkpoint``."""
     state = with_queues_and_averages(model, read_state_dict(source), source)
     try:
         model.load_state_dict(state)
@@ -171,10 +164,9 @@ def load_trained(model: nn.Module, source: str) -> None:
 
 
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
-    """Hash of the frozen BLIP under the adapters: names, shapes and bytes.
+    """Hash of the names, shapes and bytes of the frozen BLIP under the adapters.
 
-    Args:
-        leave_out: tensors that the checkpoint did not have; they differ from run to run.
+    ``leave_out`` are tensors that its checkpoint did not have, which differ from run to run.
     """
     digest = hashlib.blake2b(digest_size=16)
     for key, value in sorted(base_state_dict(model).items()):
