@@ -8,23 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from lavis_uniadapter.common.schema.methods import MethodConfig
-
-
-class Site(NamedTuple):
-    """A module of the backbone that a method may change.
-
-    Attributes:
-        roles: what equal parts of its output are (LAVIS's ViT has query, key and value in one):
-            query, key, value, attention_output, ffn_in, ffn_out or word_transform.
-    """
-
-    module: nn.Module
-    roles: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +22,9 @@ class BackboneGeometry:
     Attributes:
         memory_widths: width of what each encoder with cross-attention attends to, by its name.
         text_mode: whether the model ever encodes text alone.
-        sites: the modules of all encoders, and the transform before the vocabulary, by path.
+        modules: those of all encoders and the transform before the vocabulary, by path, each with
+            what equal parts of its output are (LAVIS's ViT has query, key and value in one): query,
+            key, value, attention_output, ffn_in, ffn_out or word_transform.
     """
 
     visual_width: int
@@ -43,7 +33,7 @@ class BackboneGeometry:
     text_depth: int
     memory_widths: dict[str, int] = field(default_factory=dict)
     text_mode: bool = True
-    sites: dict[str, Site] = field(default_factory=dict)
+    modules: dict[str, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
 
 
 class AdapterSet(nn.Module):
@@ -143,8 +133,8 @@ class AdapterBank(nn.ModuleDict):
         adapter = None if active is None else active.layer(encoder, index)
         return 0 if adapter is None else getattr(adapter, branch)(*states)
 
-    def key_value(self, encoder: str) -> nn.ModuleDict | None:
-        """The active ``key`` and ``value`` adapters of a text encoder, by its name."""
+    def key_value(self, encoder: str) -> Any:
+        """The active ``key`` and ``value`` adapters of a text encoder, by its name, or None."""
         active = self.active_set
         if active is None or encoder not in active.key_value:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class BiasDelta(nn.Module):
     AdamW moves it as it would move the bias, since biases have no weight decay.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(len(module.bias)))
         self.shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
@@ -23,7 +25,7 @@ class BiasDelta(nn.Module):
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return output + self.bias.to(output.dtype).view(self.shape)
 
-    def fold_into(self, module: nn.Module) -> None:
+    def fold_into(self, module: Any) -> None:
         module.bias += self.bias
 
 
@@ -33,7 +35,7 @@ class BitFitSet(AdapterSet):
     KIND = "biases"
 
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
-        for path, (module, roles) in geometry.sites.items():
+        for path, (module, roles) in geometry.modules.items():
             # A bias of keys adds the same to all logits of a query and cannot matter.
             if getattr(module, "bias", None) is not None and roles != ("key",):
                 self.deltas[delta_key(path)] = BiasDelta(module)

@@ -32,6 +32,6 @@ class LinearSet(AdapterSet):
     KIND = "layer before the vocabulary"
 
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
-        for path, (module, roles) in geometry.sites.items():
+        for path, (module, roles) in geometry.modules.items():
             if roles == ("word_transform",) and not self.heads:
                 self.deltas[delta_key(path)] = Replacement(module)

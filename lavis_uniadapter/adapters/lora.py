@@ -51,7 +51,7 @@ class LoraSet(AdapterSet):
     KIND = "low-rank matrices"
 
     def build(self, config: LoraConfig, geometry: BackboneGeometry) -> None:
-        for path, (module, roles) in geometry.sites.items():
+        for path, (module, roles) in geometry.modules.items():
             delta = LoraDelta()
             for i, role in enumerate(roles):
                 if role in config.targets:

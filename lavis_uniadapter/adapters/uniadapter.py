@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,13 +45,9 @@ class UniAdapter(nn.Module):
         self.query_residual = config.query_residual
         share_down, share_up = config.share in ("down", "all"), config.share in ("up", "all")
         # A shared up-projection is W_c and W_t at once, so there is nothing to reuse.
-        self.reuses_textual_up = (
-            "cross_modal" in branches
-            and config.textual
-            and config.reuse_textual_up
-            and not share_up
-        )
-        ups = dict.fromkeys([*branches, *(["textual"] if self.reuses_textual_up else [])])
+        may_reuse = config.textual and config.reuse_textual_up and not share_up
+        self.reuses_textual_up = may_reuse and "cross_modal" in branches
+        ups = dict.fromkeys([*branches, *["textual"] * self.reuses_textual_up])
         self.norm_in = PerBranch(lambda: nn.LayerNorm(width), branches, share_down)
         self.down = PerBranch(lambda: nn.Linear(width, config.bottleneck), branches, share_down)
         self.dropout = nn.Dropout(config.dropout)
@@ -163,9 +161,11 @@ class UniAdapterSet(AdapterSet):
         if config.kv_bottleneck:
             for name, width in geometry.memory_widths.items():
                 parts = [KeyValueAdapter(width, geometry.text_width, config) for _ in range(2)]
-                self.key_value[name] = nn.ModuleDict(zip(("key", "value"), parts, strict=True))
+                self.key_value[name] = nn.ModuleDict(
+                    dict(zip(("key", "value"), parts, strict=True))
+                )
 
-    def layer(self, encoder: str, index: int) -> UniAdapter | None:
+    def layer(self, encoder: str, index: int) -> nn.Module | None:
         places = self._places[encoder]
         return self.layers[places[index]] if index < len(places) else None
 
@@ -185,18 +185,12 @@ class SeparateAdapterSet(UniAdapterSet):
         super().build(AdapterConfig(**options), geometry)
 
 
-def uniform(linear: nn.Linear) -> None:
-    """Kaiming's uniform distribution; bias zero."""
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    nn.init.zeros_(linear.bias)
-
-
-def normal(linear: nn.Linear) -> None:
-    """BERT's and the ViT's N(0, 0.02), which the authors' constructors end with; bias zero."""
-    nn.init.normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
-
-
-def zero(module: nn.Linear | nn.LayerNorm) -> None:
-    nn.init.zeros_(module.weight)
+def draw(initialise: Callable[[Tensor], Tensor], module: Any) -> None:
+    """Draw a module's weight; its bias is 0."""
+    initialise(module.weight)
     nn.init.zeros_(module.bias)
+
+
+uniform = partial(draw, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+normal = partial(draw, partial(nn.init.normal_, std=0.02))  # BERT's and the ViT's
+zero = partial(draw, nn.init.zeros_)

@@ -11,7 +11,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, Site, delta_path
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_path
 from lavis_uniadapter.backbone.text import AdaptedBertEncoder, AdaptedBertLayer, SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
@@ -36,11 +36,11 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
     """What a tuning method knows of a TunedBlip's encoders; its text encoders are equally deep."""
     configs = {name: encoder.config for name, encoder in model.text_encoders().items()}
     first = next(iter(configs.values()))
-    sites = {}
+    modules = {}
     for path, module in model.named_modules():
         roles = next((roles for end, roles in ROLES.items() if path.endswith(end)), ())
         if path.startswith(ENCODERS) or roles == ("word_transform",):
-            sites[path] = Site(module, roles)
+            modules[path] = (module, roles)
     return BackboneGeometry(
         visual_width=model.visual_encoder.embed_dim,
         visual_depth=len(model.visual_encoder.blocks),
@@ -48,7 +48,7 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
         text_mode=model.TEXT_MODE,
-        sites=sites,
+        modules=modules,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import safetensors.torch
 from lavis.common.registry import registry
 from pydantic import BaseModel, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
 from lavis_uniadapter.common.atomic import write_together
@@ -48,8 +48,8 @@ class AdapterAbout(BaseModel, extra="forbid", ser_json_inf_nan="constants"):
     versions: dict[str, str]
 
 
-def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
-    """Write the model's active adapter set; an adapter that the folder holds is replaced."""
+def save(model: Any, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
+    """Write a TunedBlip's active adapter set; an adapter that the folder holds is replaced."""
     active = model.adapters.active_set
     if active is None:
         raise ConfigError(f"No adapter is active: the model's tuning is '{model.tuning}'.")
@@ -85,8 +85,8 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
     )
 
 
-def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) -> None:
-    """Read a folder into the model's set ``name``, after checking everything about it."""
+def load(model: Any, folder: str | os.PathLike, name: str, force: bool) -> None:
+    """Read a folder into a TunedBlip's set ``name``, after checking everything about it."""
     folder = Path(folder)
     about = _read_about(folder)
     _check_method(model, folder, about)
@@ -98,10 +98,9 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
     tensors = _read_tensors(folder / TENSORS, about.blake2b)
     if about.base.fingerprint != model.base_fingerprint and not force:
         raise CheckpointError(
-            f"'{folder}' was trained on another base checkpoint: '{about.base.name}' "
-            f"({about.base.fingerprint[:8]}), and the model holds '{model.base_name}' "
-            f"({model.base_fingerprint[:8]}). Load that base, or load the adapter "
-            "anyway with load_adapter(folder, force=True)."
+            f"'{folder}' was trained on another base checkpoint, '{about.base.name}', than the "
+            f"model holds, '{model.base_name}': their tensors differ. Load that base, or load the "
+            "adapter anyway with load_adapter(folder, force=True)."
         )
     new = name not in model.adapters
     target = model.new_adapter_set() if new else model.adapters[name]
@@ -114,7 +113,7 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         model.adapters.add(name, target)
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
+def _settings(model: Any) -> dict[str, Any]:
     return {name: getattr(model, name) for name in model.SETTINGS}
 
 
@@ -136,7 +135,7 @@ def _read_about(folder: Path) -> AdapterAbout:
         ) from error
 
 
-def _check_method(model: nn.Module, folder: Path, about: AdapterAbout) -> None:
+def _check_method(model: Any, folder: Path, about: AdapterAbout) -> None:
     """Refuse an adapter of another method, or that computes something else."""
     config = model.method_config
     ours = {"tuning": model.tuning, **config.model_dump(mode="json")}
@@ -168,17 +167,12 @@ def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _model_card(model: nn.Module, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
+def _model_card(model: Any, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
     """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
     overrides = {"tuning": about.method, **about.settings}
     if section := model.method_config.SECTION:
         overrides[section] = about.configuration
-    facts = {
-        "base checkpoint": f"{about.base.name} ({about.base.fingerprint})",
-        "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
-        **{name: f"{value:g}" for name, value in about.metrics.items()},
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    measured = ", ".join(f"{name} {value:g}" for name, value in about.metrics.items())
     return f"""---
 library_name: lavis_uniadapter
 tags: [{about.method}, blip, lavis]
@@ -202,7 +196,7 @@ model = model_cls.from_config(config).eval()
 model.load_adapter("THIS_FOLDER")
 ```
 
-| | |
-|---|---|
-{rows}
+* Base checkpoint: {about.base.name} ({about.base.fingerprint})
+* Parameters: {sum(t.numel() for t in tensors.values()):,}
+* Measured: {measured or "nothing"}
 """

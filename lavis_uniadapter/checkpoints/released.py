@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_uniadapter.checkpoints.blip_files import (
     AVERAGES,
@@ -72,7 +73,7 @@ def _our_names(key: str, set_name: str) -> list[str]:
 
 
 def load_released_checkpoint(
-    model: nn.Module, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
+    model: Any, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
 ) -> None:
     """Load a checkpoint of the authors' released UniAdapter code into a tuned model.
 
