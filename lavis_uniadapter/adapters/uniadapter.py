@@ -132,7 +132,7 @@ class KeyValueAdapter(nn.Module):
 
 
 class UniAdapterSet(AdapterSet):
-    """All adapters of a backbone: one UniAdapter a layer, and the key/value adapters.
+    """One UniAdapter a layer, and the key/value adapters.
 
     Where vision and text are equally wide, layer i of both share ``layers[i]``. Where they are not
     (ViT-L: 1024 against 768) no matrix fits both: the visual layers come first, then the textual.
@@ -171,11 +171,7 @@ class UniAdapterSet(AdapterSet):
 
 
 class SeparateAdapterSet(UniAdapterSet):
-    """A bottleneck of its own for each modality (``tuning: adapter``), nothing shared.
-
-    The baseline of the paper, section 4: no query residual, no norm in the cross-modal branch, no
-    key/value adapter.
-    """
+    """A bottleneck of its own for each modality, nothing shared: the baseline of section 4."""
 
     norm_cross_modal = False
 

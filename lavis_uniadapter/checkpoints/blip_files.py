@@ -48,13 +48,11 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("model", "state_dict"):
+            content = content.get(wrapper, content)
+        state = {key: value for key, value in content.items() if torch.is_tensor(value)}
     except Exception as error:
         raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {error}") from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    items = content.items() if isinstance(content, Mapping) else ()
-    state = {key: value for key, value in items if torch.is_tensor(value)}
     if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
     return state
