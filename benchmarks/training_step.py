@@ -98,7 +98,7 @@ def as_released(model):
 
     def match_pair_by_pair(texts, memory, visual_index, frame_feat):
         """A memory of its own for each pair."""
-        own = model.text_encoder.project(memory.states[visual_index])
+        own = model.text_encoder.encoder.project(memory.states[visual_index])
         alone = torch.arange(len(visual_index))
         return match_hidden(texts, own, alone, frame_feat[visual_index])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from lavis.models import vit
+from torch import nn
 
 RETRIEVAL, VQA, CAPTION = MODELS = (
     "blip_uniadapter_retrieval",
@@ -33,6 +35,14 @@ def build_selective(build_model, **overrides):
     for layer in model.text_encoder.encoder.layer:
         perturb(layer.crossattention, by=0.5)
     return model
+
+
+def skip_init(monkeypatch) -> None:
+    """Leave weights as memory happens to be: drawing those of BLIP base takes seconds."""
+    for module, name in ((vit, "trunc_normal_"), (nn.init, "trunc_normal_"), (nn.init, "normal_")):
+        monkeypatch.setattr(module, name, lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
 
 
 def batch(arch: str, image_size: int = 32) -> dict:

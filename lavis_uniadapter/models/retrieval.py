@@ -141,7 +141,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
         matching logits (pairs, 2), of which column 1 stands for a match.
         """
-        memory = self.text_encoder.project(visuals.embeds)
+        memory = self.text_encoder.encoder.project(visuals.embeds)
 
         def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
             hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)

@@ -47,7 +47,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         encoder_output = self.text_encoder(
             questions.input_ids,
             attention_mask=questions.attention_mask,
-            encoder_hidden_states=self.text_encoder.project(visual_embeds),
+            encoder_hidden_states=self.text_encoder.encoder.project(visual_embeds),
             return_dict=True,
         )
         return encoder_output, visual_embeds

@@ -40,7 +40,7 @@ def test_a_pair(model, length):
     texts = torch.full((2, length), 5)
 
     def match():
-        memory = model.text_encoder.project(states).pairs(torch.zeros(2, dtype=torch.long))
+        memory = model.text_encoder.encoder.project(states).pairs(torch.zeros(2, dtype=torch.long))
         model.text_encoder(
             texts,
             attention_mask=torch.ones_like(texts),

@@ -32,7 +32,7 @@ def test_outputs(case):
         pair_texts = type(texts)(
             *(getattr(texts, f)[case["out.pair_text_index"]] for f in texts.__dataclass_fields__)
         )
-        memory = model.text_encoder.project(visuals.embeds)
+        memory = model.text_encoder.encoder.project(visuals.embeds)
         hidden = model.match_hidden(
             pair_texts, memory, case["out.pair_visual_index"], visuals.frame_feat
         )

@@ -18,7 +18,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
-from small_models import TYPES, VIT
+from small_models import TYPES, VIT, skip_init
 
 from lavis_uniadapter.backbone import (
     build_text_decoder,
@@ -171,6 +171,7 @@ def test_positional_embedding_at_another_image_size(lavis_file, build, task):
 )
 def test_load_model_and_preprocess_of_every_type(arch, model_type, tmp_path, monkeypatch):
     """As a user would, but for the weights and the hub's tokenizer."""
+    skip_init(monkeypatch)
     cls = registry.get_model_class(arch)
     config = OmegaConf.load(cls.default_config_path(model_type))
     if model_type != "shapes":

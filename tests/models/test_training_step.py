@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import SMALL
-from omegaconf import OmegaConf
 from small_models import perturb
 
+from lavis_uniadapter.models import retrieval
 from lavis_uniadapter.models.retrieval import _sample_negatives
 
 
@@ -83,52 +80,63 @@ def test_alpha_ramps_up_over_two_epochs(build_model):
     assert [model._rampup_factor(e, i, 10) for e, i in steps] == [0, 0.25, 0.5, 1, 1]
 
 
-def test_negatives_from_other_ranks_equal_those_of_one_batch(
-    build_model, video_batch, tmp_path, small_med_config
-):
+class TwoRanks:
+    """Threads in place of processes: each gathers the tensors of both."""
+
+    def __init__(self, monkeypatch):
+        self._own = threading.local()
+        self._meet = threading.Barrier(2, timeout=60)
+        self._given: dict[int, torch.Tensor] = {}
+        monkeypatch.setattr(retrieval, "get_rank", lambda: self._own.rank)
+        monkeypatch.setattr(retrieval, "get_world_size", lambda: 2)
+        monkeypatch.setattr(retrieval, "all_gather_with_grad", self._gather)
+        monkeypatch.setattr(retrieval, "concat_all_gather", lambda x: self._gather(x).detach())
+
+    def _gather(self, x):
+        self._given[self._own.rank] = x
+        self._meet.wait()
+        gathered = torch.cat([self._given[0], self._given[1]])
+        self._meet.wait()
+        return gathered
+
+    def run(self, work):
+        def of_rank(rank):
+            self._own.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(of_rank, range(2)))
+
+
+def test_negatives_from_other_ranks_equal_those_of_one_batch(build_model, video_batch, monkeypatch):
     """Two ranks with an item each: the hard negatives are certain, and come from the other rank.
 
     Loss and gradients, averaged over ranks, are those of one process with both items.
     """
     model = build_model(negative_all_rank=True).train()
     perturb(model.adapters)
-    batch = {"video": video_batch["video"][:2], "text_input": video_batch["text_input"][:2]}
-    visuals = model.encode_visual(batch)
-    texts = model.encode_text(batch["text_input"])
-    loss, _ = model._matching_loss(visuals, texts, torch.arange(2).view(2, 1))
-    loss.backward()
-    expected = {n: p.grad for n, p in model.trainable_parameters().items() if p.grad is not None}
 
-    cls = type(model)
-    config = OmegaConf.merge(
-        OmegaConf.load(cls.default_config_path("shapes")).model,
-        {"vit": None},
-        {**SMALL, "med_config_path": small_med_config},
-    )
-    torch.save(
-        {"config": OmegaConf.to_container(config), "state": model.state_dict(), **batch},
-        tmp_path / "model.pth",
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node=2", str(root / "tests/matching_loss_over_ranks.py")),
-            *(str(tmp_path / "model.pth"), str(tmp_path / "result.pth")),
-        ],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = torch.load(tmp_path / "result.pth", weights_only=True)
-    torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=1e-7)
-    assert set(result["gradients"]) == set(expected)
+    def matching_loss(items: slice):
+        tokens = model.tokenize(video_batch["text_input"][items], "max_length")
+        visuals = model.encode_visual(video_batch["video"][items])
+        ids = torch.arange(4)[items].view(-1, 1)
+        return model._matching_loss(visuals, model.encode_text(tokens), ids)[0]
+
+    def loss_and_gradients(loss):
+        loss.backward()
+        trained = model.trainable_parameters().items()
+        gradients = {name: p.grad.clone() for name, p in trained if p.grad is not None}
+        model.zero_grad()
+        return loss.detach(), gradients
+
+    loss, expected = loss_and_gradients(matching_loss(slice(2)))
+    losses = TwoRanks(monkeypatch).run(lambda rank: matching_loss(slice(rank, rank + 1)))
+    averaged, gradients = loss_and_gradients((losses[0] + losses[1]) / 2)
+    torch.testing.assert_close(averaged, loss, rtol=1e-5, atol=1e-7)
+    assert set(gradients) == set(expected)
     largest = max(g.abs().max().item() for g in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            result["gradients"][name], gradient, rtol=1e-4, atol=1e-6 * largest
-        )
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_key_value_adapter_keeps_bf16_and_its_scale(build_model, video_batch):
@@ -139,10 +147,10 @@ def test_key_value_adapter_keeps_bf16_and_its_scale(build_model, video_batch):
     outputs = []
     for scale in (1.0, 1.003):  # which bfloat16 rounds to 1
         with torch.no_grad():
-            adapter.key.scale.fill_(scale)
+            adapter["key"].scale.fill_(scale)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs += adapter(states.bfloat16())
-            memory = model.text_encoder.project(states)
+            outputs += [adapter[part](states.bfloat16()) for part in ("key", "value")]
+            memory = model.text_encoder.encoder.project(states)
         for keys, values in memory.projected.values():
             assert keys.dtype == values.dtype == torch.bfloat16
     assert {output.dtype for output in outputs} == {torch.bfloat16}
