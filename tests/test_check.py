@@ -14,10 +14,10 @@ from pathlib import Path
 import decoders
 import pytest
 import torch
+from clips import spoil_from_frame, write_clip
 from miniature import write_image, write_video
 from PIL import Image
 from rotten_videos import KINDS, make_rotten
-from test_preflight import spoil_from_frame, write_clip
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.processors import decoding

@@ -14,12 +14,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from clips import spoil_from_frame, write_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
 from lavis.tasks.captioning import CaptionTask
-from test_preflight import spoil_from_frame, write_clip
 from torch.utils.data import DataLoader
 
 from lavis_uniadapter.common.atomic import write_together

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import write_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
@@ -19,7 +20,6 @@ from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
 from PIL import Image
-from test_preflight import write_clip
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.datasets import preflight

@@ -2,10 +2,10 @@ import random
 import time
 import wave
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from clips import frame_starts, noise_frames, write_frames
 from decord import VideoReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,21 +29,6 @@ SIZE = 32
 PLAIN = {"min_scale": 1.0, "max_scale": 1.0, "flip_prob": 0.0, "randaug_ops": 0}
 
 
-def write_clip(path, frames_bgr):
-    height, width = frames_bgr[0].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (width, height))
-    assert writer.isOpened()
-    for frame in frames_bgr:
-        writer.write(frame)
-    writer.release()
-    return str(path)
-
-
-def noise_frames(num_frames, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (num_frames, 48, 64, 3), dtype=np.uint8)
-
-
 def grey_frames(num_frames):
     """Frame i has brightness 6 * i, so a decoded frame tells its index."""
     return [np.full((48, 64, 3), 6 * index, dtype=np.uint8) for index in range(num_frames)]
@@ -51,7 +36,7 @@ def grey_frames(num_frames):
 
 @pytest.fixture(scope="module")
 def noise_clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clips") / "noise.mp4", noise_frames(20))
+    return write_frames(tmp_path_factory.mktemp("clips") / "noise.mp4", noise_frames(20))
 
 
 def pixels_of(clip):
@@ -123,7 +108,7 @@ def test_impossible_frame_counts_are_refused(num_frames, n_frms):
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 8, 9, 17, 40])
 def test_clips_of_any_length_give_exactly_t_frames(tmp_path, num_frames):
-    path = write_clip(tmp_path / "clip.mp4", grey_frames(num_frames))
+    path = write_frames(tmp_path / "clip.mp4", grey_frames(num_frames))
     for processor in (BlipVideoTrainProcessor, BlipVideoEvalProcessor):
         clip = processor(image_size=SIZE)(path)
         assert clip.shape == (3, 8, SIZE, SIZE)
@@ -157,7 +142,7 @@ def test_mean_and_std_can_be_set(noise_clip):
 @pytest.mark.parametrize(("bgr", "channel"), [((0, 0, 255), 0), ((0, 255, 0), 1), ((255, 0, 0), 2)])
 @pytest.mark.parametrize("build", [BlipVideoEvalProcessor, BlipVideoTrainProcessor])
 def test_channels_are_rgb(tmp_path, bgr, channel, build):
-    path = write_clip(tmp_path / "colour.mp4", [np.full((48, 64, 3), bgr, np.uint8)] * 4)
+    path = write_frames(tmp_path / "colour.mp4", [np.full((48, 64, 3), bgr, np.uint8)] * 4)
     options = PLAIN if build is BlipVideoTrainProcessor else {}
     means = pixels_of(build(image_size=SIZE, n_frms=2, **options)(path)).mean(dim=(1, 2, 3))
     assert means[channel] > 200
@@ -165,7 +150,7 @@ def test_channels_are_rgb(tmp_path, bgr, channel, build):
 
 
 def test_frames_come_in_the_order_of_time(tmp_path):
-    path = write_clip(tmp_path / "grey.mp4", grey_frames(40))
+    path = write_frames(tmp_path / "grey.mp4", grey_frames(40))
     brightness = pixels_of(BlipVideoEvalProcessor(image_size=SIZE, n_frms=4)(path)).mean(
         dim=(0, 2, 3)
     )
@@ -364,8 +349,7 @@ def test_index_in_front_alone_is_fine(tmp_path, noise_clip):
 def test_damage_between_sound_frames_is_an_error(tmp_path, noise_clip):
     with open(noise_clip, "rb") as file:
         mp4 = bytearray(file.read())
-    frame_start = b"\0\0\x01\xb6"
-    starts = [i for i in range(len(mp4)) if mp4[i : i + 4] == frame_start]
+    starts = frame_starts(mp4)
     assert len(starts) == 20
     mp4[starts[10] : starts[13]] = bytes(starts[13] - starts[10])
     path = tmp_path / "hole.mp4"

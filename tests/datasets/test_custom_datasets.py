@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clips import write_clip
 from hypothesis import given
 from hypothesis import strategies as st
 from lavis.common.registry import registry
@@ -24,7 +25,7 @@ from lavis.datasets.datasets import (
 from omegaconf import OmegaConf
 from PIL import Image
 from pydantic import ConfigDict
-from test_preflight import write_clip
+from tiny_runs import TRAIN
 from torch.utils.data import default_collate
 
 import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules, which configurations name)
@@ -423,8 +424,7 @@ def test_the_defaults_ask_for_what_is_missing(task, mine):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_example_runs_are_ready_but_for_the_data(task, mine):
-    root = Path(__file__).resolve().parent.parent / "projects" / "uniadapter" / "train"
-    config = load_config(root / f"custom_{task}.yaml").datasets_cfg[f"custom_{task}"]
+    config = load_config(TRAIN / f"custom_{task}.yaml").datasets_cfg[f"custom_{task}"]
     rows = rows_of(task, "videos")
     for split in ("train", "val", "test"):
         write(f"my_data/{'qa_' if task == 'qa' else ''}{split}.csv", rows)

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
+from clips import write_clip
 from lavis.common.registry import registry
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
-from test_preflight import write_clip
 
 from lavis_uniadapter.datasets.preflight import check_dataset
 from lavis_uniadapter.processors import decoding

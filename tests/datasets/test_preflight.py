@@ -1,9 +1,8 @@
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
+from clips import spoil_from_frame, write_clip
 from lavis.common.registry import registry
 from lavis.datasets.datasets.aok_vqa_datasets import AOKVQADataset
 from lavis.datasets.datasets.retrieval_datasets import (
@@ -27,25 +26,6 @@ DATASETS = {
     ("image", "train"): RetrievalDataset,
     ("image", "val"): RetrievalEvalDataset,
 }
-
-
-def write_clip(path, num_frames=12):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (64, 48))
-    assert writer.isOpened()
-    rng = np.random.default_rng(0)
-    for _ in range(num_frames):
-        writer.write(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    writer.release()
-
-
-def spoil_from_frame(path, first):
-    """Make the frames from `first` on undecodable."""
-    mp4 = bytearray(path.read_bytes())
-    starts = [i for i in range(len(mp4)) if mp4[i : i + 4] == b"\0\0\x01\xb6"]
-    end = mp4.index(b"moov") - 4
-    mp4[starts[first] : end] = bytes(end - starts[first])
-    path.write_bytes(mp4)
 
 
 def record(kind, split, name):
