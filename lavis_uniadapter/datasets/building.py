@@ -1,9 +1,9 @@
-"""Checks around LAVIS's own building of datasets, whatever the task."""
+"""Checks around LAVIS's own building of datasets, for every task."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from lavis.common.registry import registry
@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import (
     SPLITS,
     check_annotations,
@@ -28,8 +27,8 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
     """Check the datasets of a configuration and adapt it to LAVIS's builders.
 
     Splits that the run does not use are removed, and datasets without any others: evaluation alone
-    needs no training data. Every problem of a dataset is reported before anything is built. A
-    builder with a method ``prepare`` (of custom or generated data) checks or makes its files there.
+    needs no training data. A builder with a method ``prepare`` (of custom or generated data) checks
+    or makes its files there.
 
     Args:
         datasets_cfg: one node per dataset, as LAVIS's builders take it; changed in place.
@@ -37,7 +36,7 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: if no dataset has any of the splits, or several have the same one to evaluate.
+        ConfigError: no dataset has any of the splits, or several have the same one to evaluate.
     """
     available: set[str] = set()
     for name, config in list(datasets_cfg.items()):
@@ -70,6 +69,19 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             )
 
 
+def _annotations(config: Mapping) -> Mapping:
+    # LAVIS's web datasets and image folders have none
+    return (config.get("build_info") or {}).get("annotations") or {}
+
+
+def _name_local_annotations(annotations: Mapping) -> None:
+    """LAVIS's builders ask for a ``url`` even if the annotation file exists."""
+    for info in annotations.values():
+        if info.get("url") is None:
+            storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)
+            info.url = [get_cache_path(storage) for storage in storages]
+
+
 def check_built(
     datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
@@ -82,64 +94,33 @@ def check_built(
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: if missing files are to be left out but files are not checked.
+        ConfigError: missing files are to be left out but files are not checked.
     """
+    images = 0
     for name, by_split in datasets.items():
-        skip_missing, allow_missing = (
-            bool(datasets_cfg[name].get(key, False)) for key in ("skip_missing", "allow_missing")
-        )
+        skip_missing = datasets_cfg[name].get("skip_missing", False)
         if skip_missing and not files:
             raise ConfigError(
                 f"datasets.{name}.skip_missing is True, and run.check_files is False, so missing "
                 "files are not found. Set run.check_files: True."
             )
         for split, dataset in by_split.items():
-            if layout_of(type(dataset)) is None:
-                logger.warning("%s, %s: this kind of dataset is not checked.", name, split)
-                continue
-            tolerant = skip_missing if split == "train" else allow_missing
+            training = split == "train"
+            tolerant = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
             unusable = on_main_process(
-                check_dataset, dataset, split, tolerant, files, errors=(DatasetError,)
+                check_dataset, dataset, split, bool(tolerant), files, errors=(DatasetError,)
             )
-            if split != "train":
-                if unusable.paths():
-                    logger.warning(
-                        "%s, %s: %d files are missing and %d cannot be decoded; their items are "
-                        "scored as wrong (allow_missing).",
-                        *(name, split, len(unusable.missing), len(unusable.undecodable)),
-                    )
-            elif unusable.paths():
+            found = f"{name}, {split}: {len(unusable)} files cannot be read;"
+            if unusable and training:
                 records = leave_out(dataset, unusable)
                 logger.warning(
-                    "%s, %s: %d records left out (skip_missing), as %d files are missing and %d "
-                    "cannot be decoded; %d records remain.",
-                    *(name, split, records, len(unusable.missing), len(unusable.undecodable)),
-                    len(dataset),
+                    "%s %d records left out (skip_missing), %d records remain.",
+                    *(found, records, len(dataset)),
                 )
-    trained = [by_split["train"] for by_split in datasets.values() if "train" in by_split]
-    _number_apart(dataset for dataset in trained if hasattr(dataset, "img_ids"))
-
-
-def _annotations(config: Mapping) -> Mapping:
-    # LAVIS's web datasets and image folders have none
-    return (config.get("build_info") or {}).get("annotations") or {}
-
-
-def _number_apart(datasets: Iterable[Dataset]) -> None:
-    """Give the visual inputs of several training sets different numbers.
-
-    Each of LAVIS's datasets counts them from 0 in ``img_ids``, which contrastive learning uses to
-    recognise positives.
-    """
-    offset = 0
-    for dataset in datasets:
-        dataset.img_ids = {name: offset + i for name, i in dataset.img_ids.items()}
-        offset += len(dataset.img_ids)
-
-
-def _name_local_annotations(annotations: Mapping) -> None:
-    """LAVIS's builders ask for a ``url`` even if the annotation file already exists."""
-    for info in annotations.values():
-        if info.get("url") is None:
-            storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)
-            info.url = [get_cache_path(storage) for storage in storages]
+            elif unusable:
+                logger.warning("%s their items are scored as wrong (allow_missing).", found)
+            if training and hasattr(dataset, "img_ids"):
+                # Contrastive learning recognises positives by these numbers, and each of LAVIS's
+                # datasets counts them from 0.
+                dataset.img_ids = {key: images + i for key, i in dataset.img_ids.items()}
+                images += len(dataset.img_ids)

@@ -45,26 +45,28 @@ def read_extracted_frames(
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        OSError, ValueError: If the file is no such archive or is damaged.
+        ValueError: the file is no such archive or is damaged.
     """
-    with _damage_is_value_error():
-        archive = zipfile.ZipFile(path)
-    with archive:
-        with _damage_is_value_error():
-            number = _about(archive, "num_frames")["num_frames"]
-        indices = choose_indices(number)
-        with _damage_is_value_error():
-            pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
+    with _opened(path) as archive:
+        indices = choose_indices(_about(archive, "num_frames")["num_frames"])
+        pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
     return torch.from_numpy(np.stack(pictures))
 
 
-def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
-    """Write frames as an archive, whole or not at all.
+def read_about(path: str) -> dict[str, int]:
+    """What `write_extracted_frames` recorded: num_frames, image_size, source_frames, quality.
 
-    Args:
-        path: of the archive.
-        frames: uint8 RGB (number, height, width, 3).
-        source_frames: how many frames the video has.
+    Raises:
+        ValueError: the file is no such archive or is damaged.
+    """
+    with _opened(path) as archive:
+        return _about(archive, "num_frames", "image_size", "source_frames")
+
+
+def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
+    """Write frames, uint8 RGB (number, height, width, 3), as an archive, whole or not at all.
+
+    ``source_frames`` is how many frames the video has.
     """
     about = {
         "num_frames": len(frames),
@@ -83,28 +85,18 @@ def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> Non
         temporary.write_bytes(content.getvalue())
 
 
-def read_about(path: str) -> dict[str, int]:
-    """What `write_extracted_frames` recorded: num_frames, image_size, source_frames, quality.
-
-    Raises:
-        OSError, ValueError: If the file is no such archive or is damaged.
-    """
-    with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
-        return _about(archive, "num_frames", "image_size", "source_frames")
-
-
 @contextlib.contextmanager
-def _damage_is_value_error() -> Iterator[None]:
-    """Raise ValueError for whatever zipfile, its decompressors, json and PIL raise.
+def _opened(path: str) -> Iterator[zipfile.ZipFile]:
+    """The archive; ValueError for whatever zipfile, its decompressors, json and PIL raise in it.
 
     For damaged files they raise a dozen kinds, including NotImplementedError and SyntaxError.
     """
     try:
-        yield
-    except (OSError, ValueError, MemoryError):
-        raise
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"it is no archive of frames ({said})") from error
 
 
 def _about(archive: zipfile.ZipFile, *keys: str) -> dict[str, int]:

@@ -21,10 +21,11 @@ from lavis_uniadapter.processors.transforms import randaugment_clip, random_resi
 
 
 class BlipVideoBaseProcessor(BaseProcessor):
-    """What the train and the eval processor share: options, decoding and normalisation.
+    """What both processors share: options, decoding and normalisation.
 
     Raises:
-        ConfigError: If an option is unknown or out of its range.
+        ConfigError: an option is unknown or out of its range.
+        VideoDecodeError: on call, the file cannot be decoded.
     """
 
     OPTIONS: type[VideoEval] = VideoEval
@@ -37,7 +38,7 @@ class BlipVideoBaseProcessor(BaseProcessor):
     @classmethod
     def from_config(cls, cfg=None):
         """Build the processor from a config node, whose keys are the options."""
-        return cls(**cls.OPTIONS.read(cfg, "vis_processor").model_dump())
+        return cls(**(cfg or {}))
 
     def _normalise(self, frames: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) to normalised float (3, T, H, W)."""
@@ -52,13 +53,12 @@ class BlipVideoBaseProcessor(BaseProcessor):
         return (clip * std + mean).clamp(0, 1)
 
     def _decode(self, path, positions: Tensor | float) -> Tensor:
-        """Decode one frame per segment as uint8 (T, 3, H, W)."""
-        frames = decode_frames(
-            path,
-            lambda num_frames: sample_frame_indices(num_frames, self.options.n_frms, positions),
-            self.options.image_size,
-        )
-        return frames.permute(0, 3, 1, 2)
+        """One frame per segment, uint8 (T, 3, H, W)."""
+
+        def choose(num_frames: int) -> list[int]:
+            return sample_frame_indices(num_frames, self.n_frms, positions)
+
+        return decode_frames(path, choose, self.options.image_size).permute(0, 3, 1, 2)
 
 
 @registry.register_processor("blip_video_train")
@@ -68,28 +68,19 @@ class BlipVideoTrainProcessor(BlipVideoBaseProcessor):
     A random frame of each of `n_frms` equal segments is decoded at the output size, as
     `alpro_video_train` does. Crop, flip and RandAugment are the same for all frames of a clip.
     All randomness is torch's, which DataLoader seeds differently in each worker.
-
-    With min_scale = max_scale = 1, flip_prob = 0 and randaug_ops = 0 the decoded frames are
-    only normalised.
-
-    Args:
-        options: See `VideoTrain`.
-
-    Raises:
-        ConfigError: If an option is unknown or out of its range.
-        VideoDecodeError: On call, if the file cannot be decoded.
     """
 
     OPTIONS = VideoTrain
 
     def __call__(self, path):
-        frames = self._decode(path, positions=torch.rand(self.options.n_frms, dtype=torch.float64))
+        options = self.options
+        frames = self._decode(path, positions=torch.rand(self.n_frms, dtype=torch.float64))
         frames = random_resized_crop_clip(
-            frames, self.options.image_size, self.options.min_scale, self.options.max_scale
+            frames, options.image_size, options.min_scale, options.max_scale
         )
-        if torch.rand(()) < self.options.flip_prob:
+        if torch.rand(()) < options.flip_prob:
             frames = frames.flip(-1)
-        frames = randaugment_clip(frames, self.options.randaug_ops, self.options.randaug_magnitude)
+        frames = randaugment_clip(frames, options.randaug_ops, options.randaug_magnitude)
         return self._normalise(frames)
 
 
@@ -99,13 +90,6 @@ class BlipVideoEvalProcessor(BlipVideoBaseProcessor):
 
     The middle frame of each of `n_frms` equal segments, resized without a crop as in LAVIS's
     `BlipImageEvalProcessor`.
-
-    Args:
-        options: See `VideoEval`.
-
-    Raises:
-        ConfigError: If an option is unknown or out of its range.
-        VideoDecodeError: On call, if the file cannot be decoded.
     """
 
     def __call__(self, path):
