@@ -23,6 +23,7 @@ from test_properties import examples
 
 from lavis_uniadapter.checkpoints.adapter_files import CONFIG, TENSORS
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.schema.data import read_dataset
 from lavis_uniadapter.datasets.layouts import (
     LAYOUTS,
     Answer,
@@ -441,6 +442,7 @@ def test_any_path_is_taken_or_refused(folder, name, place, value):
         inside = inside.setdefault(key, {})
     inside[place[-1]] = value
     with pytest.raises((DatasetError, ConfigError)):  # at least as the annotations are empty
+        config = read_dataset(name, config)
         builder = registry.get_builder_class(name)(OmegaConf.create(config))
         if name == "custom_caption":
             builder.prepare()

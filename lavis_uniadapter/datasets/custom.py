@@ -18,19 +18,20 @@ from typing import Annotated, Any
 
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from lavis.datasets.datasets import caption_datasets as captioning
-from lavis.datasets.datasets import retrieval_datasets as retrieval
-from lavis.datasets.datasets import video_caption_datasets as video_caption
 from lavis.datasets.datasets.base_dataset import BaseDataset
-from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from omegaconf import DictConfig
 from pydantic import BeforeValidator, Field
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema.data import DatasetSection
-from lavis_uniadapter.datasets.image_qa import ImageQADataset
-from lavis_uniadapter.datasets.layouts import LAYOUTS, Answer, Identifier, layout
+from lavis_uniadapter.datasets.layouts import (
+    DATASET_CLASSES,
+    Answer,
+    Identifier,
+    layout,
+    layout_of,
+)
 from lavis_uniadapter.datasets.preflight import SPLITS, annotation_fault, section_faults
 from lavis_uniadapter.datasets.records import (
     FORMATS,
@@ -91,18 +92,18 @@ class CustomBuilder(BaseDatasetBuilder):
         ConfigError: an unknown or impossible value, by name.
     """
 
+    task: str
     fields: Mapping[str, Any]
     numbered: bool  # a file without image_id has its number; otherwise its name
     annotation_keys: tuple[str, ...] = SPLITS
-    # by data_type: for training, for evaluation
-    dataset_classes: Mapping[str, tuple[type[BaseDataset], type[BaseDataset]]]
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
         if self.data_type not in ("images", "videos"):
             raise ConfigError(f"data_type is {self.data_type!r}; set it to 'images' or 'videos'.")
         self.visual_key = self.data_type.removesuffix("s")
-        self.train_dataset_cls, self.eval_dataset_cls = self.dataset_classes[self.data_type]
+        classes = DATASET_CLASSES[self.task, self.data_type]
+        self.train_dataset_cls, self.eval_dataset_cls = classes
 
     def prepare(self) -> None:
         """Check every record of every split.
@@ -230,26 +231,20 @@ class CustomRetrievalBuilder(CustomBuilder):
     use the file's name instead.
     """
 
+    task = "retrieval"
     fields = {"caption": Captions, "image_id": (Name, None)}
     numbered = False
-    dataset_classes = {
-        "images": (retrieval.RetrievalDataset, retrieval.RetrievalEvalDataset),
-        "videos": (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
-    }
-    DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "retrieval.yaml")}
+    DATASET_CONFIG_DICT = {"default": f"{_CONFIGS}/retrieval.yaml"}
 
 
 @registry.register_builder("custom_caption")
 class CustomCaptionBuilder(CustomBuilder):
     """A user's captioned images or videos, for captioning."""
 
+    task = "caption"
     fields = {"caption": Captions, "image_id": (Number, None)}
     numbered = True
-    dataset_classes = {
-        "images": (captioning.CaptionDataset, captioning.CaptionEvalDataset),
-        "videos": (video_caption.VideoCaptionDataset, video_caption.VideoCaptionEvalDataset),
-    }
-    DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "caption.yaml")}
+    DATASET_CONFIG_DICT = {"default": f"{_CONFIGS}/caption.yaml"}
 
 
 @registry.register_builder("custom_qa")
@@ -261,13 +256,10 @@ class CustomQABuilder(CustomBuilder):
     records. The most frequent candidates come first.
     """
 
+    task = "qa"
     fields = {"question": Text, "answer": Text, "question_id": (Number, None)}
     annotation_keys = (*SPLITS, "answer_list")
-    dataset_classes = {
-        "images": (ImageQADataset, ImageQADataset),
-        "videos": (VideoQADataset, VideoQADataset),
-    }
-    DATASET_CONFIG_DICT = {"default": str(_CONFIGS / "qa.yaml")}
+    DATASET_CONFIG_DICT = {"default": f"{_CONFIGS}/qa.yaml"}
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
@@ -295,7 +287,7 @@ class CustomQABuilder(CustomBuilder):
         return [item for path in files for item in read_records(path, Answer, formats)]
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        return check_placed(lavis_questions(items), LAYOUTS[self.train_dataset_cls], "")
+        return check_placed(lavis_questions(items), layout_of(self.train_dataset_cls), "")
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
         candidates = read["answer_list" if "answer_list" in read else "train"]

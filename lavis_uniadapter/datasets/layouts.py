@@ -153,6 +153,19 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
     VGVQADataset: layout("image", question=Text, answer=Text),
 }
 
+# For training and evaluation, of this package's own datasets, by task and data_type.
+DATASET_CLASSES: dict[tuple[str, str], tuple[type, type]] = {
+    ("retrieval", "images"): (retrieval.RetrievalDataset, retrieval.RetrievalEvalDataset),
+    ("retrieval", "videos"): (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
+    ("caption", "images"): (caption.CaptionDataset, caption.CaptionEvalDataset),
+    ("caption", "videos"): (
+        video_caption.VideoCaptionDataset,
+        video_caption.VideoCaptionEvalDataset,
+    ),
+    ("qa", "images"): (ImageQADataset, ImageQADataset),
+    ("qa", "videos"): (VideoQADataset, VideoQADataset),
+}
+
 
 def layout_of(dataset_cls: type) -> type[VisualRecord] | None:
     """The schema of a dataset class or of the nearest class that it derives from, if known."""

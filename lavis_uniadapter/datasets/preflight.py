@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from urllib.parse import urlparse
 
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
@@ -26,7 +25,6 @@ from lavis_uniadapter.datasets.records import (
     DatasetError,
     Problem,
     UnusableFile,
-    is_text,
     listing,
     load_json,
     raise_if_any,
@@ -80,7 +78,7 @@ def section_faults(data_type: str, storage: object, annotations: Mapping) -> Ite
     where = f"build_info.{data_type}.storage"
     if storage is None:
         yield f"{where} is missing; set it to the folder of the {data_type}."
-    elif not is_text(storage):
+    elif not isinstance(storage, str):
         yield f"{where} is {storage!r}; it must be a path."
     elif not os.path.isdir(path := get_cache_path(storage)):
         yield f"The visual folder {path} does not exist; create it or correct {where}."
@@ -100,26 +98,16 @@ def _annotation_faults(key: str, info: Mapping, checks: Sequence[CheckContent]) 
     """Check the files under a key; the last of the checks is for all files that are left."""
     where = f"build_info.annotations.{key}"
     storages, urls = _as_list(info.get("storage")), _as_list(info.get("url"))
-    if not all(map(is_text, (*storages, *urls))):
-        yield f"{where} has the storage {storages!r} and the url {urls!r}; both must be paths."
-        return
-    if not storages or (len(storages) == 1 and len(checks) > 1):
-        least = "the annotation file" if len(checks) == 1 else "a list: records, then answer list"
-        yield f"{where}.storage is missing a file; set it to {least}."
-        return
-    if urls and len(urls) != len(storages):
-        yield (
-            f"{where} has {len(urls)} url(s) for {len(storages)} storage path(s); "
-            "give one url for each path or none."
-        )
-        return
+    if not storages:
+        yield f"{where}.storage is missing; set it to the annotation file."
+    elif len(checks) > 1 and len(storages) == 1:
+        yield f"{where}.storage names one file; add the answer list after it."
+    elif urls and len(urls) != len(storages):
+        yield f"{where} has {len(urls)} url(s) for {len(storages)} storage path(s); give each one."
     wrong = []
-    for number, storage in enumerate(storages):
-        path = get_cache_path(storage)
+    for number, path in enumerate(map(get_cache_path, storages)):
         if urls and not os.path.exists(path):
-            if urlparse(urls[number]).scheme:  # LAVIS will download it
-                continue
-            path = urls[number]
+            continue  # LAVIS will download it
         try:
             # without a byte-order mark, at which LAVIS fails
             content = load_json(path, encoding="utf-8")
@@ -131,10 +119,8 @@ def _annotation_faults(key: str, info: Mapping, checks: Sequence[CheckContent]) 
         yield annotation_fault(key, wrong)
 
 
-def _as_list(value: object) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def check_dataset(
@@ -176,8 +162,8 @@ def check_dataset(
     if unusable and not tolerant:
         reasons = [f"{path}: {why}" for path, why in unusable.items()]
         raise DatasetError(
-            f"{len(unusable)} of {len(paths)} files of the {split} dataset cannot be read. Get them "
-            "again, correct the visual folder, or remove their records from the annotations "
+            f"{len(unusable)} of {len(paths)} files of the {split} dataset cannot be read. Get "
+            "them again, correct the visual folder, or remove their records from the annotations "
             "(skip_missing: True leaves them out of training, allow_missing: True scores them as "
             f"wrong in evaluation):{listing(reasons)}"
         )
@@ -220,21 +206,12 @@ def last_frame(num_frames: int) -> list[int]:
 
 def _clip_problem(path: str, processor: object, train: bool) -> str | None:
     n_frms = getattr(processor, "n_frms", None)
-    num_frames = 0
 
-    def last_sampled(number: int) -> list[int]:
-        nonlocal num_frames
-        num_frames = number
+    def last_sampled(num_frames: int) -> list[int]:
         if train or n_frms is None:
-            return last_frame(number)
-        return sample_frame_indices(number, n_frms)[-1:]
+            return last_frame(num_frames)
+        return sample_frame_indices(num_frames, n_frms)[-1:]
 
-    # LAVIS's own processors read no extracted frames, and make a shorter clip of a short video
-    is_alpro = isinstance(processor, AlproVideoBaseProcessor)
-    problem = frames_problem(path if is_alpro else clip_file(path), last_sampled)
-    if problem is None and is_alpro and num_frames < n_frms:
-        return (
-            f"it has {num_frames} of the {n_frms} frames (n_frms) that LAVIS's processors need; "
-            "blip_video_train and blip_video_eval repeat frames"
-        )
-    return problem
+    # LAVIS's own processors read no extracted frames
+    reads_frames = not isinstance(processor, AlproVideoBaseProcessor)
+    return frames_problem(clip_file(path) if reads_frames else path, last_sampled)

@@ -25,8 +25,7 @@ from lavis_uniadapter.common.atomic import atomic
 EXTRACTED_SUFFIX = ".frames.zip"
 ABOUT = "about.json"
 JPEG_QUALITY = 95
-# Of an archive's content and of a picture's pixels: a small file can unpack to any size.
-MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 20_000_000  # of a picture; a small file may hold any number
 
 
 def clip_file(path: str | os.PathLike) -> str:
@@ -114,21 +113,15 @@ def _name(index: int) -> str:
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of an archive, unless it is larger than a picture can be."""
-    member = archive.getinfo(name)
-    # zipfile decompresses the other methods all at once
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed in another way than frames are")
-    if member.file_size <= MAX_BYTES:
-        with archive.open(member) as file:
-            # Bounded too, as an archive may state a false size.
-            return file.read(MAX_BYTES)
-    raise ValueError(f"{name} holds {member.file_size / 1e6:,.0f} MB, which no frame does")
+    # a small compressed member may unpack to any size
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which frames are not")
+    return archive.read(name)
 
 
 def _read_picture(content: bytes, image_size: int) -> np.ndarray:
     with Image.open(io.BytesIO(content)) as picture:
-        if 3 * picture.width * picture.height > MAX_BYTES:
+        if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"a picture has {picture.width} x {picture.height} pixels")
         picture = picture.convert("RGB")
         if picture.size != (image_size, image_size):

@@ -287,16 +287,6 @@ def test_missing_annotation_file_that_lavis_will_fetch_is_passed_over(config):
     check(node)
 
 
-def test_local_file_under_url_is_checked(config, tmp_path):
-    node = config()
-    annotation_file(node, "test").unlink()
-    node.build_info.annotations.test.url = str(tmp_path / "source.json")
-    with pytest.raises(DatasetError, match="source.json: cannot be read"):
-        check(node)
-    write_json(tmp_path / "source.json", [record("video", "test", "a.mp4")])
-    check(node)
-
-
 def test_each_of_several_annotation_files_is_checked(config, tmp_path):
     node = config()
     second = tmp_path / "second.json"

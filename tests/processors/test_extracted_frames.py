@@ -105,7 +105,7 @@ def test_lavis_builder_and_checks_read_them_in_place_of_videos(tmp_path, monkeyp
         for mode in ("train", "eval")
     }
     for split, dataset in cls(config).build().items():
-        assert not check_dataset(dataset, split).paths()
+        assert check_dataset(dataset, split) == {}
         assert dataset[0]["video"].shape == (3, 2, 32, 32)
 
 
