@@ -14,6 +14,7 @@ from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import (
     SPLITS,
+    as_list,
     check_annotations,
     check_dataset,
     leave_out,
@@ -24,15 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
-    """Check the datasets of a configuration and adapt it to LAVIS's builders.
+    """Check the datasets of a configuration and adapt it, in place, to LAVIS's builders.
 
-    Splits that the run does not use are removed, and datasets without any others: evaluation alone
-    needs no training data. A builder with a method ``prepare`` (of custom or generated data) checks
-    or makes its files there.
-
-    Args:
-        datasets_cfg: one node per dataset, as LAVIS's builders take it; changed in place.
-        splits: those that the run uses.
+    Splits that the run does not use are removed, and datasets without any others. A builder with a
+    method ``prepare`` (of custom or generated data) checks or makes its files there.
 
     Raises:
         DatasetError: listing what is missing or malformed.
@@ -52,7 +48,10 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             continue
         prepare = getattr(builder, "prepare", partial(check_annotations, builder))
         on_main_process(prepare, errors=(ConfigError, DatasetError, FileExistsError))
-        _name_local_annotations(annotations)
+        for info in annotations.values():
+            if info.get("url") is None:
+                # LAVIS's builders ask for one even if the annotation file exists
+                info.url = [get_cache_path(storage) for storage in as_list(info.storage)]
     if not datasets_cfg:
         raise ConfigError(
             f"The run's splits are {', '.join(sorted(splits)) or 'none'}, and the datasets have "
@@ -74,23 +73,12 @@ def _annotations(config: Mapping) -> Mapping:
     return (config.get("build_info") or {}).get("annotations") or {}
 
 
-def _name_local_annotations(annotations: Mapping) -> None:
-    """LAVIS's builders ask for a ``url`` even if the annotation file exists."""
-    for info in annotations.values():
-        if info.get("url") is None:
-            storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)
-            info.url = [get_cache_path(storage) for storage in storages]
-
-
 def check_built(
     datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
-    """Check what LAVIS built, including its files; leave out what ``skip_missing`` allows to.
+    """Check what a LAVIS task built, by name and split; leave out what ``skip_missing`` says.
 
-    Args:
-        datasets: by name and split, as a LAVIS task builds them.
-        datasets_cfg: their configuration.
-        files: check the visual files too, which takes a while if there are many.
+    ``files``: check the visual files too, which takes a while if there are many.
 
     Raises:
         DatasetError: listing what is missing or malformed.

@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, Field
 
 from lavis_uniadapter.common.errors import ConfigError, reject_unknown_keys
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
-from lavis_uniadapter.common.schema.data import DatasetSection
+from lavis_uniadapter.common.schema.data import DatasetSection, Source
 from lavis_uniadapter.datasets.layouts import (
     DATASET_CLASSES,
     Answer,
@@ -32,7 +32,7 @@ from lavis_uniadapter.datasets.layouts import (
     layout,
     layout_of,
 )
-from lavis_uniadapter.datasets.preflight import SPLITS, annotation_fault, section_faults
+from lavis_uniadapter.datasets.preflight import SPLITS, annotation_fault, as_list, section_faults
 from lavis_uniadapter.datasets.records import (
     FORMATS,
     Found,
@@ -90,6 +90,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
     Raises:
         ConfigError: an unknown or impossible value, by name.
+        DatasetError: in prepare and build, listing what is wrong by file and line.
     """
 
     task: str
@@ -106,20 +107,11 @@ class CustomBuilder(BaseDatasetBuilder):
         self.train_dataset_cls, self.eval_dataset_cls = classes
 
     def prepare(self) -> None:
-        """Check every record of every split.
-
-        Raises:
-            DatasetError: listing what is missing or wrong, by file and line.
-            ConfigError: see the builder.
-        """
+        """Check every record of every split."""
         self._read()
 
     def build(self) -> dict[str, BaseDataset]:
-        """LAVIS's datasets by split.
-
-        Raises:
-            DatasetError, ConfigError: as by prepare.
-        """
+        """LAVIS's datasets by split."""
         return self._build(self._read())
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
@@ -152,7 +144,7 @@ class CustomBuilder(BaseDatasetBuilder):
         reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
         folder = _storages(info and getattr(info, self.data_type))
         files = {key: _storages(source) for key, source in annotations.items()}
-        return (folder[0] if len(folder) == 1 else None), files
+        return folder[0] if len(folder) == 1 else None, files
 
     def _read(self) -> dict[str, list[Found]]:
         """LAVIS's records by split."""
@@ -181,10 +173,9 @@ class CustomBuilder(BaseDatasetBuilder):
         return check_placed(lavis_captions(items, training, self.numbered), schema, "")
 
 
-def _storages(source: Any) -> list[str]:
-    storage = (source and source.storage) or []
-    storages = [storage] if isinstance(storage, str) else storage
-    return [os.path.abspath(os.path.expanduser(path)) for path in storages]
+def _storages(source: Source | None) -> list[str]:
+    paths = as_list(source and source.storage)
+    return [os.path.abspath(os.path.expanduser(path)) for path in paths]
 
 
 def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Converted:

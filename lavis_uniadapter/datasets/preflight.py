@@ -43,8 +43,8 @@ _DECODE_THREADS = 8
 def check_annotations(builder: BaseDatasetBuilder) -> None:
     """Check the annotation files and the visual folder that a LAVIS builder's config names.
 
-    Relative paths start at the cache root, as in LAVIS. A file that LAVIS will download is checked
-    when it is there. Datasets of an unknown layout (`layouts.LAYOUTS`) are not checked.
+    A file that LAVIS will download is checked when it is there. Datasets of an unknown layout
+    (`layouts.LAYOUTS`) are not checked.
 
     Raises:
         DatasetError: listing every problem of all splits.
@@ -97,7 +97,7 @@ def annotation_fault(key: str, wrong: Sequence[Problem]) -> str:
 def _annotation_faults(key: str, info: Mapping, checks: Sequence[CheckContent]) -> Iterator[str]:
     """Check the files under a key; the last of the checks is for all files that are left."""
     where = f"build_info.annotations.{key}"
-    storages, urls = _as_list(info.get("storage")), _as_list(info.get("url"))
+    storages, urls = as_list(info.get("storage")), as_list(info.get("url"))
     if not storages:
         yield f"{where}.storage is missing; set it to the annotation file."
     elif len(checks) > 1 and len(storages) == 1:
@@ -119,25 +119,21 @@ def _annotation_faults(key: str, info: Mapping, checks: Sequence[CheckContent]) 
         yield annotation_fault(key, wrong)
 
 
-def _as_list(value: str | Sequence[str] | None) -> list[str]:
+def as_list(value: str | Sequence[str] | None) -> list[str]:
+    """The paths of a storage or url."""
     return [value] if isinstance(value, str) else list(value or [])
 
 
 def check_dataset(
     dataset: BaseDataset, split: str, tolerant: bool = False, files: bool = True
 ) -> dict[str, str]:
-    """Check a built dataset: its records, and that every file can be decoded.
+    """Check a built dataset: its records, and if ``files``, that each file can be decoded.
 
-    Of each distinct video the last frame that the split can sample is decoded: the very last one
-    in training, the middle of the last segment in evaluation. Of an image the header is read.
-
-    Args:
-        split: "train", "val" or "test".
-        tolerant: return unusable files instead of raising for them.
-        files: check the files; False: the records only.
+    Of a video the last frame that the split can sample is decoded: the very last one in training,
+    the middle of the last segment in evaluation. Of an image the header is read.
 
     Returns:
-        Why files cannot be used, by path.
+        Why files cannot be used, by path; only if ``tolerant``.
 
     Raises:
         DatasetError: listing every problem of the records, or of the files.

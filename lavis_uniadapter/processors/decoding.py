@@ -39,11 +39,7 @@ ChooseFrames = Callable[[int], Sequence[int]]
 
 
 class VideoDecodeError(RuntimeError):
-    """A video that yields no frames. The message names the file, the reason and the fix.
-
-    Attributes:
-        reason: by itself.
-    """
+    """A video that yields no frames, and why. The message names the file and the fix too."""
 
     # One argument will do, as PyTorch raises a data worker's errors anew from their message.
     def __init__(self, message: str, reason: str = ""):
@@ -54,8 +50,11 @@ class VideoDecodeError(RuntimeError):
 def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int) -> Tensor:
     """Decode chosen frames of a video, scaled while decoding (decord's bicubic).
 
+    If frames were extracted from the video, they are read instead (`clip_file`). decord fills in a
+    frame without output, if it is not damaged, from a neighbour. That stays enabled (`fault_tol`):
+    a clip cut without re-encoding begins with such hidden frames.
+
     Args:
-        path: video file; if frames were extracted from it, they are read instead (`clip_file`).
         choose: given the number of frames in the clip, returns the indices to decode.
         image_size: height and width of the decoded frames, in pixels.
 
@@ -63,11 +62,7 @@ def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        VideoDecodeError: the file is missing, empty, not a video, without a video stream, or cut
-            off or damaged before one of the frames.
-
-    decord fills in a frame without output, if it is not damaged, from a neighbour. That stays
-    enabled (`fault_tol`): a clip cut without re-encoding begins with such hidden frames.
+        VideoDecodeError: a frame cannot be decoded.
     """
     return decode_file(clip_file(path), choose, image_size)
 

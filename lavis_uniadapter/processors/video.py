@@ -1,9 +1,8 @@
 """Video processors for BLIP: a path goes in, a CLIP-normalised clip (3, T, H, W) comes out.
 
-LAVIS has video processors for ALPRO only (`lavis.processors.alpro_processors`). Those return fewer
-than `n_frms` frames for a short clip, redraw the direction of a geometric augmentation for every
-frame, and let bicubic overshoot wrap around in the conversion to uint8. The ones here keep their
-recipe (crop, flip, RandAugment, normalise) without these faults.
+They keep the recipe of LAVIS's processors for ALPRO without their faults: fewer than `n_frms`
+frames of a short clip, another direction of a geometric augmentation in every frame, and bicubic
+overshoot that wraps around in the conversion to uint8.
 """
 
 from __future__ import annotations

@@ -1,18 +1,12 @@
 """Generate the embedded data set "shapes": stills and clips with captions and questions.
 
 Stills show one coloured shape on a plain background. Clips show one in a short run of frames, on a
-blotched background; the other frames hold grey distractors, which no caption or question mentions,
-or nothing.
+blotched background; grey distractors, which no caption or question mentions, are in other frames.
 
-A generated folder holds the visual files in ``images/`` or ``videos/``, ``generated.json``, which
-records the options, and in ``annotations/``, in LAVIS's layouts:
-
-* ``{train,val,test}.json`` for retrieval. Their extra key ``objects`` says what is visible, and in
-  which frames.
-* ``cap_{train,val,test}.json`` for captioning: in training the captions of retrieval, in evaluation
-  a list of every wording.
-* ``qa_{train,val,test}.json`` for question answering, and the answers' labels in
-  ``qa_ans2label.json``.
+A folder holds the files in ``images/`` or ``videos/``, the options in ``generated.json``, and in
+``annotations/`` those of retrieval (``train.json``; their ``objects`` say what is visible, and in
+which frames), captioning (``cap_train.json``; in evaluation with every wording) and question
+answering (``qa_train.json``, ``qa_ans2label.json``).
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +69,7 @@ def _generate(options: Stills, folder: Path) -> None:
         records: dict[str, list] = {"": [], "cap_": [], "qa_": []}
         progress = tqdm(contents, desc=f"shapes {_visual_folder(options)}, {split}")
         for index, content in enumerate(progress):
-            about_item = _draw(options, folder, split, index, content)
-            for task, about in about_item.items():
+            for task, about in _draw(options, folder, split, index, content).items():
                 records[task] += about
         for task, about in records.items():
             lines = ",\n".join(map(json.dumps, about))
@@ -97,55 +90,49 @@ def _draw(
 ) -> dict[str, list[dict[str, Any]]]:
     """Draw an item; returns the records about it, by the prefix of a task's files."""
     rng = random_source(options, split, index)
+    name, thing, image_id = f"{split}_{index:05d}", content._asdict(), {}
     if isinstance(options, Clips):
         start = int(rng.integers(options.num_frames - options.visible_frames + 1))
-        frames = list(range(start, start + options.visible_frames))
-        name, templates = {"video": f"{split}_{index:05d}.mp4"}, CLIP_TEMPLATES
-        path = folder / "videos" / name["video"]
-        write_mp4(path, draw_clip(options, content, frames, rng), options.fps)
-        objects = [{**content._asdict(), "frames": frames}]
+        thing["frames"] = list(range(start, start + options.visible_frames))
+        shown, templates = {"video": f"{name}.mp4"}, CLIP_TEMPLATES
+        pictures = draw_clip(options, content, thing["frames"], rng)
+        write_mp4(folder / "videos" / shown["video"], pictures, options.fps)
         wordings = shuffled(templates, rng)[: options.captions_per_train_clip]
-        image_id = {}
     else:
-        name, templates = {"image": f"{split}_{index:05d}.png"}, STILL_TEMPLATES
-        Image.fromarray(draw_still(options, content, rng)).save(folder / "images" / name["image"])
-        objects = [content._asdict()]
+        shown, templates = {"image": f"{name}.png"}, STILL_TEMPLATES
+        Image.fromarray(draw_still(options, content, rng)).save(folder / "images" / shown["image"])
         wordings = [pick(rng, templates)]
         # Stills that show the same share an id: a text matches all of them, and none of them may be
         # drawn as a negative of another.
-        shown = f"{content.size} {content.colour} {content.shape} {content.position}"
-        image_id = {"image_id": shown}
-    captions: Sequence[Any] = [content.caption(wording) for wording in wordings]
+        words = (content.size, content.colour, content.shape, content.position)
+        image_id = {"image_id": " ".join(words)}
+    captions: list[Any] = [content.caption(wording) for wording in wordings]
     references = captions
     if split != "train":
         # a generated caption may use any wording
         references = [[content.caption(template) for template in templates]]
         captions, image_id = [references[0][:1]], {}
     return {
-        "": [{**name, **image_id, "caption": c, "objects": objects} for c in captions],
-        "cap_": [{**name, "caption": c, "image_id": index} for c in references],
-        "qa_": _questions(options, split, index, content, name),
+        "": [{**shown, **image_id, "caption": c, "objects": [thing]} for c in captions],
+        "cap_": [{**shown, "caption": c, "image_id": index} for c in references],
+        "qa_": [{**shown, **asked} for asked in _questions(options, split, index, content)],
     }
 
 
 def _questions(
-    options: Stills, split: str, index: int, content: Content, name: Mapping[str, str]
-) -> list[dict[str, Any]]:
+    options: Stills, split: str, index: int, content: Content
+) -> Iterator[dict[str, Any]]:
     asked = list(QUESTIONS)
     if split == "train":
         # With numbers of their own: what is asked changes no picture.
         asked = shuffled(asked, random_source(options, split, index, 1))
         asked = asked[: options.questions_per_train_item]
-    attributes = content._asdict()
-    return [
-        {
-            **name,
-            "question": QUESTIONS[attribute].format(**attributes),
-            "answer": attributes[attribute],
+    for attribute in asked:
+        yield {
+            "question": QUESTIONS[attribute].format(**content._asdict()),
+            "answer": getattr(content, attribute),
             "question_id": index * len(QUESTIONS) + list(QUESTIONS).index(attribute),
         }
-        for attribute in asked
-    ]
 
 
 def _visual_folder(options: Stills) -> str:
