@@ -40,14 +40,11 @@ def read_extracted_frames(
 ) -> Tensor:
     """Read chosen frames, like `decoding.decode_frames`.
 
-    Returns:
-        uint8 RGB tensor (number of indices, image_size, image_size, 3).
-
     Raises:
         ValueError: the file is no such archive or is damaged.
     """
     with _opened(path) as archive:
-        indices = choose_indices(_about(archive, "num_frames")["num_frames"])
+        indices = choose_indices(_about(archive)["num_frames"])
         pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
     return torch.from_numpy(np.stack(pictures))
 
@@ -59,7 +56,7 @@ def read_about(path: str) -> dict[str, int]:
         ValueError: the file is no such archive or is damaged.
     """
     with _opened(path) as archive:
-        return _about(archive, "num_frames", "image_size", "source_frames")
+        return _about(archive)
 
 
 def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
@@ -73,23 +70,16 @@ def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> Non
         "source_frames": source_frames,
         "quality": JPEG_QUALITY,
     }
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for index, frame in enumerate(frames.numpy()):
-            picture = io.BytesIO()
-            Image.fromarray(frame).save(picture, "JPEG", quality=JPEG_QUALITY)
-            archive.writestr(_name(index), picture.getvalue())
+            with archive.open(_name(index), "w") as member:
+                Image.fromarray(frame).save(member, "JPEG", quality=JPEG_QUALITY)
         archive.writestr(ABOUT, json.dumps(about))
-    with atomic(path) as temporary:
-        temporary.write_bytes(content.getvalue())
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[zipfile.ZipFile]:
-    """The archive; ValueError for whatever zipfile, its decompressors, json and PIL raise in it.
-
-    For damaged files they raise a dozen kinds, including NotImplementedError and SyntaxError.
-    """
+    """The archive; ValueError for the dozen kinds of errors that damaged ones raise."""
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
@@ -98,13 +88,12 @@ def _opened(path: str) -> Iterator[zipfile.ZipFile]:
         raise ValueError(f"it is no archive of frames ({said})") from error
 
 
-def _about(archive: zipfile.ZipFile, *keys: str) -> dict[str, int]:
+def _about(archive: zipfile.ZipFile) -> dict[str, int]:
     about = json.loads(_content(archive, ABOUT))
-    for key in keys:
-        value = about[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key} in {ABOUT} is {reprlib.repr(value)}, no number of 1 or more")
-    archive.getinfo(_name(about["num_frames"] - 1))  # a KeyError if it has fewer
+    numbers = [about[key] for key in ("num_frames", "image_size", "source_frames")]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"{ABOUT} says {reprlib.repr(about)}")
+    archive.getinfo(_name(numbers[0] - 1))  # a KeyError if it has fewer
     return about
 
 
