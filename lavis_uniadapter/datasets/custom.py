@@ -180,29 +180,21 @@ def _storages(source: Source | None) -> list[str]:
 
 def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Converted:
     """Records for LAVIS: one per caption in training, one per file in evaluation."""
-    first: dict[str, Found] = {}
-    ids: dict[str, int | str] = {}
-    captions: dict[str, list[str]] = {}
-    for item in items:
-        file, image_id = item.record.file, item.record.image_id
-        if file not in first:
-            default = len(ids) if numbered else file
-            first[file], ids[file] = item, default if image_id is None else image_id
-        elif image_id not in (None, ids[file]):
-            text = f"gives '{file}' the image_id {image_id!r}, and {first[file].place} gives it "
-            text += f"{ids[file]!r}; give a file one image_id"
-            yield item.place, Problem(item.place, text)
-        captions.setdefault(file, []).extend(item.record.caption)
-        for caption in item.record.caption if training else ():
-            yield item.place, _captioned(item, caption, ids[file])
+    by_file: dict[str, tuple[Place, dict[str, Any]]] = {}
+    for place, own in ((item.place, item.record) for item in items):
+        image_id = own.image_id
+        if image_id is None:
+            image_id = len(by_file) if numbered else own.file
+        new = {own.visual_key: own.file, "caption": [], "image_id": image_id}
+        first, record = by_file.setdefault(own.file, (place, new))
+        if own.image_id not in (None, record["image_id"]):
+            text = f"gives '{own.file}' the image_id {image_id!r}, and {first} gives it "
+            yield place, Problem(place, f"{text}{record['image_id']!r}; give a file one image_id")
+        record["caption"] += own.caption
+        for caption in own.caption if training else ():
+            yield place, {**record, "caption": caption}
     if not training:
-        for file, item in first.items():
-            yield item.place, _captioned(item, captions[file], ids[file])
-
-
-def _captioned(item: Found, caption: str | list[str], image_id: int | str) -> dict[str, Any]:
-    record = item.record
-    return {record.visual_key: record.file, "caption": caption, "image_id": image_id}
+        yield from by_file.values()
 
 
 def lavis_questions(items: Sequence[Found]) -> Converted:
