@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from functools import partial
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
-from torch.utils.data import Dataset
+from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
@@ -24,7 +24,7 @@ from lavis_uniadapter.datasets.records import DatasetError
 logger = logging.getLogger(__name__)
 
 
-def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
+def make_buildable(datasets_cfg: MutableMapping, splits: Collection[str]) -> None:
     """Check the datasets of a configuration and adapt it, in place, to LAVIS's builders.
 
     Splits that the run does not use are removed, and datasets without any others. A builder with a
@@ -68,13 +68,13 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             )
 
 
-def _annotations(config: Mapping) -> Mapping:
+def _annotations(config: Mapping) -> MutableMapping:
     # LAVIS's web datasets and image folders have none
     return (config.get("build_info") or {}).get("annotations") or {}
 
 
 def check_built(
-    datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
+    datasets: Mapping[str, Mapping[str, BaseDataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
     """Check what a LAVIS task built, by name and split; leave out what ``skip_missing`` says.
 

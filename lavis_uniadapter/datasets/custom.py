@@ -27,10 +27,10 @@ from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema.data import DatasetSection, Source
 from lavis_uniadapter.datasets.layouts import (
     DATASET_CLASSES,
+    LAYOUTS,
     Answer,
     Identifier,
     layout,
-    layout_of,
 )
 from lavis_uniadapter.datasets.preflight import SPLITS, annotation_fault, as_list, section_faults
 from lavis_uniadapter.datasets.records import (
@@ -58,8 +58,9 @@ def _given(value: object) -> object:
 
 def _number(value: object) -> object:
     value = _given(value)
-    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)
-    return int(value) if is_number else value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
+        return int(value)
+    return value
 
 
 Captions = Annotated[
@@ -142,15 +143,15 @@ class CustomBuilder(BaseDatasetBuilder):
         info = DatasetSection.read(self.config, "").build_info
         annotations = (info and info.annotations) or {}
         reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
-        folder = _storages(info and getattr(info, self.data_type))
+        folder = _storages(getattr(info, self.data_type, None))
         files = {key: _storages(source) for key, source in annotations.items()}
         return folder[0] if len(folder) == 1 else None, files
 
-    def _read(self) -> dict[str, list[Found]]:
+    def _read(self) -> dict[str, list[Any]]:
         """LAVIS's records by split."""
         folder, paths = self._paths()
         faults = list(section_faults(self.data_type, folder, paths))
-        read = {}
+        read: dict[str, list[Any]] = {}
         for key, files in paths.items():
             if files:
                 read[key] = self._read_files(key, files)
@@ -164,7 +165,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
     def _read_files(self, key: str, files: Sequence[str]) -> list[Found | Problem]:
         schema = layout(self.visual_key, **self.fields)
-        items = [item for path in files for item in read_records(path, schema)]
+        items: list[Any] = [item for path in files for item in read_records(path, schema)]
         return items if problems(items) else list(self._convert(items, key == "train"))
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
@@ -174,7 +175,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
 
 def _storages(source: Source | None) -> list[str]:
-    paths = as_list(source and source.storage)
+    paths = as_list(source.storage if source else None)
     return [os.path.abspath(os.path.expanduser(path)) for path in paths]
 
 
@@ -270,7 +271,7 @@ class CustomQABuilder(CustomBuilder):
         return [item for path in files for item in read_records(path, Answer, formats)]
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        return check_placed(lavis_questions(items), layout_of(self.train_dataset_cls), "")
+        return check_placed(lavis_questions(items), LAYOUTS[self.train_dataset_cls], "")
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
         candidates = read["answer_list" if "answer_list" in read else "train"]

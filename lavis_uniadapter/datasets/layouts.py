@@ -100,9 +100,9 @@ def record_problems(content: object, path: str, schema: type[Record]) -> list[Pr
 
 def answer_problems(content: object, path: str) -> list[Problem]:
     """What is wrong with VQA's list of candidate answers."""
-    is_list = isinstance(content, list)
-    values = [{"answer": answer} for answer in content] if is_list else content
-    return record_problems(values, path, Answer)
+    if isinstance(content, list):
+        content = [{"answer": answer} for answer in content]
+    return record_problems(content, path, Answer)
 
 
 def label_problems(content: object, path: str) -> list[Problem]:
@@ -123,7 +123,7 @@ def coco_problems(content: object, path: str, list_key: str) -> list[Problem]:
     return [Problem(Place(path), text)]
 
 
-_QUESTION = {"question": Text, "answer": Text, "question_id": NumberOrName}
+_QUESTION: dict[str, Any] = {"question": Text, "answer": Text, "question_id": NumberOrName}
 LAYOUTS: dict[type, type[VisualRecord]] = {
     retrieval.RetrievalDataset: layout("image", caption=Caption, image_id=Identifier),
     retrieval.RetrievalEvalDataset: layout("image", caption=Texts),

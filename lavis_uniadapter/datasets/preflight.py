@@ -21,6 +21,7 @@ from lavis_uniadapter.datasets.layouts import (
     layout_of,
     record_problems,
 )
+from lavis_uniadapter.datasets.reading import file_of
 from lavis_uniadapter.datasets.records import (
     DatasetError,
     Problem,
@@ -148,8 +149,7 @@ def check_dataset(
         raise DatasetError(annotation_fault(split, wrong))
     if not files:
         return {}
-    names = dict.fromkeys(record[layout.visual_key] for record in dataset.annotation)
-    paths = [os.path.join(dataset.vis_root, name) for name in names]
+    paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
     if layout.visual_key == "image":
         check = partial(image_problem, whole=False)
     else:
@@ -172,14 +172,12 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
     Raises:
         DatasetError: none would be left.
     """
-    key = layout_of(type(dataset)).visual_key
-    before = len(dataset.annotation)
-    root = dataset.vis_root
-    kept = [r for r in dataset.annotation if os.path.join(root, r[key]) not in unusable]
+    before = len(dataset)
+    kept = [dataset.annotation[i] for i in range(before) if file_of(dataset, i) not in unusable]
     if not kept:
         raise DatasetError(
             f"None of the {len(unusable)} files of the dataset can be used, the first being "
-            f"{min(unusable)}. Check the visual folder {root}."
+            f"{min(unusable)}. Check the visual folder {dataset.vis_root}."
         )
     dataset.annotation = kept
     dataset._add_instance_ids()

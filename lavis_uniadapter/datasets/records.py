@@ -217,7 +217,7 @@ def _faults(error: ValidationError, schema: type[Record], value: object) -> Iter
         if not key:  # the record as a whole
             yield details[0]["msg"].removeprefix("Value error, ")
             continue
-        (name,) = key
+        name = str(key[0])
         text = f"needs {schema.model_fields[name].description} under '{name}', has "
         hint = "" if name in value else nearest(name, value)
         yield text + reprlib.repr(value.get(name)) + (f".{hint}" if hint else "")
@@ -254,7 +254,7 @@ def _parse_json(path: str, schema: type[Record]) -> _Parsed:
     return ((Place(path, "record", index), value) for index, value in enumerate(values))
 
 
-def _parse_txt(path: str, schema: type[Record]) -> _Parsed:
+def _parse_txt(path: str, schema: type[Record]) -> Iterator[tuple[Place, str]]:
     # not str.splitlines, which also splits at characters that JSON allows within a string
     lines = _read_text(path).removesuffix("\n").split("\n")
     return ((Place(path, "line", number), line) for number, line in enumerate(lines, start=1))

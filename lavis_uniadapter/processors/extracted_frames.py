@@ -109,10 +109,10 @@ def _content(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _read_picture(content: bytes, image_size: int) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(f"a picture has {picture.width} x {picture.height} pixels")
-        picture = picture.convert("RGB")
-        if picture.size != (image_size, image_size):
-            picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        return np.asarray(picture)
+    with Image.open(io.BytesIO(content)) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"a picture has {file.width} x {file.height} pixels")
+        picture = file.convert("RGB")
+    if picture.size != (image_size, image_size):
+        picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
