@@ -28,7 +28,6 @@ from lavis_uniadapter.datasets.records import (
     Text,
     Texts,
     check_records,
-    is_text,
     problems,
 )
 
@@ -108,8 +107,8 @@ def answer_problems(content: object, path: str) -> list[Problem]:
 def label_problems(content: object, path: str) -> list[Problem]:
     """What is wrong with VideoQA's mapping of answers to class indices."""
     labels = content if isinstance(content, Mapping) else {}
-    numbers = [n for n in labels.values() if isinstance(n, int) and not isinstance(n, bool)]
-    if labels and all(map(is_text, labels)) and sorted(numbers) == list(range(len(labels))):
+    numbers = sorted(number for number in labels.values() if type(number) is int)
+    if labels and all(map(str.strip, labels)) and numbers == list(range(len(labels))):
         return []
     text = "must be a mapping of non-empty answers to the numbers from 0 on, each once"
     return [Problem(Place(path), text)]

@@ -55,7 +55,7 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     layouts = {split: layout_of(cls) for split, cls in classes.items() if cls}
     if not any(layouts.values()):
         return
-    data_type = builder.config.get("data_type")
+    data_type = builder.config.data_type
     if data_type not in ("images", "videos"):
         raise DatasetError(f"data_type is {data_type!r}; set it to 'videos' or 'images'.")
     build_info = builder.config.get("build_info") or {}

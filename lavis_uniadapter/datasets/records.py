@@ -82,11 +82,6 @@ class Found(Generic[R]):
     record: R
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a string that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
-
-
 def escapes_root(name: str) -> bool:
     """Whether a file name, joined to a folder, leaves it, on this system or on Windows.
 
