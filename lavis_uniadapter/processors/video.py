@@ -19,8 +19,12 @@ from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.processors.transforms import randaugment_clip, random_resized_crop_clip
 
 
-class BlipVideoBaseProcessor(BaseProcessor):
-    """What both processors share: options, decoding and normalisation.
+@registry.register_processor("blip_video_eval")
+class BlipVideoEvalProcessor(BaseProcessor):
+    """Path to a clip, float (3, n_frms, image_size, image_size), the same on every call.
+
+    The middle frame of each of `n_frms` equal segments, resized without a crop as in LAVIS's
+    `BlipImageEvalProcessor`.
 
     Raises:
         ConfigError: an option is unknown or out of its range.
@@ -39,17 +43,8 @@ class BlipVideoBaseProcessor(BaseProcessor):
         """Build the processor from a config node, whose keys are the options."""
         return cls(**(cfg or {}))
 
-    def _normalise(self, frames: Tensor) -> Tensor:
-        """uint8 (T, 3, H, W) to normalised float (3, T, H, W)."""
-        clip = functional_video.to_tensor(frames.permute(0, 2, 3, 1))
-        return functional_video.normalize(clip, self.options.mean, self.options.std)
-
-    def denormalise(self, clip: Tensor) -> Tensor:
-        """A normalised clip (3, T, H, W) as colours in [0, 1]."""
-        mean, std = (
-            torch.tensor(v)[:, None, None, None] for v in (self.options.mean, self.options.std)
-        )
-        return (clip * std + mean).clamp(0, 1)
+    def __call__(self, path):
+        return self._normalise(self._decode(path, positions=0.5))
 
     def _decode(self, path, positions: Tensor | float) -> Tensor:
         """One frame per segment, uint8 (T, 3, H, W)."""
@@ -59,9 +54,20 @@ class BlipVideoBaseProcessor(BaseProcessor):
 
         return decode_frames(path, choose, self.options.image_size).permute(0, 3, 1, 2)
 
+    def _normalise(self, frames: Tensor) -> Tensor:
+        """uint8 (T, 3, H, W) to normalised float (3, T, H, W)."""
+        clip = functional_video.to_tensor(frames.permute(0, 2, 3, 1))
+        return functional_video.normalize(clip, self.options.mean, self.options.std)
+
+    def denormalise(self, clip: Tensor) -> Tensor:
+        """A normalised clip (3, T, H, W) as colours in [0, 1]."""
+        statistics = (self.options.mean, self.options.std)
+        mean, std = (torch.tensor(values)[:, None, None, None] for values in statistics)
+        return (clip * std + mean).clamp(0, 1)
+
 
 @registry.register_processor("blip_video_train")
-class BlipVideoTrainProcessor(BlipVideoBaseProcessor):
+class BlipVideoTrainProcessor(BlipVideoEvalProcessor):
     """Path to a randomly sampled and augmented clip, float (3, n_frms, image_size, image_size).
 
     A random frame of each of `n_frms` equal segments is decoded at the output size, as
@@ -81,15 +87,3 @@ class BlipVideoTrainProcessor(BlipVideoBaseProcessor):
             frames = frames.flip(-1)
         frames = randaugment_clip(frames, options.randaug_ops, options.randaug_magnitude)
         return self._normalise(frames)
-
-
-@registry.register_processor("blip_video_eval")
-class BlipVideoEvalProcessor(BlipVideoBaseProcessor):
-    """Path to a clip, float (3, n_frms, image_size, image_size), the same on every call.
-
-    The middle frame of each of `n_frms` equal segments, resized without a crop as in LAVIS's
-    `BlipImageEvalProcessor`.
-    """
-
-    def __call__(self, path):
-        return self._normalise(self._decode(path, positions=0.5))

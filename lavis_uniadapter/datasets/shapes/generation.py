@@ -148,20 +148,17 @@ def _holds(options: Stills, folder: Path) -> bool:
     if not folder.exists():
         return False
     marker = folder / MARKER
-    if not marker.is_file():
-        raise FileExistsError(
-            f"{folder} exists but holds no finished shapes data set ({MARKER} is missing). "
-            "Delete or move that folder, or name another storage in the dataset's build_info."
-        )
-    found, wanted = json.loads(marker.read_text()), _description(options)
+    found = json.loads(marker.read_text()) if marker.is_file() else {}
+    wanted = _description(options)
     differences = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted"
         for name in sorted({*found, *wanted})
         if found.get(name) != wanted.get(name)
     ]
     if differences:
+        why = "; ".join(differences) if found else f"{MARKER} is missing"
         raise FileExistsError(
-            f"{folder} holds a shapes data set of other options ({'; '.join(differences)}). Delete "
-            "that folder to generate it again, or name another storage in the dataset's build_info."
+            f"{folder} holds no shapes data set of these options ({why}). Delete or move that "
+            "folder, or name another storage in the dataset's build_info."
         )
     return True
