@@ -145,7 +145,8 @@ class CustomBuilder(BaseDatasetBuilder):
         reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
         folder = _storages(getattr(info, self.data_type, None))
         files = {key: _storages(source) for key, source in annotations.items()}
-        return folder[0] if len(folder) == 1 else None, files
+        given = {key: paths for key, paths in files.items() if paths}
+        return folder[0] if len(folder) == 1 else None, given
 
     def _read(self) -> dict[str, list[Any]]:
         """LAVIS's records by split."""
@@ -153,13 +154,9 @@ class CustomBuilder(BaseDatasetBuilder):
         faults = list(section_faults(self.data_type, folder, paths))
         read: dict[str, list[Any]] = {}
         for key, files in paths.items():
-            if files:
-                read[key] = self._read_files(key, files)
-                if wrong := problems(read[key]):
-                    faults.append(annotation_fault(key, wrong))
-            else:
-                where = f"build_info.annotations.{key}"
-                faults.append(f"{where}.storage is missing; set it to a file, or remove '{key}'.")
+            read[key] = self._read_files(key, files)
+            if wrong := problems(read[key]):
+                faults.append(annotation_fault(key, wrong))
         raise_if_any(faults, "The dataset cannot be used")
         return read
 
@@ -249,12 +246,12 @@ class CustomQABuilder(CustomBuilder):
         super().__init__(cfg)
         # Named now, as an evaluation removes the training split and needs the same candidates.
         _, paths = super()._paths()
-        if paths.get("train") and not paths.get("answer_list"):
+        if "train" in paths and "answer_list" not in paths:
             self.config.build_info.annotations.answer_list = {"storage": paths["train"]}
 
     def _paths(self) -> tuple[str | None, dict[str, list[str]]]:
         folder, paths = super()._paths()
-        if not paths.get("answer_list"):
+        if "answer_list" not in paths:
             raise ConfigError(
                 "There are no candidate answers. Name the training records under build_info."
                 "annotations.train.storage, or a list under build_info.annotations."

@@ -37,17 +37,7 @@ from lavis_uniadapter.datasets.records import DatasetError
             "images.storage is missing",
         ),
         (
-            {"build_info": {"annotations": {"val": {"storage": None}}}},
-            DatasetError,
-            r"annotations\.val\.storage is missing; set it to a file, or remove 'val'",
-        ),
-        (
-            {"build_info": {"annotations": {"val": None}}},
-            DatasetError,
-            r"annotations\.val\.storage is missing",
-        ),
-        (
-            {"build_info": {"annotations": None}},
+            {"build_info": {"annotations": {"train": {"storage": None}}}},
             DatasetError,
             "names none of train, val, test; add at least one",
         ),
