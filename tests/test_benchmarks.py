@@ -380,7 +380,7 @@ def test_two_test_splits_are_refused_before_anything_is_built(start):
 def test_unreadable_image_is_found_before_training(start):
     BENCHMARKS["coco_caption"](start.cache)
     (start.cache / "coco/images/val2014/COCO_val2014_000000000016.jpg").write_text("no image")
-    with pytest.raises(DatasetError, match=r"(?s)val dataset.*16.jpg: it cannot be read as"):
+    with pytest.raises(DatasetError, match=r"(?s), val: 1 files.*16.jpg: it cannot be read as"):
         start("coco_caption")
 
 
@@ -443,7 +443,7 @@ def test_question_id_twice(start):
 def test_evaluation_never_leaves_a_video_out(start, evaluate):
     BENCHMARKS["msrvtt_qa"](start.cache)
     (start.cache / "msrvtt/videos/video8.mp4").unlink()
-    with pytest.raises(DatasetError, match=r"(?s)1 of 2 files .*video8\.mp4: there is no"):
+    with pytest.raises(DatasetError, match=r"(?s)1 files cannot .*video8\.mp4: there is no"):
         start("msrvtt_qa", "datasets.msrvtt_qa.skip_missing=True", evaluate=evaluate)
 
 
@@ -451,7 +451,7 @@ def test_missing_training_videos_stop_the_run_or_are_left_out(start, caplog):
     BENCHMARKS["msrvtt_qa"](start.cache)
     (start.cache / "msrvtt/videos/video0.mp4").unlink()
     (start.cache / "msrvtt/videos/video2.mp4").write_bytes(b"no video")
-    with pytest.raises(DatasetError, match=r"(?s)2 of 5 files .*video0.*video2"):
+    with pytest.raises(DatasetError, match=r"(?s)2 files cannot .*video0.*video2"):
         start("msrvtt_qa")
     with caplog.at_level("WARNING", logger="lavis_uniadapter"):
         result = start("msrvtt_qa", "datasets.msrvtt_qa.skip_missing=True", "run.max_epoch=1")

@@ -19,7 +19,7 @@ from lavis_uniadapter.datasets.preflight import (
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.datasets.records import DatasetError, listing
 
 logger = logging.getLogger(__name__)
 
@@ -94,19 +94,24 @@ def check_built(
             )
         for split, dataset in by_split.items():
             training = split == "train"
-            tolerant = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
-            unusable = on_main_process(
-                check_dataset, dataset, split, bool(tolerant), files, errors=(DatasetError,)
-            )
-            found = f"{name}, {split}: {len(unusable)} files cannot be read;"
+            allowed = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
+            unusable = on_main_process(check_dataset, dataset, split, files, errors=(DatasetError,))
+            what = f"{name}, {split}: {len(unusable)} files cannot be read"
+            if unusable and not allowed:
+                reasons = [f"{path}: {why}" for path, why in unusable.items()]
+                raise DatasetError(
+                    f"{what}. Get them again, correct the visual folder, or remove their records "
+                    "from the annotations (skip_missing: True leaves them out of training, "
+                    f"allow_missing: True scores them as wrong in evaluation):{listing(reasons)}"
+                )
             if unusable and training:
-                records = leave_out(dataset, unusable)
+                left_out = leave_out(dataset, unusable)
                 logger.warning(
-                    "%s %d records left out (skip_missing), %d records remain.",
-                    *(found, records, len(dataset)),
+                    "%s; %d records left out (skip_missing), %d records remain.",
+                    *(what, left_out, len(dataset)),
                 )
             elif unusable:
-                logger.warning("%s their items are scored as wrong (allow_missing).", found)
+                logger.warning("%s; their items are scored as wrong (allow_missing).", what)
             if training and hasattr(dataset, "img_ids"):
                 # Contrastive learning recognises positives by these numbers, and each of LAVIS's
                 # datasets counts them from 0.

@@ -125,19 +125,17 @@ def as_list(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def check_dataset(
-    dataset: BaseDataset, split: str, tolerant: bool = False, files: bool = True
-) -> dict[str, str]:
-    """Check a built dataset: its records, and if ``files``, that each file can be decoded.
+def check_dataset(dataset: BaseDataset, split: str, files: bool = True) -> dict[str, str]:
+    """Check a built dataset's records, and if ``files``, that each file can be decoded.
 
     Of a video the last frame that the split can sample is decoded: the very last one in training,
     the middle of the last segment in evaluation. Of an image the header is read.
 
     Returns:
-        Why files cannot be used, by path; only if ``tolerant``.
+        Why files cannot be used, by path.
 
     Raises:
-        DatasetError: listing every problem of the records, or of the files.
+        DatasetError: listing what is wrong with the records.
     """
     layout = layout_of(type(dataset))
     if layout is None:
@@ -150,20 +148,10 @@ def check_dataset(
     if not files:
         return {}
     paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
-    if layout.visual_key == "image":
-        check = partial(image_problem, whole=False)
-    else:
+    check = partial(image_problem, whole=False)
+    if layout.visual_key == "video":
         check = partial(_clip_problem, processor=dataset.vis_processor, train=split == "train")
-    unusable = files_with_problems(check, paths, f"{split} {layout.visual_key}s")
-    if unusable and not tolerant:
-        reasons = [f"{path}: {why}" for path, why in unusable.items()]
-        raise DatasetError(
-            f"{len(unusable)} of {len(paths)} files of the {split} dataset cannot be read. Get "
-            "them again, correct the visual folder, or remove their records from the annotations "
-            "(skip_missing: True leaves them out of training, allow_missing: True scores them as "
-            f"wrong in evaluation):{listing(reasons)}"
-        )
-    return unusable
+    return files_with_problems(check, paths, f"{split} {layout.visual_key}s")
 
 
 def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:

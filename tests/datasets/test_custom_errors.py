@@ -181,7 +181,7 @@ def test_a_training_split_without_any_file_is_refused(mine):
 # Errors of candidate answers
 
 
-def test_without_candidates_both_mends_are_named(mine):
+def test_without_candidates_both_fixes_are_named(mine):
     config = config_of("images", {"test": answered(mine, "test.csv", ["b"])})
     with pytest.raises(ConfigError, match=r"(?s)annotations\.train\.storage.*answer_list\.storage"):
         builder_of("qa", config).prepare()
