@@ -126,7 +126,10 @@ def read_records(
     try:
         if ending not in formats:
             raise UnusableFile(path, f"the file's name must end in {' or '.join(formats)}")
-        yield from check_placed(_PARSERS[ending](path, schema), schema, path)
+        if ending == ".json":
+            yield from check_records(load_json(path), schema, path)
+        else:
+            yield from check_placed(_PARSERS[ending](path, schema), schema, path)
     except UnusableFile as error:
         yield error.problem
 
@@ -242,13 +245,6 @@ def _in_short(error: Exception) -> str:
 _Parsed = Iterator[tuple[Place, object]]
 
 
-def _parse_json(path: str, schema: type[Record]) -> _Parsed:
-    values = load_json(path)
-    if not isinstance(values, list):
-        raise UnusableFile(path, "must be a list, [...]; a file of one value per line is a .jsonl")
-    return ((Place(path, "record", index), value) for index, value in enumerate(values))
-
-
 def _parse_txt(path: str, schema: type[Record]) -> Iterator[tuple[Place, str]]:
     # not str.splitlines, which also splits at characters that JSON allows within a string
     lines = _read_text(path).removesuffix("\n").split("\n")
@@ -312,7 +308,6 @@ def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[st
 
 
 _PARSERS: dict[str, Callable[[str, type[Record]], _Parsed]] = {
-    ".json": _parse_json,
     ".jsonl": _parse_jsonl,
     ".csv": _parse_table,
     ".tsv": _parse_table,
