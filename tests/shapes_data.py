@@ -8,7 +8,6 @@ import lavis  # noqa: F401  (populates the registry)
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
 from lavis_uniadapter.datasets.shapes.contents import SIZES
 
-SPLITS = ("train", "val", "test")
 TRAIN_CONTENTS = 176 * len(SIZES)  # 576 combinations less the 100 of val and the 300 of test
 STILLS = Stills(num_train=TRAIN_CONTENTS + 20, num_val=12, num_test=12)
 CLIPS = Clips(num_train=12, num_val=5, num_test=16)

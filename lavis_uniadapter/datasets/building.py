@@ -13,13 +13,12 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.preflight import (
-    SPLITS,
     as_list,
     check_annotations,
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.datasets.records import DatasetError, listing
+from lavis_uniadapter.datasets.records import SPLITS, DatasetError, listing
 
 logger = logging.getLogger(__name__)
 

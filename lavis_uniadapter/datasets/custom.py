@@ -32,9 +32,10 @@ from lavis_uniadapter.datasets.layouts import (
     Identifier,
     layout,
 )
-from lavis_uniadapter.datasets.preflight import SPLITS, annotation_fault, as_list, section_faults
+from lavis_uniadapter.datasets.preflight import annotation_fault, as_list, section_faults
 from lavis_uniadapter.datasets.records import (
     FORMATS,
+    SPLITS,
     Found,
     Place,
     Problem,

@@ -23,6 +23,7 @@ from lavis_uniadapter.datasets.layouts import (
 )
 from lavis_uniadapter.datasets.reading import file_of
 from lavis_uniadapter.datasets.records import (
+    SPLITS,
     DatasetError,
     Problem,
     UnusableFile,
@@ -36,7 +37,6 @@ from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 # Decoding waits for the disk as much as for the processor, hence more threads than cores.
 _DECODE_THREADS = 8
 

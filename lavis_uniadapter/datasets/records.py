@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lavis_uniadapter.common.errors import name_some, nearest
 
+SPLITS = ("train", "val", "test")
 FORMATS = (".json", ".jsonl", ".csv", ".tsv")
 MAX_NAMED = 20
 
@@ -162,8 +163,7 @@ def check_placed(
             continue
         key = tuple(getattr(record, name) for name in schema.unique)
         if key and None not in key and first.setdefault(key, place) is not place:
-            pairs = zip(schema.unique, key, strict=True)
-            what = " and ".join(f"{name} {value!r}" for name, value in pairs)
+            what = " and ".join(f"{name} {getattr(record, name)!r}" for name in schema.unique)
             yield Problem(place, f"has the {what}, as {first[key]} has")
         else:
             yield Found(place, record)

@@ -7,9 +7,10 @@ import decord
 import numpy as np
 import pytest
 from PIL import Image
-from shapes_data import CLIPS, FEW, SPLITS, content, decoded, records, replace
+from shapes_data import CLIPS, FEW, content, decoded, records, replace
 
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
+from lavis_uniadapter.datasets.records import SPLITS
 from lavis_uniadapter.datasets.shapes import drawing
 from lavis_uniadapter.datasets.shapes.contents import POSITIONS, SIZES
 from lavis_uniadapter.datasets.shapes.generation import ensure_generated, random_source

@@ -8,7 +8,6 @@ import pytest
 from lavis.processors import load_processor
 from shapes_data import (
     CLIPS,
-    SPLITS,
     STILLS,
     TRAIN_CONTENTS,
     content,
@@ -19,6 +18,7 @@ from transformers import BertTokenizer
 
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
+from lavis_uniadapter.datasets.records import SPLITS
 from lavis_uniadapter.datasets.shapes.contents import (
     ANSWERS,
     CLIP_TEMPLATES,

@@ -9,8 +9,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from lavis_uniadapter.common.schema.shapes import Stills
-
-SPLITS = ("train", "val", "test")
+from lavis_uniadapter.datasets.records import SPLITS
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "bar", "diamond")

@@ -23,11 +23,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
+from lavis_uniadapter.datasets.records import SPLITS
 from lavis_uniadapter.datasets.shapes.contents import (
     ANSWERS,
     CLIP_TEMPLATES,
     QUESTIONS,
-    SPLITS,
     STILL_TEMPLATES,
     Content,
     deal_contents,
