@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,13 +56,6 @@ def _given(value: object) -> object:
     return (value.strip() or None) if isinstance(value, str) else value
 
 
-def _number(value: object) -> object:
-    value = _given(value)
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value):
-        return int(value)
-    return value
-
-
 Captions = Annotated[
     list[Text],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -71,8 +63,8 @@ Captions = Annotated[
 ]
 # Identifiers are collated to tensors of 64 bits.
 Number = Annotated[
-    Annotated[int, Field(ge=0, lt=2**63)] | None,
-    BeforeValidator(_number),
+    Annotated[int, Field(strict=False, ge=0, lt=2**63)] | None,
+    BeforeValidator(_given),
     Field(description="a whole number, or nothing,"),
 ]
 Name = Annotated[

@@ -158,7 +158,6 @@ CAPTION = {"image": "two.png", "caption": "x"}
         ("qa", {"question_id": "q1"}, "needs a whole number, or nothing, under 'question_id'"),
         ("qa", {"question_id": 1.5}, "under 'question_id', has 1.5"),
         ("qa", {"question_id": -1}, "under 'question_id', has -1"),
-        ("qa", {"question_id": True}, "under 'question_id', has True"),
         ("qa", {"question_id": 2**63}, "under 'question_id', has 9223372036854775808"),
         ("caption", {"image_id": "video7"}, "whole number, or nothing, under 'image_id'"),
         (
