@@ -22,7 +22,7 @@ from lavis_uniadapter.datasets.reading import EvaluationItems, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.ranking_metrics import retrieval_metrics, retrieval_ranks
-from lavis_uniadapter.processors.video import BlipVideoBaseProcessor
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.runners import launch, run_checkpoints
 from lavis_uniadapter.runners.faults import UNREADABLE
 
@@ -188,7 +188,7 @@ def test_a_file_that_comes_back_is_read(run, clips, monkeypatch):
     options += ("run.num_workers=0",)
     whole = run("shapes_retrieval", *options, "run.job_id=whole")
     whole = run_checkpoints.read(whole.output_dir / "checkpoint_latest.pth")
-    decode = BlipVideoBaseProcessor._decode
+    decode = BlipVideoEvalProcessor._decode
     failed = set()
 
     def first_time_fails(processor, path, positions):
@@ -197,7 +197,7 @@ def test_a_file_that_comes_back_is_read(run, clips, monkeypatch):
             raise OSError(5, "Input/output error")
         return decode(processor, path, positions)
 
-    monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", first_time_fails)
+    monkeypatch.setattr(BlipVideoEvalProcessor, "_decode", first_time_fails)
     result = run("shapes_retrieval", *options)
     assert failed and not (result.output_dir / UNREADABLE).exists()
     again = run_checkpoints.read(result.output_dir / "checkpoint_latest.pth")
@@ -209,7 +209,7 @@ def test_a_file_that_comes_back_is_read(run, clips, monkeypatch):
 def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, monkeypatch, end):
     options, folder = clips
     bad = videos_of(folder, "train")[2]
-    decode = BlipVideoBaseProcessor._decode
+    decode = BlipVideoEvalProcessor._decode
     main = os.getpid()
 
     def hang_or_die(processor, path, positions):
@@ -219,7 +219,7 @@ def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, m
             time.sleep(600)
         return decode(processor, path, positions)
 
-    monkeypatch.setattr(BlipVideoBaseProcessor, "_decode", hang_or_die)
+    monkeypatch.setattr(BlipVideoEvalProcessor, "_decode", hang_or_die)
     # PyTorch learns of a death from the signal, from the silence or from the broken connection
     said = {"hangs": "returned no batch for 5 s", "dies": r"A data worker died \("}[end]
     with pytest.raises(DatasetError, match=rf"(?s)({said}).*{bad.name}"):

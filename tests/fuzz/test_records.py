@@ -27,11 +27,12 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema.data import read_dataset
 from lavis_uniadapter.datasets.layouts import (
     LAYOUTS,
     Answer,
-    answer_list_problem,
-    class_labels_problem,
+    answer_problems,
+    label_problems,
     layout_of,
 )
 from lavis_uniadapter.datasets.preflight import check_annotations
@@ -126,7 +127,7 @@ def test_a_file_that_holds_null_is_no_annotation(folder, name):
         },
     }
     with pytest.raises(
-        DatasetError, match=rf"{name}\.json: (must be a list|this label file must be a mapping)"
+        DatasetError, match=rf"{name}\.json: must be a (list|mapping of non-empty answers)"
     ):
         check_annotations(registry.get_builder_class("msrvtt_qa")(OmegaConf.create(config)))
 
@@ -136,7 +137,7 @@ def test_true_is_no_number():
     record = {"video": "a", "question": "b", "answer": "c"}
     (problem,) = check_records([{**record, "question_id": True}], video_qa, "a.json")
     assert "question_id" in problem.text
-    assert class_labels_problem({"yes": True, "no": False})
+    assert label_problems({"yes": True, "no": False}, "a.json")
 
 
 def is_filled(value: object) -> bool:
@@ -276,6 +277,7 @@ def test_any_path_is_taken_or_refused(folder, name, place, value):
         inside = inside.setdefault(key, {})
     inside[place[-1]] = value
     with pytest.raises((DatasetError, ConfigError)):  # at least as the annotations are empty
+        config = read_dataset(name, config)
         builder = registry.get_builder_class(name)(OmegaConf.create(config))
         if name == "custom_caption":
             builder.prepare()
@@ -294,16 +296,11 @@ def test_a_layout_says_of_any_value_whether_it_fits(text, dataset_cls):
     assert all(0 < len(problem.text) < 500 for problem in wrong)
     if not wrong:
         assert is_filled(value[layout.visual_key])
-    for problem_of in (
-        answer_list_problem,
-        class_labels_problem,
-        *(problem_of for _, problem_of in layout.side_files),
-    ):
-        problem = problem_of(value)
-        assert problem is None or 0 < len(problem) < 2000
-    if answer_list_problem(value) is None:
+    for check in (answer_problems, label_problems, *layout.side_files):
+        assert all(0 < len(problem.text) < 500 for problem in check(value, "a.json"))
+    if not answer_problems(value, "a.json"):
         assert all(map(is_filled, value))
-    if class_labels_problem(value) is None:
+    if not label_problems(value, "a.json"):
         assert sorted(value.values()) == list(range(len(value)))
         assert not any(isinstance(index, bool) for index in value.values())
 

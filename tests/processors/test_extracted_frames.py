@@ -1,4 +1,4 @@
-"""Frames extracted once stand for the video wherever it is asked for."""
+"""Frames extracted once are read wherever the video is asked for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
+from clips import write_clip
 from lavis.common.registry import registry
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
-from test_preflight import write_clip
 
 from lavis_uniadapter.datasets.preflight import check_dataset
 from lavis_uniadapter.processors import decoding
@@ -40,7 +40,7 @@ def test_frames_are_those_of_the_video(videos, tmp_path):
     assert extract(videos, tmp_path / "frames") == 0
     for name, number in (("part0/clip0.mp4", 8), ("part1/clip1.mp4", 5), ("part0/clip2.mp4", 8)):
         extracted = tmp_path / "frames" / name
-        assert not extracted.exists()  # the archive stands in its place
+        assert not extracted.exists()  # the archive replaces it
         about = read_about(str(extracted) + EXTRACTED_SUFFIX)
         assert (about["num_frames"], about["image_size"]) == (number, 32)
         for positions in ([0], [number - 1], [1, 3]):
@@ -70,14 +70,8 @@ def test_processors_read_either(videos, tmp_path):
 
 def test_another_size_is_resized(videos, tmp_path):
     extract(videos, tmp_path / "frames")
-    assert BlipVideoEvalProcessor(image_size=64, n_frms=2)(
-        str(tmp_path / "frames/part0/clip0.mp4")
-    ).shape == (
-        3,
-        2,
-        64,
-        64,
-    )
+    clip = BlipVideoEvalProcessor(image_size=64, n_frms=2)(str(tmp_path / "frames/part0/clip0.mp4"))
+    assert clip.shape == (3, 2, 64, 64)
 
 
 def test_videos_are_not_decoded_where_frames_are(videos, tmp_path, monkeypatch):
@@ -105,7 +99,7 @@ def test_lavis_builder_and_checks_read_them_in_place_of_videos(tmp_path, monkeyp
         for mode in ("train", "eval")
     }
     for split, dataset in cls(config).build().items():
-        assert not check_dataset(dataset, split).paths()
+        assert check_dataset(dataset, split) == {}
         assert dataset[0]["video"].shape == (3, 2, 32, 32)
 
 

@@ -1,22 +1,24 @@
-import random
-import time
-import wave
+"""Clips as the processors give them: which frames, in which colours, augmented how."""
 
-import cv2
+import pickle
+import random
+
 import numpy as np
 import pytest
 import torch
+from clips import noise_frames, write_frames
 from decord import VideoReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.processors import VideoEval
-from lavis_uniadapter.processors import decoding, transforms
-from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
+from lavis_uniadapter.processors import transforms
+from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.processors.transforms import randaugment_clip, random_resized_crop_clip
 from lavis_uniadapter.processors.video import (
@@ -29,29 +31,9 @@ SIZE = 32
 PLAIN = {"min_scale": 1.0, "max_scale": 1.0, "flip_prob": 0.0, "randaug_ops": 0}
 
 
-def write_clip(path, frames_bgr):
-    height, width = frames_bgr[0].shape[:2]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (width, height))
-    assert writer.isOpened()
-    for frame in frames_bgr:
-        writer.write(frame)
-    writer.release()
-    return str(path)
-
-
-def noise_frames(num_frames, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (num_frames, 48, 64, 3), dtype=np.uint8)
-
-
 def grey_frames(num_frames):
     """Frame i has brightness 6 * i, so a decoded frame tells its index."""
     return [np.full((48, 64, 3), 6 * index, dtype=np.uint8) for index in range(num_frames)]
-
-
-@pytest.fixture(scope="module")
-def noise_clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clips") / "noise.mp4", noise_frames(20))
 
 
 def pixels_of(clip):
@@ -123,7 +105,7 @@ def test_impossible_frame_counts_are_refused(num_frames, n_frms):
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 8, 9, 17, 40])
 def test_clips_of_any_length_give_exactly_t_frames(tmp_path, num_frames):
-    path = write_clip(tmp_path / "clip.mp4", grey_frames(num_frames))
+    path = write_frames(tmp_path / "clip.mp4", grey_frames(num_frames))
     for processor in (BlipVideoTrainProcessor, BlipVideoEvalProcessor):
         clip = processor(image_size=SIZE)(path)
         assert clip.shape == (3, 8, SIZE, SIZE)
@@ -157,7 +139,7 @@ def test_mean_and_std_can_be_set(noise_clip):
 @pytest.mark.parametrize(("bgr", "channel"), [((0, 0, 255), 0), ((0, 255, 0), 1), ((255, 0, 0), 2)])
 @pytest.mark.parametrize("build", [BlipVideoEvalProcessor, BlipVideoTrainProcessor])
 def test_channels_are_rgb(tmp_path, bgr, channel, build):
-    path = write_clip(tmp_path / "colour.mp4", [np.full((48, 64, 3), bgr, np.uint8)] * 4)
+    path = write_frames(tmp_path / "colour.mp4", [np.full((48, 64, 3), bgr, np.uint8)] * 4)
     options = PLAIN if build is BlipVideoTrainProcessor else {}
     means = pixels_of(build(image_size=SIZE, n_frms=2, **options)(path)).mean(dim=(1, 2, 3))
     assert means[channel] > 200
@@ -165,7 +147,7 @@ def test_channels_are_rgb(tmp_path, bgr, channel, build):
 
 
 def test_frames_come_in_the_order_of_time(tmp_path):
-    path = write_clip(tmp_path / "grey.mp4", grey_frames(40))
+    path = write_frames(tmp_path / "grey.mp4", grey_frames(40))
     brightness = pixels_of(BlipVideoEvalProcessor(image_size=SIZE, n_frms=4)(path)).mean(
         dim=(0, 2, 3)
     )
@@ -284,116 +266,13 @@ def test_torchs_seed_alone_fixes_the_training_clips(noise_clip):
     assert len({clip.numpy().tobytes() for clip in clips}) == 8
 
 
-def with_index_in_front(mp4):
-    """Move the index (moov) of OpenCV's mp4 before the frames, as streaming services do."""
-    boxes, offset = {}, 0
-    while offset < len(mp4):
-        size = int.from_bytes(mp4[offset : offset + 4], "big")
-        boxes[mp4[offset + 4 : offset + 8]] = mp4[offset : offset + size]
-        offset += size
-    moov = bytearray(boxes[b"moov"])
-    table = moov.index(b"stco") + 8
-    for entry in range(int.from_bytes(moov[table : table + 4], "big")):
-        place = slice(table + 4 + 4 * entry, table + 8 + 4 * entry)
-        moov[place] = (int.from_bytes(moov[place], "big") + len(moov)).to_bytes(4, "big")
-    return boxes[b"ftyp"] + bytes(moov) + boxes[b"free"] + boxes[b"mdat"]
-
-
-@pytest.fixture
-def rotten(tmp_path, noise_clip):
-    """Write the named kind of unusable file and return its path."""
-    path = tmp_path / "rotten.mp4"
-
-    def write(kind):
-        with open(noise_clip, "rb") as file:
-            mp4 = file.read()
-        fast = with_index_in_front(mp4)
-        contents = {
-            "empty": b"",
-            "text": b"Moved permanently.\n" * 50,
-            "cut at 50%": mp4[: len(mp4) // 2],
-            "cut at 90%": mp4[: len(mp4) * 9 // 10],
-            "index in front, cut at 50%": fast[: len(fast) // 2],
-            "index in front, cut at 90%": fast[: len(fast) * 9 // 10],
-        }
-        if kind == "audio only":
-            with wave.open(str(path), "wb") as audio:
-                audio.setparams((1, 2, 8000, 0, "NONE", "not compressed"))
-                audio.writeframes(b"\0\0" * 8000)
-        elif kind == "directory":
-            path.mkdir()
-        elif kind != "missing":
-            path.write_bytes(contents[kind])
-        return str(path)
-
-    return write
-
-
-@pytest.mark.parametrize("processor", [BlipVideoTrainProcessor, BlipVideoEvalProcessor])
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("missing", "no such file"),
-        ("directory", "it is a folder"),
-        ("empty", "is empty"),
-        ("text", "decord says"),
-        ("cut at 50%", "decord says"),
-        ("cut at 90%", "decord says"),
-        ("index in front, cut at 50%", "decord says"),
-        ("index in front, cut at 90%", "decord says"),
-        ("audio only", "cannot find video stream"),
-    ],
-)
-def test_rotten_files_are_named(rotten, kind, reason, processor):
-    path = rotten(kind)
-    with pytest.raises(VideoDecodeError, match=reason) as caught:
-        processor(image_size=SIZE)(path)
-    assert path in str(caught.value)
-    assert "Download or re-encode" in str(caught.value)
-
-
-def test_index_in_front_alone_is_fine(tmp_path, noise_clip):
-    """Otherwise the cut files above would be refused for the wrong reason."""
-    fast = tmp_path / "fast.mp4"
-    with open(noise_clip, "rb") as file:
-        fast.write_bytes(with_index_in_front(file.read()))
-    processor = BlipVideoEvalProcessor(image_size=SIZE)
-    assert torch.equal(processor(str(fast)), processor(noise_clip))
-
-
-def test_damage_between_sound_frames_is_an_error(tmp_path, noise_clip):
-    with open(noise_clip, "rb") as file:
-        mp4 = bytearray(file.read())
-    frame_start = b"\0\0\x01\xb6"
-    starts = [i for i in range(len(mp4)) if mp4[i : i + 4] == frame_start]
-    assert len(starts) == 20
-    mp4[starts[10] : starts[13]] = bytes(starts[13] - starts[10])
-    path = tmp_path / "hole.mp4"
-    path.write_bytes(mp4)
-    with pytest.raises(VideoDecodeError, match="hole.mp4"):
-        BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(str(path))
-
-
-def test_clips_cut_without_reencoding_load(tmp_path, noise_clip):
-    """Their edit list hides the first frames, which decord counts but cannot give."""
-    with open(noise_clip, "rb") as file:
-        mp4 = bytearray(file.read())
-    media_time = mp4.index(b"elst") + 16
-    timescale = mp4.index(b"mdhd") + 16
-    ticks_per_frame = int.from_bytes(mp4[timescale : timescale + 4], "big") // 10
-    mp4[media_time : media_time + 4] = (3 * ticks_per_frame).to_bytes(4, "big")
-    path = tmp_path / "trimmed.mp4"
-    path.write_bytes(mp4)
-    clip = BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(str(path))
-    assert clip.shape[1] == 20
-    untrimmed = BlipVideoEvalProcessor(image_size=SIZE, n_frms=20)(noise_clip)
-    assert not torch.equal(clip[:, 0], untrimmed[:, 0])
-
-
 def test_decode_error_crosses_the_worker_boundary(tmp_path):
-    missing = str(tmp_path / "missing.mp4")
+    try:
+        BlipVideoEvalProcessor()(str(tmp_path / "missing.mp4"))
+    except VideoDecodeError:
+        wrapper = pickle.loads(pickle.dumps(ExceptionWrapper(where="in a worker")))
     with pytest.raises(VideoDecodeError, match="missing.mp4"):
-        list(DataLoader(OneClip(missing), batch_size=None, num_workers=1))
+        wrapper.reraise()
 
 
 def test_processors_are_registered_and_built_from_config():
@@ -453,31 +332,3 @@ def test_eval_knows_no_augmentation():
 def test_options_out_of_range_are_named(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         BlipVideoTrainProcessor.from_config(option)
-
-
-def test_threads_open_videos_one_at_a_time(tmp_path, monkeypatch):
-    """The FFmpeg inside decord ends the process if two first openings of a codec coincide."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    paths = [tmp_path / f"{i}.mp4" for i in range(8)]
-    for path in paths:
-        path.write_bytes(b"not read")
-    opening, most = [], []
-
-    class Reader:
-        def __init__(self, path, **kwargs):
-            opening.append(path)
-            most.append(len(opening))
-            time.sleep(0.01)
-            opening.remove(path)
-
-        def __len__(self):
-            return 1
-
-        def get_batch(self, indices):
-            return torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
-
-    monkeypatch.setattr(decoding, "VideoReader", Reader)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda path: decode_frames(path, lambda n: [0], 8), paths))
-    assert len(most) == 8 and max(most) == 1
