@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LavisDecoder
 from lavis.models.blip_models.blip_caption import BlipCaption
-from small_models import CAPTION, VIT, perturb
+from small_models import CAPTION, VIT, LavisDecoder, perturb
 
 from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LavisDecoder
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from small_models import VIT, VQA, batch, perturb
+from small_models import VIT, VQA, LavisDecoder, batch, perturb
 
 from lavis_uniadapter.backbone import (
     build_text_decoder,

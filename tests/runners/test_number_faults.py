@@ -194,8 +194,8 @@ def test_spoiled_weights_are_not_evaluated(run):
 @pytest.mark.processes
 def test_two_ranks_step_is_the_average_of_theirs(build_model, small_med_config, tmp_path):
     """Against the same two batches one after the other in one process, dropout included."""
-    from conftest import CAPTIONS, SMALL
     from lavis.common.registry import registry
+    from small_models import CAPTIONS, SMALL
 
     cls = registry.get_model_class("blip_uniadapter_retrieval")
     config = OmegaConf.load(cls.default_config_path("shapes")).model
