@@ -295,16 +295,17 @@ def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[st
     header = [cell.strip() for cell in cells]
     required = [name for name, field in schema.model_fields.items() if field.is_required()]
     absent = [name for name in required if name not in header]
+    # a column may have no name, such as an index
+    twice = [name for name in header if name and header.count(name) > 1]
     if absent:
         there = name_some(map(reprlib.repr, header))
-        text = f"has no column {name_some(map(repr, absent))}, but {there}."
-        raise UnusableFile(place.path, text + nearest(absent[0], header), place.number)
-    # a column may have no name, such as an index
-    for name in filter(None, header):
-        if header.count(name) > 1:
-            text = f"has the column {reprlib.repr(name)} twice"
-            raise UnusableFile(place.path, text, place.number)
-    return header
+        hint = nearest(absent[0], header)
+        text = f"has no column {name_some(map(repr, absent))}, but {there}.{hint}"
+    elif twice:
+        text = f"has the column {reprlib.repr(twice[0])} twice"
+    else:
+        return header
+    raise UnusableFile(place.path, text, place.number)
 
 
 _PARSERS: dict[str, Callable[[str, type[Record]], _Parsed]] = {
