@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import measuring
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
-from lavis_uniadapter.tools.prepare.__main__ import main as prepare
+from lavis_uniadapter.tools.prepare.command import main as prepare
 
 SIZE, FPS, SECONDS = (320, 240), 25, 10
 

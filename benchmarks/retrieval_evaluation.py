@@ -137,7 +137,7 @@ def pair_by_pair(model, embeds, frames: int, texts: list[str], pairs, device: st
         one = TextFeatures(
             tokens.input_ids[text][None], tokens.attention_mask[text][None], None, feat[text][None]
         )
-        memory: VisualMemory = model.text_encoder.project(states)
+        memory: VisualMemory = model.text_encoder.encoder.project(states)
         frame_feat = F.normalize(model.apply_head("vision_proj", per_frame), dim=-1)
         hidden = model.match_hidden(one, memory, torch.zeros(1, dtype=torch.long), frame_feat)
         scores.append(model.apply_head("itm_head", hidden[:, 0])[0, 1].item())

@@ -72,6 +72,8 @@ def as_released(model):
         elif type(module) is SdpaCrossAttention:
             module.__class__ = WrittenOutCrossAttention
 
+    momentum = model.section.momentum
+
     def update() -> None:
         pairs = zip(
             [p for n, p in model.named_parameters() if not n.startswith("momentum_copy.")],
@@ -80,7 +82,7 @@ def as_released(model):
         )
         with torch.no_grad():
             for parameter, average in pairs:
-                average.data = average.data * model.momentum + parameter.data * (1 - model.momentum)
+                average.data = average.data * momentum + parameter.data * (1 - momentum)
 
     @contextlib.contextmanager
     def swapped_in():
@@ -96,7 +98,7 @@ def as_released(model):
 
     def match_pair_by_pair(texts, memory, visual_index, frame_feat):
         """A memory of its own for each pair."""
-        own = model.text_encoder.project(memory.states[visual_index])
+        own = model.text_encoder.encoder.project(memory.states[visual_index])
         alone = torch.arange(len(visual_index))
         return match_hidden(texts, own, alone, frame_feat[visual_index])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
@@ -10,10 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 from lavis.common.registry import registry
-from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
+from small_models import CAPTIONS, SMALL
 from tiny_runs import TRAIN, options_of
-from transformers import GenerationMixin
 
 import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter.runners import launch
@@ -30,28 +30,8 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, print_b
 settings.register_profile("search", max_examples=1000, deadline=None, print_blob=False)
 settings.load_profile("repeatable")
 
-
-class LavisDecoder(XBertLMHeadDecoder, GenerationMixin):
-    """LAVIS's decoder, which has lost ``generate`` to transformers 4.50, generating as it did."""
-
-    _supports_default_dynamic_cache = classmethod(lambda cls: False)
-
-    def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        for key in ("encoder_hidden_states", "encoder_attention_mask"):
-            # LAVIS repeats them for beams, and transformers has begun to as well
-            inputs[key] = inputs[key][:: len(inputs[key]) // len(input_ids)]
-        return inputs
-
-
-SMALL = {
-    "image_size": 32,
-    "vit_type": "custom",
-    "vit": {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2},
-    "embed_dim": 16,
-    "queue_size": 12,
-    "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "frame_aware": True},
-}
+# Each run ends with a garbage collection, which need not look at all that was imported.
+gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,14 +62,6 @@ def build_model(small_med_config):
         return cls.from_config(cfg)
 
     return build
-
-
-CAPTIONS = [
-    "a red circle on the left",
-    "a blue square at the bottom and then a green star",
-    "yellow",
-    "a cyan cross appears at the top",
-]
 
 
 @pytest.fixture

@@ -45,11 +45,8 @@ def meet(path: str) -> str:
     return os.path.basename(path)
 
 
-def note_and_hang(path: str) -> None:
-    """Write the process's id to a file, and hang."""
-    part = Path(f"{path}.part")
-    part.write_text(str(os.getpid()))
-    part.rename(path)
+def hang(path: str) -> None:
+    """Do not return."""
     time.sleep(10**6)
 
 

@@ -5,7 +5,7 @@
 The run trains a tiny model on the embedded example, with dropout, random frames and data workers,
 and saves its state every step. Moments are drawn over the whole of it; of every second kill the
 moment is inside the writing of a checkpoint. The weights, averages, queues, moments and random
-numbers that it ends with must be those of a run that nobody killed, bit for bit.
+numbers that it ends with must be those of a run that was not killed, bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def train(folder: Path, job_id: str) -> None:
     os.chdir(folder)
     sys.stdout = sys.stderr = open(folder / f"{job_id}.log", "a")
     torch.set_num_threads(1)
-    # told apart from outside: whether a checkpoint is being written
+    # shows from outside whether a checkpoint is being written
     atomic = run_checkpoints.atomic
 
     @contextlib.contextmanager
@@ -118,25 +118,25 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[str]:
     """Kill a run so many times; returns a line for each kill.
 
     Raises:
-        AssertionError: if it ends with something else than a run that nobody killed.
+        AssertionError: if it ends with anything else than a run that was not killed.
     """
     draw = random.Random(seed)
     _, whole = run_until(folder, "whole")
-    told = []
-    while len(told) < kills:
-        while_writing = len(told) % 2 == 1
+    lines = []
+    while len(lines) < kills:
+        while_writing = len(lines) % 2 == 1
         # A resumed run has less to do, so most moments are early ones.
         moment = draw.uniform(0.0, whole * draw.choice((0.3, 0.7)))
         killed, ran = run_until(folder, "killed", moment, while_writing)
         if killed:
             where = "while it wrote a checkpoint" if while_writing else "wherever it was"
-            told.append(f"kill {len(told) + 1}: after {ran:.2f} s, {where}")
+            lines.append(f"kill {len(lines) + 1}: after {ran:.2f} s, {where}")
         else:  # done before its moment came: once more from the start
             _compare(folder)
             shutil.rmtree(folder / "output/shapes_retrieval/killed")
     run_until(folder, "killed")
     _compare(folder)
-    return told
+    return lines
 
 
 def _compare(folder: Path) -> None:
@@ -153,7 +153,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for line in kill_and_resume(Path(folder), args.kills, args.seed):
             print(line)
-    print(f"{args.kills} of {args.kills}: resumed, and ended as the run that nobody killed")
+    print(f"{args.kills} of {args.kills}: resumed, and ended as the run that was not killed")
     return 0
 
 

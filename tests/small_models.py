@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import torch
+from lavis.models import vit
+from lavis.models.med import XBertLMHeadDecoder
+from torch import nn
+from transformers import GenerationMixin
 
 RETRIEVAL, VQA, CAPTION = MODELS = (
     "blip_uniadapter_retrieval",
     "blip_uniadapter_vqa",
     "blip_uniadapter_caption",
 )
+TYPES = {
+    RETRIEVAL: ("coco", "flickr", "msrvtt", "didemo", "shapes"),
+    VQA: ("vqav2", "msrvtt_qa", "msvd_qa", "shapes"),
+    CAPTION: ("coco", "msrvtt", "msvd", "shapes"),
+}
 VIT = {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2}
 WORDS = ["a red circle", "a blue star on the left"]
+
+
+SMALL = {
+    "image_size": 32,
+    "vit_type": "custom",
+    "vit": {"width": 32, "depth": 2, "num_heads": 4, "patch_size": 16, "mlp_ratio": 2},
+    "embed_dim": 16,
+    "queue_size": 12,
+    "adapter": {"bottleneck": 8, "kv_bottleneck": 4, "frame_aware": True},
+}
+CAPTIONS = [
+    "a red circle on the left",
+    "a blue square at the bottom and then a green star",
+    "yellow",
+    "a cyan cross appears at the top",
+]
+
+
+class LavisDecoder(XBertLMHeadDecoder, GenerationMixin):
+    """LAVIS's decoder, which has lost ``generate`` to transformers 4.50, generating as it did."""
+
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        for key in ("encoder_hidden_states", "encoder_attention_mask"):
+            # LAVIS repeats them for beams, and transformers has begun to as well
+            inputs[key] = inputs[key][:: len(inputs[key]) // len(input_ids)]
+        return inputs
 
 
 def perturb(module, seed=1, by=0.1):
@@ -19,6 +57,23 @@ def perturb(module, seed=1, by=0.1):
     with torch.no_grad():
         for p in module.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * by)
+
+
+def build_selective(build_model, **overrides):
+    """A model whose attention is far from uniform, so that what it looks at matters."""
+    model = build_model(**overrides)
+    perturb(model.adapters)
+    for layer in model.text_encoder.encoder.layer:
+        perturb(layer.crossattention, by=0.5)
+    return model
+
+
+def skip_init(monkeypatch) -> None:
+    """Leave weights as memory happens to be: drawing those of BLIP base takes seconds."""
+    for module, name in ((vit, "trunc_normal_"), (nn.init, "trunc_normal_"), (nn.init, "normal_")):
+        monkeypatch.setattr(module, name, lambda tensor, *_, **__: tensor)
+    monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *_, **__: tensor)
 
 
 def batch(arch: str, image_size: int = 32) -> dict:

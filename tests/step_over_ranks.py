@@ -1,12 +1,14 @@
-"""Run by test_number_faults.py under torchrun: gradients of a step, half a batch on each rank.
+"""Run by test_number_faults.py: gradients of a step, half a batch on each of two ranks.
 
 Arguments: a model file (torch.save of configuration, state and batch), and a folder for the result.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked_ranks import in_ranks
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +17,7 @@ import lavis_uniadapter  # noqa: F401
 from lavis_uniadapter.common.distributed import destroy_process_group, init_process_group
 
 
-def main(model_file: str, folder: str) -> None:
+def step(model_file: str) -> None:
     init_process_group("cpu")
     rank = dist.get_rank()
     content = torch.load(model_file, weights_only=True)
@@ -34,10 +36,11 @@ def main(model_file: str, folder: str) -> None:
         }
     ).loss.backward()
     gradients = {name: p.grad for name, p in model.trainable_parameters().items()}
-    torch.save(gradients, f"{folder}/gradients{rank}.pt")
+    torch.save(gradients, f"gradients{rank}.pt")
     del wrapped
     destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)  # nothing but this thread, when processes are forked
+    in_ranks(2, lambda: step(sys.argv[1]), Path(sys.argv[2]))

@@ -4,21 +4,20 @@
 
 Once through this package's launcher, and once as LAVIS's own ``train.py`` starts them. They leave
 their folders in FOLDER/launcher and FOLDER/lavis, and each process leaves its model after each
-epoch, as rank<r>_epoch<e>.pt. tests/test_stock_runners.py looks at both.
+epoch, as rank<r>_epoch<e>.pt. tests/runners/test_stock_runners.py looks at both.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lavis_train
 import torch
+from forked_ranks import in_ranks
 from lavis.common.registry import registry
 from lavis.runners.runner_base import RunnerBase
 from lavis.tasks.base_task import BaseTask
@@ -38,49 +37,27 @@ EPOCH = 3  # steps: 12 captions on two processes
 
 
 def in_processes(number: int, do: Callable[[], None], folder: Path, kill_at: int | None = None):
-    """Do something in processes with torchrun's environment, each in a folder.
+    """Do something in processes; all are killed at a training step, or come to their end."""
 
-    Args:
-        kill_at: the training step at which all of them are killed; None: they come to their end.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = []
-    for rank in range(number):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number}
-        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        target = context.Process(target=_be_a_rank, args=(do, folder, environment, kill_at))
-        target.start()
-        ranks.append(target)
-    for process in ranks:
-        process.join()
-    expected = 0 if kill_at is None else -signal.SIGKILL
-    if any(process.exitcode != expected for process in ranks):
-        raise RuntimeError(f"exit {[p.exitcode for p in ranks]} in {folder}, expected {expected}")
+    def patch_and_do() -> None:
+        train_epoch, train_step = RunnerBase.train_epoch, BaseTask.train_step
+        steps = []
 
+        def train_epoch_and_save(runner, epoch):
+            stats = train_epoch(runner, epoch)
+            torch.save(runner._model.state_dict(), f"rank{os.environ['RANK']}_epoch{epoch}.pt")
+            return stats
 
-def _be_a_rank(do, folder: Path, environment: dict[str, object], kill_at: int | None) -> None:
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    train_epoch, train_step = RunnerBase.train_epoch, BaseTask.train_step
-    steps = []
+        def train_step_or_die(task, model, samples):
+            if len(steps) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps.append(None)
+            return train_step(task, model, samples)
 
-    def train_epoch_and_save(runner, epoch):
-        stats = train_epoch(runner, epoch)
-        torch.save(runner._model.state_dict(), f"rank{environment['RANK']}_epoch{epoch}.pt")
-        return stats
+        RunnerBase.train_epoch, BaseTask.train_step = train_epoch_and_save, train_step_or_die
+        do()
 
-    def train_step_or_die(task, model, samples):
-        if len(steps) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        steps.append(None)
-        return train_step(task, model, samples)
-
-    RunnerBase.train_epoch, BaseTask.train_step = train_epoch_and_save, train_step_or_die
-    do()
+    in_ranks(number, patch_and_do, folder, 0 if kill_at is None else -signal.SIGKILL)
 
 
 def through_launcher(*options: str, evaluate: bool = False) -> Callable[[], None]:
@@ -142,9 +119,8 @@ def main(folder: Path) -> None:
     resumed = f"run.resume_ckpt_path={saved('killed', 0)}"
     in_processes(2, through_lavis(*options, output("resumed"), resumed), there)
     trained = ("model.load_finetuned=True", f"model.finetuned={saved('resumed', 1)}")
-    for number in (1, 2):
-        evaluated = (output(f"evaluated{number}"), "run.evaluate=True")
-        in_processes(number, through_lavis(*options, *trained, *evaluated), there)
+    evaluated = (output("evaluated"), "run.evaluate=True")
+    in_processes(1, through_lavis(*options, *trained, *evaluated), there)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lavis_uniadapter.runners.run_folders import LOCK
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "projects/uniadapter/train"
 TINY_CLIPS = (
@@ -66,17 +68,14 @@ def torchrun(number, script, options, cwd, check=True):
 @contextlib.contextmanager
 def held_by_another_process(folder: Path):
     """Inside, another process is the sole user of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     code = (
-        "import time; from pathlib import Path; from lavis_uniadapter.runners import run_folders\n"
-        f"with run_folders.sole_user(Path({str(folder)!r})):\n"
-        "    print('held', flush=True); time.sleep(600)"
+        "import sys, time; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]): print('held', flush=True); time.sleep(600)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, text=True
-    ) as other:
-        while other.stdout.readline() != "held\n":  # LAVIS may say something first
-            assert other.poll() is None
+    command = [sys.executable, "-c", code, str(folder / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         try:
             yield
         finally:

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lavis_uniadapter.tools.compare.running import Comparison
 
     launch.log_to_console()
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # as Ctrl-C, whose own signal a background process ignores
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         added = added_lines(args.add)
         lines = Comparison(plan, args.jobs, args.nproc_per_node).run() if plan else []
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     lines += added
-    folder = plan.output_dir if plan else Path(args.output_dir)
+    folder = Path(plan.output_dir if plan else args.output_dir)
     metrics = args.metrics or (plan.metrics if plan else ())
     table = write_report(lines, metrics, folder, plan.reference if plan else None)
     print(f"\n{table}\n\nwritten: {folder / 'comparison.{md,csv,json,png}'}")
@@ -75,8 +76,3 @@ def _parser() -> argparse.ArgumentParser:
         "--nproc-per-node", type=int, default=1, metavar="N", help="processes of each run"
     )
     return parser
-
-
-def _interrupt(*_) -> None:
-    """Stop as on Ctrl-C, whose own signal a background process ignores."""
-    raise KeyboardInterrupt

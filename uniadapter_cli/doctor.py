@@ -1,7 +1,6 @@
 """``uniadapter doctor``: whether this environment works, one line a check.
 
-Exits with 1 if something would fail. It imports the standard library alone and tries everything
-else in another process, so that it works in environments in which something does not import.
+Exits with 1 if something would fail. What may not import is tried in another process.
 """
 
 from __future__ import annotations
@@ -13,37 +12,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-
-from uniadapter_cli.probes import MARK
+from typing import NamedTuple
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-TIMEOUT = 600  # seconds; the first import after an installation, on a slow disk
-GB = 2**30
 
 PIP = "python -m pip install"
-LAVIS_ALONE = f"{PIP} --no-deps salesforce-lavis==1.0.2"
+LAVIS_ALONE = "--no-deps salesforce-lavis==1.0.2"
 LAVIS_SET = f"{PIP} -e . -c constraints/lavis.txt"
-MODERN_SET = f"{PIP} -r constraints/modern.txt && {PIP} --no-deps -e . salesforce-lavis==1.0.2"
+MODERN_SET = f"{PIP} -r constraints/modern.txt && {PIP} -e . {LAVIS_ALONE}"
 EITHER_SET = f"in a fresh environment, {LAVIS_SET} or {MODERN_SET}"
-# Modules that a distribution of another name brings.
-OPENCVS = ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless")
-DISTRIBUTIONS = {
-    "cv2": "opencv-python-headless",
-    "skimage": "scikit-image",
-    "PIL": "pillow",
-    "yaml": "PyYAML",
-}
+# What to install for a module of another name.
+DISTRIBUTIONS = {"cv2": "opencv-python-headless", "lavis": LAVIS_ALONE, "PIL": "pillow"}
 SHOWN = ("torch", "torchvision", "transformers", "timm", "numpy", "opencv-python-headless")
-# The first releases that were built for NumPy 2.
-BUILT_FOR_NUMPY_2 = {"transformers": (4, 41), "opencv-python-headless": (4, 10), "torch": (2, 3)}
+OWNERS = ("lavis-uniadapter", "torchvision", "transformers")
+BERT = "bert-base-uncased"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """What one check found; a problem or a warning has a fix."""
 
     level: str
@@ -56,167 +46,157 @@ class Finding:
         return f"{line}\n{'':8} -> {self.fix}" if self.fix else line
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version: ``2.14.1+cpu`` is (2, 14, 1)."""
-    return tuple(map(int, re.findall(r"\d+", version.split("+", maxsplit=1)[0])[:3]))
-
-
-def normalise(name: str) -> str:
-    """A distribution's name in the one spelling that stands for all."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def check_sets(python: tuple[int, int], versions: Mapping[str, str]) -> Iterator[Finding]:
-    """Which of the tested sets of dependencies this is, and what no requirement declares.
-
-    Args:
-        python: this Python's version.
-        versions: by distribution.
-    """
-    name = ".".join(map(str, python))
-    transformers = release(versions.get("transformers", ""))
-    lavis_set = (4, 25) <= transformers < (4, 27)
-    if not (3, 10) <= python < (3, 14):
-        yield Finding(PROBLEM, "Python", name, "use Python 3.10 to 3.13")
-    elif lavis_set and python >= (3, 12):
-        yield Finding(PROBLEM, "Python", f"{name}, too new for LAVIS's own pins", MODERN_SET)
-    else:
-        yield Finding(OK, "Python", name)
+def check_versions(versions: Mapping[str, str]) -> Finding:
+    """Which of the tested sets of dependencies this is, by its transformers."""
     shown = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
-    if lavis_set or (4, 50) <= transformers < (4, 57):
-        which = "lavis" if lavis_set else "modern"
-        yield Finding(OK, "dependencies", f"the set '{which}': {shown}")
-    else:
-        yield Finding(WARNING, "dependencies", f"neither of the tested sets: {shown}", EITHER_SET)
-    old = [
-        f"{name} {versions[name]}"
-        for name, least in BUILT_FOR_NUMPY_2.items()
-        if name in versions and release(versions[name]) < least
-    ]
-    if release(versions.get("numpy", "")) >= (2,) and old:
-        found = f"{versions['numpy']}, and built for NumPy 1: {', '.join(old)}"
-        yield Finding(PROBLEM, "numpy", found, f"{PIP} 'numpy<2'")
+    major_minor = re.findall(r"\d+", versions.get("transformers", ""))[:2]
+    for name, least, below in (("lavis", [4, 25], [4, 27]), ("modern", [4, 50], [4, 57])):
+        if least <= [int(number) for number in major_minor] < below:
+            return Finding(OK, "dependencies", f"the set '{name}': {shown}")
+    return Finding(WARNING, "dependencies", f"neither of the tested sets: {shown}", EITHER_SET)
 
 
-def check_requirements(
-    requirements: Mapping[str, Sequence[str]], versions: Mapping[str, str]
-) -> Iterator[Finding]:
-    """Installed versions against the requirements that distributions declare."""
+def check_requirements(said: str) -> Iterator[Finding]:
+    """What ``pip check`` says of this package and of those that fit together least.
+
+    NumPy, of which the sets have different ones, and OpenCV, which has several names, are not
+    compared but tried.
+    """
+    pattern = r"^(\S+) (\S+) (?:requires|has requirement) (.+?)(?:;.*)?, (?:which|but) (.+)"
+    for owner, version, requirement, found in re.findall(pattern, said, re.MULTILINE):
+        if owner in OWNERS and not requirement.startswith(("numpy", "opencv")):
+            alone = requirement.startswith("salesforce-lavis")
+            fix = f"{PIP} {LAVIS_ALONE if alone else repr(requirement)}"
+            yield Finding(PROBLEM, owner, f"{version} needs {requirement}: {found}", fix)
+
+
+def probe_torch() -> tuple[str, str]:
+    """PyTorch computes with NumPy and on each GPU, and its processes can communicate."""
+    import torch
+    import torch.distributed as dist
+
+    torch.zeros(1).numpy()
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    for index in gpus:
+        torch.ones(2, device=f"cuda:{index}").sum().item()
+    backend = "nccl" if gpus else "gloo"
+    if not (dist.is_available() and getattr(dist, f"is_{backend}_available")()):
+        raise RuntimeError(f"PyTorch was built without {backend}, which every run needs")
+    return ", ".join([torch.__version__, *map(torch.cuda.get_device_name, gpus or [])]), ""
+
+
+def probe_lavis() -> tuple[str, str]:
+    """LAVIS imports, and this package registers its models with it."""
+    import lavis
+
+    from lavis_uniadapter.registration import model_zoo
+
+    models = [name for name in model_zoo.model_zoo if name.startswith("blip_uniadapter_")]
+    return f"{', '.join(models)}, with LAVIS from {Path(lavis.__file__).parent}", ""
+
+
+def probe_video() -> tuple[str, str]:
+    """A video that OpenCV writes can be decoded."""
+    import cv2
+    import decord
+    import numpy as np
+
+    from lavis_uniadapter.processors.decoding import decode_frames
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "clip.mp4")
+        writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 8, (64, 64))
+        for _ in range(8):
+            writer.write(np.zeros((64, 64, 3), np.uint8))
+        writer.release()
+        decode_frames(path, lambda number: [0, number - 1], 32)
+    return f"decord {decord.__version__} decodes what OpenCV {cv2.__version__} writes", ""
+
+
+def probe_tokenizer() -> tuple[str, str]:
+    """BERT's tokenizer is in the local cache."""
+    from transformers import BertTokenizer
+
     try:
-        from packaging.requirements import Requirement
-    except ModuleNotFoundError:
-        yield Finding(PROBLEM, "packaging", "not installed", f"{PIP} packaging")
-        return
-    for name, texts in requirements.items():
-        for requirement in map(Requirement, texts):
-            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            # the modern set has NumPy 2 on any Python
-            if not applies or requirement.name == "numpy":
-                continue
-            names = OPENCVS if requirement.name in OPENCVS else (requirement.name,)
-            version = next(filter(None, (versions.get(normalise(n)) for n in names)), None)
-            if version is None or not requirement.specifier.contains(version, prereleases=True):
-                found = f"{version or 'missing'}, and {name} needs {requirement}"
-                fix = f"{PIP} '{requirement.name}{requirement.specifier}'"
-                if requirement.name == "salesforce-lavis":
-                    fix = LAVIS_ALONE
-                yield Finding(PROBLEM, requirement.name, found, fix)
+        BertTokenizer.from_pretrained(BERT, local_files_only=True)
+    except (OSError, ValueError, TypeError, ImportError):  # depends on the version
+        code = f"from transformers import BertTokenizer; BertTokenizer.from_pretrained('{BERT}')"
+        return f"{BERT} is not in the local cache", f'python -c "{code}", or set model.tokenizer'
+    return f"{BERT} is in the local cache", ""
 
 
-def installed() -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Declared requirements of what fits together least, and all installed versions."""
-    versions = {normalise(d.name): d.version for d in metadata.distributions() if d.name}
-    names = ("lavis-uniadapter", "transformers", "torchvision")
-    return {name: metadata.requires(name) or [] for name in names if name in versions}, versions
+PROBES = {
+    "torch": probe_torch,
+    "LAVIS": probe_lavis,
+    "video": probe_video,
+    "tokenizer": probe_tokenizer,
+}
 
 
-def install_command(module: str) -> str:
-    """The command that installs a missing module."""
-    return LAVIS_ALONE if module == "lavis" else f"{PIP} {DISTRIBUTIONS.get(module, module)}"
-
-
-def run_probes() -> Iterator[Finding]:
-    """Run `probes.main` in another process; the probe in which that ends is a problem."""
-    command = [sys.executable, "-W", "ignore", "-m", "uniadapter_cli.probes"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired:
-        yield Finding(PROBLEM, "imports", f"no answer in {TIMEOUT} seconds", EITHER_SET)
-        return
-    lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    for check, answer in zip(lines[::2], lines[1::2], strict=False):
-        found, fix = answer.split("\t")
-        yield Finding(WARNING if fix else OK, check, found, fix)
+def check_imports() -> Iterator[Finding]:
+    """Run the probes in another process; the one in which that ends is a problem."""
+    code = "from uniadapter_cli import doctor; doctor.run_probes()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    answers = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("\t")]
+    for name, found, fix in answers:
+        yield Finding(WARNING if fix else OK, name, found, fix)
     if done.returncode:
-        check = lines[-1] if len(lines) % 2 else "imports"
-        yield Finding(PROBLEM, check, *explain(done.returncode, done.stderr))
+        name = [*PROBES][len(answers)]
+        yield Finding(PROBLEM, name, *explain(done.returncode, done.stderr))
+
+
+def run_probes() -> None:
+    """Print what each probe finds, and the fix, if one is needed; an error ends the process."""
+    for name, probe in PROBES.items():
+        print("", name, *probe(), sep="\t", flush=True)
 
 
 def explain(status: int, stderr: str) -> tuple[str, str]:
-    """What ended a process, by its traceback, and the fix."""
-    said = stderr.strip().splitlines()[-1:] or ["no message"]
-    files = re.findall(r'^  File "([^<"]+)"', stderr, re.MULTILINE)
-    if status < 0 or not files:
-        how = signal.Signals(-status).name if status < 0 else f"code {status}"
-        return f"Python ended with {how}: {said[0]}", EITHER_SET
-    found = f"{said[0]} ({files[-1]})"
-    if missing := re.match(r"ModuleNotFoundError: No module named '(\w+)", said[0]):
-        return found, install_command(missing[1])
-    if installed := re.search(r"(?:site|dist)-packages/(\w+)", files[-1].replace(os.sep, "/")):
-        module = installed[1]
-        reinstall = f"{install_command(module)} --force-reinstall --no-deps"
-        return found, EITHER_SET if module == "transformers" else reinstall
-    path = Path(files[-1])
-    module = path.parent.name if path.stem == "__init__" else path.stem
-    if module in metadata.packages_distributions():
-        return found, f"{path} hides the installed {module}: rename it or change PYTHONPATH"
-    return found, EITHER_SET
+    """What ended a process, and the fix."""
+    said = (stderr.strip().splitlines() or ["no message"])[-1]
+    if status < 0:
+        return f"Python ended with {signal.Signals(-status).name}: {said}", EITHER_SET
+    file = re.findall(r'^  File "([^<"]+)"', stderr, re.MULTILINE)[-1:]
+    found = f"{said} ({file[0]})" if file else said
+    if missing := re.match(r"ModuleNotFoundError: No module named '(\w+)", said):
+        return found, f"{PIP} {DISTRIBUTIONS.get(missing[1], missing[1])}"
+    return found, f"rename that file if it is your own and hides a package; else {EITHER_SET}"
 
 
 def check_machine() -> Iterator[Finding]:
-    """Optional programs, disk space and shared memory."""
-    for label, names, effect, package in (
-        ("Java", ["java"], "captions are scored without METEOR", "default-jre-headless"),
-        ("C++ compiler", ["g++", "clang++", "c++"], "leave run.compile False on a CPU", "g++"),
-    ):
-        if program := next(filter(None, map(shutil.which, names)), None):
-            yield Finding(OK, label, program)
-        else:
-            yield Finding(WARNING, label, f"not found: {effect}", f"apt-get install {package}")
+    """Java, disk space and shared memory."""
+    java = shutil.which("java")
+    found, fix = (
+        java or "not found: captions are scored without METEOR",
+        "apt-get install default-jre-headless",
+    )
+    yield Finding(WARNING if fix else OK, "Java", found, fix)
     weights = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
-    for label, folder, least, fix in (
-        ("disk, data", Path("cache"), 5 * GB, "set run.cache_root to another folder"),
-        ("disk, weights", weights, 5 * GB, "set TORCH_HOME to another folder"),
-        ("shared memory", Path("/dev/shm"), GB, "docker run --shm-size=8g, or run.num_workers=0"),
-    ):
+    places = [
+        ("disk, data", Path("cache"), 5, "set run.cache_root to another folder"),
+        ("disk, weights", weights, 5, "set TORCH_HOME to another folder"),
+        ("shared memory", Path("/dev/shm"), 1, "docker run --shm-size=8g, or run.num_workers=0"),
+    ]
+    for check, folder, least, fix in places:
         place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        free = shutil.disk_usage(place).free
-        enough = free >= least or (label == "shared memory" and place != folder)
-        found = f"{free / GB:.1f} GB free ({place})"
-        yield Finding(OK if enough else WARNING, label, found, "" if enough else fix)
-
-
-def examine() -> Iterator[Finding]:
-    """All findings, one after another."""
-    requirements, versions = installed()
-    yield from check_sets(sys.version_info[:2], versions)
-    yield from check_requirements(requirements, versions)
-    yield from run_probes()
-    yield from check_machine()
+        free = shutil.disk_usage(place).free / 1e9
+        enough = free >= least or (check == "shared memory" and place != folder)
+        found = f"{free:.1f} GB free ({place})"
+        yield Finding(OK if enough else WARNING, check, found, "" if enough else fix)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print all findings; 1 if one of them is a problem."""
     argparse.ArgumentParser(prog="uniadapter doctor", description=__doc__).parse_args(argv)
+    versions = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
+    pip_check = [sys.executable, "-m", "pip", "check"]
+    pip = subprocess.run(pip_check, check=False, capture_output=True, text=True)
     levels = []
-    for finding in examine():
+    for finding in chain(
+        [check_versions(versions)], check_requirements(pip.stdout), check_imports(), check_machine()
+    ):
         levels.append(finding.level)
         print(finding, flush=True)
     print(f"\n{levels.count(PROBLEM)} problem(s), {levels.count(WARNING)} warning(s)")
     return 1 if PROBLEM in levels else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ("uniadapter_cli.runs:train", "train a recipe, then test it"),
     "evaluate": ("uniadapter_cli.runs:evaluate", "test a recipe with a trained adapter"),
     "compare": ("uniadapter_cli.compare:main", "compare tuning methods"),
-    "prepare": ("uniadapter_cli.runs:prepare", "prepare and check data"),
+    "prepare": ("lavis_uniadapter.tools.prepare.command:main", "prepare and check data"),
     "search": ("uniadapter_cli.search:main", "search your own images and clips"),
     "doctor": ("uniadapter_cli.doctor:main", "check this environment"),
     "demo": ("uniadapter_cli.runs:demo", "adapt a small BLIP to video in minutes"),
@@ -48,7 +48,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""``uniadapter train``, ``evaluate``, ``demo`` and ``prepare``.
+"""``uniadapter train``, ``evaluate`` and ``demo``.
 
 A module of commands parses arguments and finds files first, and imports LAVIS after that.
 """
@@ -16,18 +16,45 @@ from lavis_uniadapter.tools import recipes
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Train a recipe, then test it; returns the exit status."""
-    parser = _parser("train", "Train a recipe, then test it.")
-    return _start(parser, parser.parse_intermixed_args(argv), evaluate=False)
+    return _start("train", "Train a recipe, then test it.", argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """Test a recipe; returns the exit status."""
-    parser = _parser("evaluate", "Test a recipe with a trained adapter.", "[--adapter FOLDER] ")
+    return _start("evaluate", "Test a recipe with a trained adapter.", argv)
+
+
+def _start(command: str, description: str, argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"uniadapter {command}",
+        usage="%(prog)s RECIPE [--adapter FOLDER] [--dry-run] [section.key=value ...]",
+        description=description,
+        epilog="RECIPE is a name from 'uniadapter ls' or a YAML file. On several GPUs: torchrun "
+        f"--nproc_per_node=8 -m uniadapter_cli {command} RECIPE ...",
+    )
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the configuration and the data files, and stop before the model is built",
+    )
+    parser.add_argument("--cfg-path", metavar="FILE", help="the recipe, as in LAVIS's train.py")
+    add_options(parser)
     args = parser.parse_intermixed_args(argv)
-    if args.adapter:
-        args.options.append(f"model.adapter_ckpt={args.adapter}")
-    return _start(parser, args, evaluate=True)
+    names, options = names_and_options(args)
+    names += [args.cfg_path] if args.cfg_path else []
+    if len(names) != 1:
+        given = ", ".join(names) or "none"
+        parser.error(f"give one recipe, and values as section.key=value; recipes given: {given}")
+    options += [f"model.adapter_ckpt={args.adapter}"] if args.adapter else []
+    evaluates = command == "evaluate"
+    path = recipes.find(names[0], recipes.runs())
+    validate(path, [*options, "run.evaluate=True"] if evaluates else options)
+
+    launch = import_launch()
+    work = launch.check if args.dry_run else launch.run_and_report
+    return launch.exit_status(lambda: work(path, options, evaluates))
 
 
 def demo(argv: Sequence[str] | None = None) -> int:
@@ -49,14 +76,6 @@ def demo(argv: Sequence[str] | None = None) -> int:
     return launch.exit_status(lambda: run_demo(args.task, args.seed, args.output_dir, args.options))
 
 
-def prepare(argv: Sequence[str] | None = None) -> int:
-    """Prepare or check data; returns the exit status."""
-    import_launch()
-    from lavis_uniadapter.tools.prepare.__main__ import main
-
-    return main(argv)
-
-
 def import_launch() -> ModuleType:
     """Register everything with LAVIS; returns the module that starts runs."""
     import lavis_uniadapter.registration  # noqa: F401
@@ -75,36 +94,3 @@ def names_and_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """What is given before and among the options: names, and ``section.key=value``."""
     names = [each for each in args.arguments if "=" not in each or os.path.isfile(each)]
     return names, [each for each in args.arguments if each not in names] + args.options
-
-
-def _parser(command: str, description: str, more_usage: str = "") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"uniadapter {command}",
-        usage=f"%(prog)s RECIPE {more_usage}[--dry-run] [section.key=value ...]",
-        description=description,
-        epilog="RECIPE is a name from 'uniadapter ls' or a YAML file. On several GPUs: torchrun "
-        f"--nproc_per_node=8 -m uniadapter_cli {command} RECIPE ...",
-    )
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the configuration and the data files, and stop before the model is built",
-    )
-    parser.add_argument("--cfg-path", metavar="FILE", help="the recipe, as in LAVIS's train.py")
-    add_options(parser)
-    return parser
-
-
-def _start(parser: argparse.ArgumentParser, args: argparse.Namespace, evaluate: bool) -> int:
-    names, options = names_and_options(args)
-    names += [args.cfg_path] if args.cfg_path else []
-    if len(names) != 1:
-        given = ", ".join(names) or "none"
-        parser.error(f"give one recipe, and values as section.key=value; recipes given: {given}")
-    path = recipes.find(names[0], recipes.runs())
-    validate(path, [*options, "run.evaluate=True"] if evaluate else options)
-
-    launch = import_launch()
-    work = launch.check if args.dry_run else launch.run_and_report
-    return launch.exit_status(lambda: work(path, options, evaluate))

@@ -1,45 +1,59 @@
-"""The bank owns every adapter parameter, once, in named sets of which one is active."""
+"""What tuning methods share: the backbone as they see it, their sets of modules, and the bank.
+
+The bank owns every adapter parameter, once, in named sets of which one is active.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
-class AdapterSet(nn.Module):
-    """Everything that one tuned task owns: adapters by layer, key/value adapters, heads.
-
-    A tuning method is a subclass with a ``build``. A method that adds modules beside the FFNs
-    overrides ``layer``; one that changes modules of the backbone fills ``deltas``.
-
-    Args:
-        heads: the modules that are trained whole, by their names in the model.
-        config: of the tuning method.
-        geometry: of the backbone.
+@dataclass(frozen=True)
+class BackboneGeometry:
+    """The backbone that adapters must fit.
 
     Attributes:
-        KIND: name of the parameters that are neither heads nor key/value adapters.
-        frame_aware: whether matching weighs the frames of a video (PFA) while this set is active.
-        key_value: adapters of cross-attention's keys and values, by name of the text encoder.
-        deltas: changes by ``delta_key`` of the module they change. A delta maps the module's input
-            and output to a new output; its ``fold_into`` changes the module itself to that effect.
+        memory_widths: width of what each encoder with cross-attention attends to, by its name.
+        text_mode: whether the model ever encodes text alone.
+        modules: those of all encoders and the transform before the vocabulary, by path, each with
+            what equal parts of its output are (LAVIS's ViT has query, key and value in one): query,
+            key, value, attention_output, ffn_in, ffn_out or word_transform.
     """
 
-    KIND = "adapters"
-    frame_aware = False
+    visual_width: int
+    visual_depth: int
+    text_width: int
+    text_depth: int
+    memory_widths: dict[str, int] = field(default_factory=dict)
+    text_mode: bool = True
+    modules: dict[str, tuple[Any, tuple[str, ...]]] = field(default_factory=dict)
+
+
+class AdapterSet(nn.Module):
+    """All that one tuned task owns: adapters by layer, key/value adapters, heads.
+
+    A tuning method is a subclass with a ``build``. A method that adds modules beside the FFNs
+    overrides ``layer``. One that changes modules of the backbone fills ``deltas``, by the
+    ``delta_key`` of the module: a delta maps the module's input and output to a new output, and its
+    ``fold_into`` changes the module itself to that effect.
+    """
+
+    KIND = "adapters"  # name of the parameters that are neither heads nor key/value adapters
+    frame_aware = False  # whether matching weighs the frames of a video (PFA)
 
     def __init__(
         self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
     ):
         super().__init__()
-        self.heads = nn.ModuleDict(heads)
-        self.key_value = nn.ModuleDict()
+        self.heads = nn.ModuleDict(heads)  # trained whole, by their names in the model
+        self.key_value = nn.ModuleDict()  # by name of the text encoder
         self.deltas = nn.ModuleDict()
         self.build(config, geometry)
 
@@ -71,45 +85,33 @@ def delta_path(key: str) -> str:
 class AdapterBank(nn.ModuleDict):
     """Adapter sets by name, one of them active.
 
-    Layers of the backbone look up what they compute with here, each time they run, through bound
-    methods of the bank. Which set is active is a property of the whole model: threads may share
-    it, but must not change or disable it while another computes.
+    Layers of the backbone look up what they compute with here, each time they run. Which set is
+    active is a property of the whole model: threads may share it, but must not change or disable it
+    while another computes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.active: str | None = None
 
-    def __getitem__(self, name: str) -> AdapterSet:
-        self._require(name)
-        return super().__getitem__(name)
-
-    def _require(self, name: str) -> None:
+    def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
+        return super().__getitem__(name)
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
-        """Add a set; the first becomes active.
-
-        Raises:
-            ValueError: if the name is taken or cannot be part of a state-dict key.
-        """
-        if not name.isidentifier() or hasattr(self, name):
-            raise ValueError(
-                f"'{name}' cannot name an adapter: it is taken ({', '.join(self)}), reserved, or "
-                "not a plain identifier. Choose another name."
-            )
+        """Add a set; the first becomes active. KeyError if torch cannot use the name."""
         self[name] = adapter_set
         self.active = self.active or name
 
     def activate(self, name: str) -> None:
         """Make a set the active one; KeyError if there is no such set."""
-        self._require(name)
+        self[name]
         self.active = name
 
     @property
     def active_set(self) -> AdapterSet | None:
-        return None if self.active is None else getattr(self, self.active)
+        return None if self.active is None else self[self.active]
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -120,15 +122,19 @@ class AdapterBank(nn.ModuleDict):
         finally:
             self.active = before
 
-    # --- what layers of the backbone look up ------------------------------------------------------
+    # --- what the backbone looks up -------------------------------------------------------------
 
-    def layer(self, encoder: str, index: int) -> nn.Module | None:
-        """The active adapter of a layer; see ``AdapterSet.layer``."""
+    def layer(self, encoder: str, index: int, branch: str, *states: Tensor) -> Tensor | int:
+        """What the active adapter of a layer adds beside its FFN; 0 without one.
+
+        ``branch`` names the adapter's method: ``visual``, ``textual`` or ``cross_modal``.
+        """
         active = self.active_set
-        return None if active is None else active.layer(encoder, index)
+        adapter = None if active is None else active.layer(encoder, index)
+        return 0 if adapter is None else getattr(adapter, branch)(*states)
 
-    def key_value(self, encoder: str) -> nn.Module | None:
-        """The active key/value adapter of a text encoder, by its name."""
+    def key_value(self, encoder: str) -> Any:
+        """The active ``key`` and ``value`` adapters of a text encoder, by its name, or None."""
         active = self.active_set
         if active is None or encoder not in active.key_value:
             return None

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
 class BiasDelta(nn.Module):
-    """Added to a frozen bias; zero at the start.
+    """Added to a module's frozen bias; zero at the start.
 
     AdamW moves it as it would move the bias, since biases have no weight decay.
-
-    Args:
-        shape: of the bias as it is added to its module's output.
     """
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, module: Any):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
-        self.shape = shape
+        self.bias = nn.Parameter(torch.zeros(len(module.bias)))
+        self.shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         return output + self.bias.to(output.dtype).view(self.shape)
 
-    def fold_into(self, module: nn.Module) -> None:
+    def fold_into(self, module: Any) -> None:
         module.bias += self.bias
 
 
@@ -37,5 +35,7 @@ class BitFitSet(AdapterSet):
     KIND = "biases"
 
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
-        for path, shape in geometry.biases.items():
-            self.deltas[delta_key(path)] = BiasDelta(shape)
+        for path, (module, roles) in geometry.modules.items():
+            # A bias of keys adds the same to all logits of a query and cannot matter.
+            if getattr(module, "bias", None) is not None and roles != ("key",):
+                self.deltas[delta_key(path)] = BiasDelta(module)

@@ -7,8 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
@@ -33,6 +32,6 @@ class LinearSet(AdapterSet):
     KIND = "layer before the vocabulary"
 
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
-        if not self.heads:
-            for path, module in geometry.output_layers.items():
+        for path, (module, roles) in geometry.modules.items():
+            if roles == ("word_transform",) and not self.heads:
                 self.deltas[delta_key(path)] = Replacement(module)

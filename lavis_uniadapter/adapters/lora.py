@@ -6,21 +6,20 @@ import math
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_key
-from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
 from lavis_uniadapter.common.schema.methods import LoraConfig
 
 
 class LowRank(nn.Module):
     """``scale · up(down(dropout(x)))`` for some rows of a matrix; zero at the start."""
 
-    def __init__(self, site: LinearSite, config: LoraConfig):
+    def __init__(self, in_width: int, rows: slice, config: LoraConfig):
         super().__init__()
-        self.rows = slice(site.rows.start, site.rows.stop)
+        self.rows = rows
         self.scale = config.alpha / config.rank
         self.dropout = nn.Dropout(config.dropout)
-        self.down = nn.Linear(site.in_width, config.rank, bias=False)
-        self.up = nn.Linear(config.rank, len(site.rows), bias=False)
+        self.down = nn.Linear(in_width, config.rank, bias=False)
+        self.up = nn.Linear(config.rank, rows.stop - rows.start, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
 
@@ -52,9 +51,12 @@ class LoraSet(AdapterSet):
     KIND = "low-rank matrices"
 
     def build(self, config: LoraConfig, geometry: BackboneGeometry) -> None:
-        for site in geometry.linears:
-            if site.role in config.targets:
-                key = delta_key(site.path)
-                if key not in self.deltas:
-                    self.deltas[key] = LoraDelta()
-                self.deltas[key][site.role] = LowRank(site, config)
+        for path, (module, roles) in geometry.modules.items():
+            delta = LoraDelta()
+            for i, role in enumerate(roles):
+                if role in config.targets:
+                    rows = module.out_features // len(roles)
+                    part = slice(i * rows, (i + 1) * rows)
+                    delta[role] = LowRank(module.in_features, part, config)
+            if delta:
+                self.deltas[delta_key(path)] = delta

@@ -13,27 +13,23 @@ In cross-modal mode a layer adds ``textual`` of its self-attention's output, the
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
-from lavis_uniadapter.common.schema.methods import AdapterConfig
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
+from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConfig
 
 
 class UniAdapter(nn.Module):
     """The adapter of one layer (or of a visual and a textual layer of equal width).
 
-    Args:
-        width: width of the hidden states.
-        config: bottleneck, scale, and what the branches share.
-        branches: which of ``visual``, ``textual`` and ``cross_modal`` this layer computes.
-        norm_cross_modal: whether the cross-modal branch ends in a LayerNorm.
+    ``branches`` are those that it computes, of ``visual``, ``textual`` and ``cross_modal``.
     """
 
     def __init__(
@@ -48,18 +44,16 @@ class UniAdapter(nn.Module):
         self.branches = tuple(branches)
         self.query_residual = config.query_residual
         share_down, share_up = config.share in ("down", "all"), config.share in ("up", "all")
-        has_cross_modal = "cross_modal" in branches
         # A shared up-projection is W_c and W_t at once, so there is nothing to reuse.
-        self.reuses_textual_up = (
-            has_cross_modal and config.textual and config.reuse_textual_up and not share_up
-        )
-        ups = dict.fromkeys([*branches, *(["textual"] if self.reuses_textual_up else [])])
+        may_reuse = config.textual and config.reuse_textual_up and not share_up
+        self.reuses_textual_up = may_reuse and "cross_modal" in branches
+        ups = dict.fromkeys([*branches, *["textual"] * self.reuses_textual_up])
         self.norm_in = PerBranch(lambda: nn.LayerNorm(width), branches, share_down)
         self.down = PerBranch(lambda: nn.Linear(width, config.bottleneck), branches, share_down)
         self.dropout = nn.Dropout(config.dropout)
         self.up = PerBranch(lambda: nn.Linear(config.bottleneck, width), ups, share_up)
-        with_norm = has_cross_modal and norm_cross_modal
-        self.norm_cross_modal = nn.LayerNorm(width) if with_norm else None
+        has_norm = norm_cross_modal and "cross_modal" in branches
+        self.norm_cross_modal = nn.LayerNorm(width) if has_norm else nn.Identity()
 
     def forward(self, x: Tensor, branch: str) -> Tensor:
         """One branch for states (batch, tokens, width)."""
@@ -68,50 +62,41 @@ class UniAdapter(nn.Module):
         if branch == "cross_modal":
             if self.reuses_textual_up:
                 up = up + self.up(h, "textual")
-            if self.norm_cross_modal is not None:
-                up = self.norm_cross_modal(up)
+            up = self.norm_cross_modal(up)
         return self.scale * up
 
     def visual(self, x: Tensor) -> Tensor:
         """What a ViT block adds beside its FFN."""
         return self(x, "visual")
 
-    def textual(self, x: Tensor) -> Tensor | None:
-        """What a BERT layer adds beside its FFN in text mode; None without this branch."""
-        return self(x, "textual") if "textual" in self.branches else None
+    def textual(self, a: Tensor) -> Tensor | int:
+        """What a BERT layer adds beside its FFN in text mode, of its self-attention's output."""
+        return self(a, "textual") if "textual" in self.branches else 0
 
-    def cross_modal(self, after_self: Tensor, after_cross: Tensor) -> Tensor | None:
-        """What a BERT layer adds beside its FFN in cross-modal mode.
-
-        Args:
-            after_self, after_cross: outputs of its self-attention and of its cross-attention.
-        """
-        residual = self.textual(after_self) if self.query_residual else None
-        if "cross_modal" not in self.branches:
-            return residual
-        cross = self(after_cross, "cross_modal")
-        return cross if residual is None else residual + cross
+    def cross_modal(self, a: Tensor, c: Tensor) -> Tensor | int:
+        """What it adds in cross-modal mode, of its self- and its cross-attention's output."""
+        residual = self.textual(a) if self.query_residual else 0
+        return residual + (self(c, "cross_modal") if "cross_modal" in self.branches else 0)
 
     def init_weights(self, init: str, zero_textual_up: bool) -> None:
-        """Draw the initial weights. Norms keep weight 1 and bias 0, biases are 0.
+        """Draw the initial weights: ``identity`` makes all branches 0.
 
-        Args:
-            init: ``released`` or ``identity``, see AdapterConfig.
-            zero_textual_up: with ``released``, start as the retrieval script of the authors' code
-                does (W_down uniform, W_t zero), or else as its VQA script does (all normal).
+        ``released`` with ``zero_textual_up`` starts as the authors' retrieval script does (W_down
+        uniform, W_t zero), and without it as their VQA script (all normal).
         """
-        released, norm = init == "released", self.norm_cross_modal
+        released = init == "released"
+        has_norm = isinstance(self.norm_cross_modal, nn.LayerNorm)
         for down in self.down.values():
             (normal if released and not zero_textual_up else uniform)(down)
         for branch, up in self.up.items():
-            # The norm of the cross-modal branch must not see zeros, where its gradient is
-            # 1/sqrt(eps): "identity" makes that branch zero through the gain of the norm.
             if released:
                 (zero if branch == "textual" and zero_textual_up else normal)(up)
             else:
-                (uniform if branch == "cross_modal" and norm is not None else zero)(up)
-        if norm is not None and not released:
-            zero(norm)
+                # The norm of the cross-modal branch must not see zeros, where its gradient is
+                # 1/sqrt(eps): that branch is made zero through the gain of the norm.
+                (uniform if branch == "cross_modal" and has_norm else zero)(up)
+        if has_norm and not released:
+            zero(self.norm_cross_modal)
 
 
 class PerBranch(nn.ModuleDict):
@@ -125,16 +110,20 @@ class PerBranch(nn.ModuleDict):
         return self["shared" if "shared" in self else branch](x)
 
 
-class LinearBottleneck(nn.Module):
-    """``scale (W_up (W_down m + b) + b)``: no activation, learnable scalar starting at 1."""
+class KeyValueAdapter(nn.Module):
+    """``scale (W_up (W_down m + b) + b)``, added to the keys or the values of every layer.
 
-    def __init__(self, in_width: int, out_width: int, bottleneck: int, init: str):
+    It is in the authors' released code and not in the paper. ``m`` are the states that
+    cross-attention attends to; ``scale`` is learned and starts at 1.
+    """
+
+    def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
         super().__init__()
-        self.down = nn.Linear(in_width, bottleneck)
-        self.up = nn.Linear(bottleneck, out_width)
+        self.down = nn.Linear(in_width, config.kv_bottleneck)
+        self.up = nn.Linear(config.kv_bottleneck, out_width)
         self.scale = nn.Parameter(torch.ones(1))
         normal(self.down)
-        (normal if init == "released" else zero)(self.up)
+        (normal if config.init == "released" else zero)(self.up)
 
     def forward(self, m: Tensor) -> Tensor:
         up = self.up(self.down(m))
@@ -142,25 +131,8 @@ class LinearBottleneck(nn.Module):
         return (self.scale * up).to(up.dtype)
 
 
-class KeyValueAdapter(nn.Module):
-    """Adapter of the cross-attention's keys and values, one for all layers.
-
-    It is in the authors' released code and not in the paper. Applied to the states ``m`` of shape
-    (batch, tokens, in_width) that cross-attention attends to, its two outputs, of shape
-    (batch, tokens, out_width), are added to the keys and to the values of every layer.
-    """
-
-    def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
-        super().__init__()
-        self.key = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
-        self.value = LinearBottleneck(in_width, out_width, config.kv_bottleneck, config.init)
-
-    def forward(self, m: Tensor) -> tuple[Tensor, Tensor]:
-        return self.key(m), self.value(m)
-
-
 class UniAdapterSet(AdapterSet):
-    """All adapters of a backbone: one UniAdapter a layer, and the key/value adapters.
+    """One UniAdapter a layer, and the key/value adapters.
 
     Where vision and text are equally wide, layer i of both share ``layers[i]``. Where they are not
     (ViT-L: 1024 against 768) no matrix fits both: the visual layers come first, then the textual.
@@ -170,53 +142,51 @@ class UniAdapterSet(AdapterSet):
 
     def build(self, config: AdapterConfig, geometry: BackboneGeometry) -> None:
         self.frame_aware = config.frame_aware
-        visual_depth = geometry.visual_depth if config.visual else 0
-        text_depth = geometry.text_depth if config.textual or config.cross_modal else 0
         # Without text mode and the query residual nothing computes the textual branch, and its
         # parameters would never get a gradient.
         has_textual = config.textual and (geometry.text_mode or config.query_residual)
         text = ("textual",) * has_textual + ("cross_modal",) * config.cross_modal
-        visual_layers, text_layers = [("visual",)] * visual_depth, [text] * text_depth
-        if geometry.visual_width == geometry.text_width:
-            both = itertools.zip_longest(visual_layers, text_layers, fillvalue=())
-            layers = [(geometry.text_width, of_vision + of_text) for of_vision, of_text in both]
-            first_text = 0
-        else:
-            layers = [(geometry.visual_width, of_vision) for of_vision in visual_layers]
-            layers += [(geometry.text_width, of_text) for of_text in text_layers]
-            first_text = visual_depth
-        self._places = {
-            "visual": range(visual_depth),
-            "text": range(first_text, first_text + text_depth),
-        }
+        visual_depth = geometry.visual_depth if config.visual else 0
+        first = 0 if geometry.visual_width == geometry.text_width else visual_depth
+        end = first + (geometry.text_depth if config.textual or config.cross_modal else 0)
+        self._places = {"visual": range(visual_depth), "text": range(first, end)}
         self.layers = nn.ModuleList()
-        for width, branches in layers:
+        for i in range(max(visual_depth, end)):
+            width = geometry.visual_width if i < visual_depth else geometry.text_width
+            branches = ("visual",) * (i < visual_depth) + text * (first <= i < end)
             layer = UniAdapter(width, config, branches, self.norm_cross_modal)
-            # The authors' retrieval script zeroes W_t again, their VQA script does not. Captioning,
-            # which they have not released, has a decoder like VQA's.
+            # Captioning, which the authors have not released, has a decoder like VQA's.
             layer.init_weights(config.init, zero_textual_up=geometry.text_mode)
             self.layers.append(layer)
         if config.kv_bottleneck:
             for name, width in geometry.memory_widths.items():
-                self.key_value[name] = KeyValueAdapter(width, geometry.text_width, config)
+                parts = [KeyValueAdapter(width, geometry.text_width, config) for _ in range(2)]
+                self.key_value[name] = nn.ModuleDict(
+                    dict(zip(("key", "value"), parts, strict=True))
+                )
 
-    def layer(self, encoder: str, index: int) -> UniAdapter | None:
+    def layer(self, encoder: str, index: int) -> nn.Module | None:
         places = self._places[encoder]
         return self.layers[places[index]] if index < len(places) else None
 
 
-def uniform(linear: nn.Linear) -> None:
-    """Kaiming's uniform distribution with a = sqrt(5); bias zero."""
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    nn.init.zeros_(linear.bias)
+class SeparateAdapterSet(UniAdapterSet):
+    """A bottleneck of its own for each modality, nothing shared: the baseline of section 4."""
+
+    norm_cross_modal = False
+
+    def build(self, config: BottleneckConfig, geometry: BackboneGeometry) -> None:
+        separate = {"share": "none", "reuse_textual_up": False, "query_residual": False}
+        options = {**config.model_dump(), **separate, "kv_bottleneck": 0}
+        super().build(AdapterConfig(**options), geometry)
 
 
-def normal(linear: nn.Linear) -> None:
-    """BERT's and the ViT's N(0, 0.02), which the authors' constructors end with; bias zero."""
-    nn.init.normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
-
-
-def zero(module: nn.Linear | nn.LayerNorm) -> None:
-    nn.init.zeros_(module.weight)
+def draw(initialise: Callable[[Tensor], Tensor], module: Any) -> None:
+    """Draw a module's weight; its bias is 0."""
+    initialise(module.weight)
     nn.init.zeros_(module.bias)
+
+
+uniform = partial(draw, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+normal = partial(draw, partial(nn.init.normal_, std=0.02))  # BERT's and the ViT's
+zero = partial(draw, nn.init.zeros_)

@@ -6,32 +6,18 @@ added or renamed, so state-dict keys stay LAVIS's and any BLIP checkpoint loads 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
-from lavis.models.med import (
-    BertEncoder,
-    BertLayer,
-    BertSelfAttention,
-    XBertEncoder,
-    XBertLMHeadDecoder,
-)
-from lavis.models.vit import Attention, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.bank import AdapterSet, delta_path
-from lavis_uniadapter.adapters.geometry import BackboneGeometry, LinearSite
-from lavis_uniadapter.backbone.text import (
-    AdaptedBertEncoder,
-    AdaptedBertLayer,
-    AdaptedXBertEncoder,
-    SdpaCrossAttention,
-)
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_path
+from lavis_uniadapter.backbone.text import AdaptedBertEncoder, AdaptedBertLayer, SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
-# What the matrices of a layer compute, by the ends of their paths in vit.py and med.py.
-LINEAR_ROLES = {
+ENCODERS = ("visual_encoder.", "text_encoder.", "text_decoder.bert.")
+# What modules compute, by the ends of their paths in vit.py and med.py.
+ROLES = {
     "attn.qkv": ("query", "key", "value"),  # one matrix in LAVIS's ViT
     "attn.proj": ("attention_output",),
     "mlp.fc1": ("ffn_in",),
@@ -42,6 +28,7 @@ LINEAR_ROLES = {
     "attention.output.dense": ("attention_output",),  # of cross-attention as well
     "intermediate.dense": ("ffn_in",),
     "output.dense": ("ffn_out",),
+    "cls.predictions.transform": ("word_transform",),
 }
 
 
@@ -49,9 +36,11 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
     """What a tuning method knows of a TunedBlip's encoders; its text encoders are equally deep."""
     configs = {name: encoder.config for name, encoder in model.text_encoders().items()}
     first = next(iter(configs.values()))
-    paths = {module: path for path, module in model.named_modules()}
-    encoders = (model.visual_encoder, *model.text_encoders().values())
-    modules = {paths[module]: module for encoder in encoders for module in encoder.modules()}
+    modules = {}
+    for path, module in model.named_modules():
+        roles = next((roles for end, roles in ROLES.items() if path.endswith(end)), ())
+        if path.startswith(ENCODERS) or roles == ("word_transform",):
+            modules[path] = (module, roles)
     return BackboneGeometry(
         visual_width=model.visual_encoder.embed_dim,
         visual_depth=len(model.visual_encoder.blocks),
@@ -59,26 +48,8 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
         text_depth=first.num_hidden_layers,
         memory_widths={name: config.encoder_width for name, config in configs.items()},
         text_mode=model.TEXT_MODE,
-        linears=tuple(site for path, m in modules.items() for site in _linear_sites(path, m)),
-        biases={
-            # A bias of keys adds the same to all logits of a query and cannot matter.
-            path: (len(m.bias), 1, 1) if isinstance(m, nn.Conv2d) else (len(m.bias),)
-            for path, m in modules.items()
-            if getattr(m, "bias", None) is not None and not path.endswith("self.key")
-        },
-        output_layers={
-            f"{path}.cls.predictions.transform": m.cls.predictions.transform
-            for m, path in paths.items()
-            if isinstance(m, XBertLMHeadDecoder)
-        },
+        modules=modules,
     )
-
-
-def _linear_sites(path: str, module: nn.Module) -> Iterator[LinearSite]:
-    roles = next((roles for end, roles in LINEAR_ROLES.items() if path.endswith(end)), ())
-    for i, role in enumerate(roles):
-        rows = module.out_features // len(roles)
-        yield LinearSite(path, role, module.in_features, range(i * rows, (i + 1) * rows))
 
 
 def attach_adapters(
@@ -86,34 +57,27 @@ def attach_adapters(
 ) -> None:
     """Let every layer of a TunedBlip look up the active adapter of its bank.
 
-    Args:
-        visual_checkpointing_layers: recompute activations in the last so many ViT blocks.
-        textual_checkpointing_layers: likewise for BERT layers.
-
-    Raises:
-        TypeError: if a module is not the LAVIS class expected, e.g. when attached twice.
+    The last so many layers of vision and of text recompute their activations.
     """
 
-    def attach(encoder: str, layers: nn.ModuleList, expected: type, adapted: type, last: int):
+    def attach(encoder: str, layers: nn.ModuleList, adapted: type, checkpointed: int) -> None:
         for index, layer in enumerate(layers):
-            _swap_class(layer, expected, adapted)
+            layer.__class__ = adapted
             layer.adapter = partial(model.adapters.layer, encoder, index)
-            if index >= len(layers) - last:
+            if index >= len(layers) - checkpointed:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     blocks = model.visual_encoder.blocks
-    attach("visual", blocks, Block, AdaptedBlock, visual_checkpointing_layers)
+    attach("visual", blocks, AdaptedBlock, visual_checkpointing_layers)
     for block in blocks:
-        _swap_class(block.attn, Attention, SdpaAttention)
+        block.attn.__class__ = SdpaAttention
     for name, text_encoder in model.text_encoders().items():
-        if type(text_encoder) is XBertEncoder:
-            text_encoder.__class__ = AdaptedXBertEncoder
         encoder = text_encoder.encoder
-        _swap_class(encoder, BertEncoder, AdaptedBertEncoder)
-        encoder.key_value_adapter = partial(model.adapters.key_value, name)
-        attach("text", encoder.layer, BertLayer, AdaptedBertLayer, textual_checkpointing_layers)
+        encoder.__class__ = AdaptedBertEncoder
+        encoder.key_value_adapters = partial(model.adapters.key_value, name)
+        attach("text", encoder.layer, AdaptedBertLayer, textual_checkpointing_layers)
         for layer in encoder.layer:
-            _swap_class(layer.crossattention.self, BertSelfAttention, SdpaCrossAttention)
+            layer.crossattention.self.__class__ = SdpaCrossAttention
 
 
 def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
@@ -121,12 +85,3 @@ def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
     for key in adapter_set.deltas:
         hook = partial(model.adapters.delta, key)
         model.get_submodule(delta_path(key)).register_forward_hook(hook)
-
-
-def _swap_class(module: nn.Module, expected: type, adapted: type) -> None:
-    if type(module) is not expected:
-        raise TypeError(
-            f"Expected LAVIS's {expected.__name__}, found {type(module).__name__}. Adapters are "
-            "attached once, to encoders that LAVIS built."
-        )
-    module.__class__ = adapted

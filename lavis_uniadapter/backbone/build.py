@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from lavis.models.med import XBertEncoder
@@ -13,82 +12,58 @@ from transformers.models.bert.configuration_bert import BertConfig
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
 from lavis_uniadapter.common.errors import ConfigError
 
-VIT_SIZES = {
-    "base": dict(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4),
-    "large": dict(width=1024, depth=24, num_heads=16, patch_size=16, mlp_ratio=4),
-}
-# LAVIS applies stochastic depth to its large ViT (lavis.models.vit, from_config).
-DROP_PATH = {"base": 0.0, "large": 0.1, "custom": 0.0}
+# LAVIS applies stochastic depth to its large ViT alone (lavis.models.vit).
+BASE = {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "mlp_ratio": 4}
+LARGE = {**BASE, "width": 1024, "depth": 24, "num_heads": 16, "drop_path_rate": 0.1}
 
 
 def build_visual_encoder(
     vit_type: str, image_size: int, vit: dict | None = None, drop_path_rate: float | None = None
 ) -> VisionTransformerEncoder:
-    """LAVIS's ViT.
+    """LAVIS's ViT, by the options of the section ``model:``.
 
-    Args:
-        vit_type: ``base``, ``large`` or ``custom``.
-        image_size: side of a frame, pixels.
-        vit: for ``custom``: width, depth, num_heads, patch_size, mlp_ratio; and, if LAVIS's 0.02
-            is too little for a small ViT trained from scratch to tell places apart,
-            pos_embed_std, with which the positional embedding is drawn.
-        drop_path_rate: stochastic depth; None for what LAVIS uses at this size.
+    A small ViT trained from scratch may need a larger ``pos_embed_std`` than LAVIS's 0.02 to tell
+    places apart.
     """
-    size = VIT_SIZES.get(vit_type, vit)
-    encoder = VisionTransformerEncoder(
-        img_size=image_size,
-        patch_size=size["patch_size"],
-        embed_dim=size["width"],
-        depth=size["depth"],
-        num_heads=size["num_heads"],
-        mlp_ratio=size["mlp_ratio"],
-        drop_path_rate=DROP_PATH[vit_type] if drop_path_rate is None else drop_path_rate,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
-    if size.get("pos_embed_std") is not None:
-        nn.init.trunc_normal_(encoder.pos_embed, std=size["pos_embed_std"])
-    encoder.vision_width = size["width"]
+    sizes = dict({"base": BASE, "large": LARGE}.get(vit_type, vit), img_size=image_size)
+    width, pos_embed_std = sizes.pop("width"), sizes.pop("pos_embed_std", None)
+    if drop_path_rate is not None:
+        sizes["drop_path_rate"] = drop_path_rate
+    encoder = VisionTransformerEncoder(embed_dim=width, **sizes)
+    if pos_embed_std is not None:
+        nn.init.trunc_normal_(encoder.pos_embed, std=pos_embed_std)
+    encoder.vision_width = width
     return encoder
 
 
 def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBertEncoder:
-    """LAVIS's text encoder with cross-attention (MED).
+    """LAVIS's text encoder (MED), whose cross-attention reads states of a width.
 
     Args:
         med_config: BERT configuration, as a dict or a JSON file.
-        encoder_width: width of the visual tokens that it attends to.
 
     Raises:
         ConfigError: if the file does not exist.
     """
-    config = _read_med_config(med_config)
-    config.encoder_width = encoder_width
+    config = _read_med_config(med_config, encoder_width)
     return XBertEncoder(config=config, add_pooling_layer=False)
 
 
 def build_text_decoder(
     med_config: dict | str | Path, encoder_width: int | None = None
 ) -> AdaptedLMHeadDecoder:
-    """LAVIS's text decoder (causal MED with a language modelling head).
-
-    Args:
-        encoder_width: width of what it attends to: visual tokens, or by default states as wide as
-            its own, such as a question's.
-
-    Raises: as build_text_encoder.
-    """
-    config = _read_med_config(med_config)
-    config.encoder_width = encoder_width or config.hidden_size
-    return AdaptedLMHeadDecoder(config=config)
+    """LAVIS's text decoder; by default it reads states as wide as its own."""
+    return AdaptedLMHeadDecoder(config=_read_med_config(med_config, encoder_width))
 
 
-def _read_med_config(med_config: dict | str | Path) -> BertConfig:
+def _read_med_config(med_config: dict | str | Path, encoder_width: int | None) -> BertConfig:
     if isinstance(med_config, dict):
         config = BertConfig.from_dict(med_config)
     elif Path(med_config).is_file():
         config = BertConfig.from_json_file(med_config)
     else:
         raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+    config.encoder_width = encoder_width or config.hidden_size
     config.add_cross_attention = True
     if not hasattr(config, "add_type_embeddings"):
         config.add_type_embeddings = False

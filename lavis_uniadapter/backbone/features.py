@@ -12,44 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """A batch of images or videos, encoded.
+    """A batch of images or videos, encoded; feats are unit vectors."""
 
-    Attributes:
-        embeds: (batch, frames * tokens, width), what the cross-modal encoder attends to.
-        feat: (batch, embed_dim) unit vectors, from the mean over frames of [CLS].
-        frame_feat: (batch, frames, embed_dim) unit vectors.
-    """
-
-    embeds: Tensor
-    feat: Tensor
-    frame_feat: Tensor
+    embeds: Tensor  # (batch, frames * tokens, width), what the cross-modal encoder attends to
+    feat: Tensor  # (batch, embed_dim), from the mean over frames of [CLS]
+    frame_feat: Tensor  # (batch, frames, embed_dim)
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """A batch of texts, tokenised and encoded without looking at anything visual.
+    """A batch of texts, encoded in text mode; feats are unit vectors."""
 
-    Attributes:
-        input_ids, attention_mask: (batch, length).
-        embeds: (batch, length, width); None where only matching is to follow.
-        feat: (batch, embed_dim) unit vectors.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    embeds: Tensor | None
-    feat: Tensor
+    input_ids: Tensor  # (batch, length)
+    attention_mask: Tensor  # (batch, length)
+    embeds: Tensor | None  # (batch, length, width); None where only matching follows
+    feat: Tensor  # (batch, embed_dim)
 
 
 def visual_input(samples: Mapping[str, Any] | Tensor) -> Tensor:
-    """The images or videos of a batch.
-
-    Args:
-        samples: a tensor (batch, 3, H, W) or (batch, 3, frames, H, W), or a dict that holds it
-            as ``image`` or ``video``.
+    """The images or videos of a batch: a tensor, or the ``image`` or ``video`` of a dict.
 
     Raises:
-        ValueError: for another shape.
+        ValueError: unless it is (batch, 3, H, W) or (batch, 3, frames, H, W).
     """
     x = samples if torch.is_tensor(samples) else samples.get("video", samples.get("image"))
     if x is None or x.ndim not in (4, 5) or x.shape[1] != 3:

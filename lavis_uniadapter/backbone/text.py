@@ -10,7 +10,6 @@ from lavis.models.med import (
     BertLayer,
     BertOnlyMLMHead,
     BertSelfAttention,
-    XBertEncoder,
     XBertLMHeadDecoder,
 )
 from torch import Tensor, nn
@@ -19,16 +18,37 @@ from transformers import GenerationMixin
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 
+class AdaptedBertLayer(BertLayer):
+    """``lavis.models.med.BertLayer`` with adapters parallel to its FFN.
+
+    With ``a`` the output of self-attention and ``c`` that of cross-attention, both after their
+    LayerNorm: text mode gives ``FFN(a) + A_t(a)``; cross-modal mode ``FFN(c) + A_t(a) + A_c(c)``,
+    where ``A_t(a)`` is the query residual (UniAdapter, section 3.2).
+    """
+
+    adapter: Callable[..., Tensor | int]  # the active one of this layer, see AdapterBank.layer
+
+    def forward(
+        self, x, mask, head_mask, memory: VisualMemory | None, _, past, output_attentions, mode
+    ):
+        a, *attentions, present = self.attention(
+            x, mask, head_mask, past_key_value=past, output_attentions=output_attentions
+        )
+        if mode == "multimodal":
+            c, _ = self.crossattention(a, mask, head_mask, memory)
+            out = self.feed_forward_chunk(c) + self.adapter("cross_modal", a, c)
+        else:
+            out = self.feed_forward_chunk(a) + self.adapter("textual", a)
+        return (out, *attentions, present)
+
+
 class SdpaCrossAttention(BertSelfAttention):
     """``lavis.models.med.BertSelfAttention`` over a VisualMemory, without head masks.
 
-    LAVIS's gradcam sets ``save_attention``; attention maps are materialised then.
+    LAVIS's gradcam sets ``save_attention``, for attention maps.
     """
 
-    def forward(
-        self, hidden_states, attention_mask, head_mask, encoder_hidden_states: VisualMemory, *unused
-    ):
-        memory = encoder_hidden_states
+    def forward(self, hidden_states, attention_mask, head_mask, memory: VisualMemory, *unused):
         query = self.transpose_for_scores(self.query(hidden_states))
         if self.save_attention:
             probs, values = memory.attention_map(self, query)
@@ -40,88 +60,21 @@ class SdpaCrossAttention(BertSelfAttention):
         return context.transpose(1, 2).flatten(2), None
 
 
-class AdaptedBertLayer(BertLayer):
-    """``lavis.models.med.BertLayer`` with adapters parallel to its FFN.
-
-    With ``a`` the output of self-attention and ``c`` that of cross-attention, both after their
-    LayerNorm: text mode gives ``FFN(a) + A_t(a)``; cross-modal mode ``FFN(c) + A_t(a) + A_c(c)``,
-    where ``A_t(a)`` is the query residual (UniAdapter, section 3.2).
-    """
-
-    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
-
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states: VisualMemory | None = None,
-        encoder_attention_mask=None,
-        past_key_value=None,
-        output_attentions=False,
-        mode=None,
-    ):
-        a, *attentions, present = self.attention(
-            hidden_states,
-            attention_mask,
-            head_mask,
-            past_key_value=None if past_key_value is None else past_key_value[:2],
-            output_attentions=output_attentions,
-        )
-        adapter = self.adapter()
-        if mode == "multimodal":
-            if encoder_hidden_states is None:
-                raise ValueError("Multimodal mode needs encoder_hidden_states, a VisualMemory.")
-            c, _ = self.crossattention(a, attention_mask, head_mask, encoder_hidden_states)
-            out = self.feed_forward_chunk(c)
-            delta = None if adapter is None else adapter.cross_modal(a, c)
-        else:
-            out = self.feed_forward_chunk(a)
-            delta = None if adapter is None else adapter.textual(a)
-        return (out if delta is None else out + delta, *attentions, present)
-
-
 class AdaptedBertEncoder(BertEncoder):
     """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory."""
 
-    key_value_adapter: Callable[[], nn.Module | None]  # looks up the active one
+    key_value_adapters: Callable[[], nn.ModuleDict | None]  # looks up the active ones
 
     def project(self, states: Tensor, mask: Tensor | None = None) -> VisualMemory:
-        """Memory of (items, tokens, width) states, key/value adapter included.
-
-        Args:
-            mask: additive, broadcastable to (items, heads, queries, tokens).
-        """
+        """Memory of (items, tokens, width) states, key/value adapters included, as VisualMemory."""
         attentions = [layer.crossattention.self for layer in self.layer]
-        return VisualMemory(states, attentions, self.key_value_adapter(), mask)
+        return VisualMemory(states, attentions, self.key_value_adapters(), mask)
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        **kwargs,
-    ):
-        if torch.is_tensor(encoder_hidden_states):  # as LAVIS's own code passes them
-            encoder_hidden_states = self.project(encoder_hidden_states, encoder_attention_mask)
-        return super().forward(
-            hidden_states,
-            attention_mask=attention_mask,
-            head_mask=head_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            **kwargs,
-        )
-
-
-class AdaptedXBertEncoder(XBertEncoder):
-    """``lavis.models.med.XBertEncoder`` that can project its visual side ahead of any text."""
-
-    def project(self, visual_embeds: Tensor) -> VisualMemory:
-        """Visual memory of (visuals, tokens, width) embeddings, key/value adapter included."""
-        return self.encoder.project(visual_embeds)
+    def forward(self, *args, encoder_hidden_states=None, encoder_attention_mask=None, **kwargs):
+        memory = encoder_hidden_states
+        if torch.is_tensor(memory):  # as LAVIS's own code passes states
+            memory = self.project(memory, encoder_attention_mask)
+        return super().forward(*args, encoder_hidden_states=memory, **kwargs)
 
 
 class WordScores(BertOnlyMLMHead):
@@ -141,8 +94,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
 
     The memory is projected once for all steps and beams, and keys and values of earlier tokens are
-    cached. LAVIS's decoder recomputes both at every step: it looks for its cache under a name that
-    transformers no longer uses.
+    cached. LAVIS's decoder recomputes both at every step.
     """
 
     def __init__(self, config):
@@ -155,11 +107,7 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
         return False
 
     def project(self, states: Tensor, attention_mask: Tensor | None = None) -> VisualMemory:
-        """Memory of (items, tokens, width) states, key/value adapter included.
-
-        Args:
-            attention_mask: (items, tokens) ones where there is something to attend to.
-        """
+        """Memory of (items, tokens, width) states, of which (items, tokens) ones are attended."""
         mask = None if attention_mask is None else self.invert_attention_mask(attention_mask)
         return self.bert.encoder.project(states, mask)
 
@@ -167,13 +115,10 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     def generate_from_memory(
         self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
     ) -> Tensor:
-        """Beam search (``num_beams``) or sampling (``do_sample``), by transformers.
+        """Search or sample by ``transformers.GenerationMixin.generate``, which has the options.
 
         Args:
-            prompt_ids: (items, prompt length), the same prompt for each.
-            memory: of the same items.
-            num_return_sequences: texts per item; beam search gives its best ones.
-            options: of ``transformers.GenerationMixin.generate``.
+            prompt_ids: (items, prompt length), the same prompt for each item of the memory.
 
         Returns:
             (items * num_return_sequences, length) token ids, the prompt included.
@@ -189,13 +134,10 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
             **options,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **model_kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         return {
             "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],
-            "attention_mask": attention_mask,
             "past_key_values": past_key_values,
-            "encoder_hidden_states": model_kwargs["encoder_hidden_states"],
+            **{name: kwargs[name] for name in ("attention_mask", "encoder_hidden_states")},
             "is_decoder": True,
         }

@@ -6,14 +6,11 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from lavis.models.vit import Attention, Block, VisionTransformerEncoder
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> Tensor:
-    """Encode images or videos, frame by frame.
-
-    Args:
-        visual: (batch, 3, H, W) images or (batch, 3, frames, H, W) videos.
+    """Encode (batch, 3, H, W) images or (batch, 3, frames, H, W) videos, frame by frame.
 
     Returns:
         (batch, frames, tokens, width); an image is a video of one frame.
@@ -48,11 +45,8 @@ class AdaptedBlock(Block):
     The adapter sees ``x`` before ``norm2``: it has a norm of its own.
     """
 
-    adapter: Callable[[], nn.Module | None]  # looks up the active adapter of this layer
+    adapter: Callable[..., Tensor | int]  # the active one of this layer, see AdapterBank.layer
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x), register_hook=register_hook))
-        out = x + self.drop_path(self.mlp(self.norm2(x)))
-        adapter = self.adapter()
-        delta = None if adapter is None else adapter.visual(x)
-        return out if delta is None else out + delta
+        return x + self.drop_path(self.mlp(self.norm2(x))) + self.adapter("visual", x)

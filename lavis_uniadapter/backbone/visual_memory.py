@@ -1,9 +1,8 @@
 """The visual side of cross-attention, projected once and shared by every text paired with it.
 
-BLIP's cross-modal encoder attends from a text to the tokens of a visual input. Keys and values
-depend on the visual input alone, so a VisualMemory projects them once per layer, and a pair is a
-text and the index of a visual input. Texts paired with the same visual input are attended from
-in one product, which leaves no copy of keys or values per pair.
+Keys and values of BLIP's cross-modal encoder depend on the visual input alone. A pair is a text and
+the index of a visual input; texts paired with the same input attend to it in one product, without
+a copy of keys or values per pair.
 """
 
 from __future__ import annotations
@@ -19,56 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.uniadapter import KeyValueAdapter
 from lavis_uniadapter.common.host_copy import HostCopy
 
 
-class PairLayout:
-    """Which visual input each pair belongs to, and how its pairs are laid side by side.
-
-    Args:
-        visual_index: (pairs,) whole numbers below ``num_visuals``.
-        num_visuals: number of visual inputs in the memory.
-    """
-
-    def __init__(self, visual_index: Tensor, num_visuals: int):
-        self.visual_index = visual_index.long()
-        self.num_visuals = num_visuals
-        visuals = torch.arange(num_visuals, device=visual_index.device)
-        pairs_so_far = (self.visual_index[:, None] == visuals).cumsum(dim=0)
-        self.place = pairs_so_far.gather(1, self.visual_index[:, None]).squeeze(1) - 1
-        self._most = HostCopy(pairs_so_far[-1:].amax(dim=1))
-
-    @functools.cached_property
-    def most(self) -> int:
-        """The most pairs that one visual input has."""
-        return self._most.tolist()[0]
-
-    def fold(self, x: Tensor) -> Tensor:
-        """(pairs, heads, length, d) to (visuals, heads, most * length, d), zeros where no pair."""
-        _, heads, length, d = x.shape
-        folded = x.new_zeros(self.num_visuals, self.most, heads, length, d)
-        folded[self.visual_index, self.place] = x
-        return folded.transpose(1, 2).reshape(self.num_visuals, heads, self.most * length, d)
-
-    def unfold(self, x: Tensor, length: int) -> Tensor:
-        """Inverse of fold for a (visuals, heads, most * length, d) tensor."""
-        visuals, heads, _, d = x.shape
-        x = x.view(visuals, heads, self.most, length, d).transpose(1, 2)
-        return x[self.visual_index, self.place]
-
-
 class VisualMemory:
-    """Visual inputs as the cross-modal encoder sees them.
-
-    It may be passed to LAVIS's ``XBertEncoder`` wherever that takes ``encoder_hidden_states``.
+    """Visual inputs as the cross-modal encoder sees them, for its ``encoder_hidden_states``.
 
     Args:
         states: (visuals, tokens, width); frames of a video concatenated along tokens.
         attentions: the cross-attention of each layer (LAVIS's BertSelfAttention).
-        key_value_adapter: applied once, for all layers.
-        mask: additive attention mask, broadcastable to (visuals, heads, queries, tokens); not used
-            together with frame weights.
+        key_value_adapters: ``key`` and ``value``, applied once for all layers.
+        mask: additive, broadcastable to (visuals, heads, queries, tokens); frame weights ignore it.
 
     Attributes:
         projected: keys and values (visuals, heads, tokens, d) by cross-attention.
@@ -78,46 +38,41 @@ class VisualMemory:
         self,
         states: Tensor,
         attentions: Iterable[nn.Module],
-        key_value_adapter: KeyValueAdapter | None,
+        key_value_adapters: nn.ModuleDict | None,
         mask: Tensor | None,
     ):
-        self.states = states
-        self.mask = mask
-        deltas = (None, None) if key_value_adapter is None else key_value_adapter(states)
-        self.projected = {
-            attention: tuple(
-                _project(attention, linear, states, delta)
-                for linear, delta in zip((attention.key, attention.value), deltas, strict=True)
-            )
-            for attention in attentions
-        }
+        self.states, self.mask = states, mask
         self._layout: PairLayout | None = None
         self._token_weights: Tensor | None = None
+        deltas = [adapter(states) for adapter in (key_value_adapters or {}).values()] or [0, 0]
+        self.projected = {}
+        for attention in attentions:
+            projected = attention.key(states) + deltas[0], attention.value(states) + deltas[1]
+            # in one piece: matrix products would copy them otherwise
+            self.projected[attention] = tuple(
+                attention.transpose_for_scores(x).contiguous() for x in projected
+            )
 
     def pairs(self, visual_index: Tensor, frame_weights: Tensor | None = None) -> VisualMemory:
         """The same memory as seen by a batch of texts; keys and values stay shared.
 
         Args:
             visual_index: (pairs,) the visual input that each text is paired with.
-            frame_weights: (pairs, frames) factors of frame-aware attention, or None.
+            frame_weights: (pairs, frames) factors of the keys of a frame's tokens, but of [CLS].
         """
         view = copy.copy(self)
         view._layout = PairLayout(visual_index, len(self.states))
         if frame_weights is not None:
-            view._token_weights = self._spread_over_tokens(frame_weights)
+            tokens_of_frame = self.states.shape[1] // frame_weights.shape[1]
+            weights = frame_weights[:, :, None].repeat(1, 1, tokens_of_frame)
+            weights[:, :, 0] = 1
+            view._token_weights = weights.flatten(1).to(self.states.dtype)
         return view
-
-    def _spread_over_tokens(self, frame_weights: Tensor) -> Tensor:
-        """(pairs, frames) to (pairs, tokens): each frame's weight on all its tokens but [CLS]."""
-        pairs, frames = frame_weights.shape
-        weights = frame_weights[:, :, None].repeat(1, 1, self.states.shape[1] // frames)
-        weights[:, :, 0] = 1
-        return weights.view(pairs, -1).to(self.states.dtype)
 
     def size(self) -> tuple[int, int, int]:
         """(pairs, tokens, width), which LAVIS's BertModel reads of encoder states."""
         pairs = len(self.states) if self._layout is None else len(self._layout.visual_index)
-        return pairs, self.states.shape[1], self.states.shape[2]
+        return pairs, *self.states.shape[1:]
 
     def attend(self, attention: nn.Module, query: Tensor, dropout: float) -> Tensor:
         """Output (pairs, heads, length, d) of a layer's cross-attention for such queries."""
@@ -147,22 +102,46 @@ class VisualMemory:
         return logits.softmax(dim=-1), values
 
 
-def _project(
-    attention: nn.Module, linear: nn.Linear, states: Tensor, delta: Tensor | None
-) -> Tensor:
-    """Keys or values of one layer, in one piece: matrix products would copy them otherwise."""
-    projected = linear(states) if delta is None else linear(states) + delta
-    return attention.transpose_for_scores(projected).contiguous()
+class PairLayout:
+    """Lays the pairs of each visual input side by side; ``visual_index`` is (pairs,)."""
+
+    def __init__(self, visual_index: Tensor, num_visuals: int):
+        self.visual_index = visual_index.long()
+        self.num_visuals = num_visuals
+        visuals = torch.arange(num_visuals, device=visual_index.device)
+        pairs_so_far = (self.visual_index[:, None] == visuals).cumsum(dim=0)
+        self.place = pairs_so_far.gather(1, self.visual_index[:, None]).squeeze(1) - 1
+        self._most = HostCopy(pairs_so_far[-1:].amax(dim=1))
+
+    @functools.cached_property
+    def most(self) -> int:
+        """The most pairs that one visual input has."""
+        return self._most.tolist()[0]
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(pairs, heads, length, d) to (visuals, heads, most * length, d), zeros where no pair."""
+        folded = x.new_zeros(self.num_visuals, self.most, *x.shape[1:])
+        folded[self.visual_index, self.place] = x
+        return folded.transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x: Tensor, length: int) -> Tensor:
+        """Inverse of fold for a (visuals, heads, most * length, d) tensor."""
+        x = x.unflatten(2, (self.most, length)).transpose(1, 2)
+        return x[self.visual_index, self.place]
 
 
 def _attend_weighted(query, keys, values, weights, dropout: float) -> Tensor:
     """Attention whose logits are multiplied by weights (visuals, 1, queries, tokens)."""
     if torch.is_grad_enabled():
-        # Probabilities are recomputed in the backward pass: three tensors of (visuals, heads,
-        # queries, tokens) a layer cost more to keep than to recompute.
+        # Tensors of (visuals, heads, queries, tokens) cost more to keep than to recompute.
         return checkpoint(_at_once, query, keys, values, weights, dropout, use_reentrant=False)
     if query.device.type == "cpu" and not dropout:
-        return _head_by_head(query, keys, values, weights)
+        # in pieces that fit a processor's cache
+        context = torch.empty_like(query)
+        for i, head in itertools.product(*map(range, query.shape[:2])):
+            at = (query[i, head], keys[i, head], values[i, head], weights[i, 0])
+            context[i, head] = _at_once(*at, dropout)
+        return context
     return _at_once(query, keys, values, weights, dropout)
 
 
@@ -171,27 +150,16 @@ def _at_once(query, keys, values, weights, dropout: float) -> Tensor:
     return F.dropout(logits.softmax(dim=-1), dropout) @ values
 
 
-def _head_by_head(query, keys, values, weights) -> Tensor:
-    """The same without gradient and dropout, in pieces that fit a processor's cache."""
-    context = torch.empty_like(query)
-    for visual, head in itertools.product(*map(range, query.shape[:2])):
-        logits = query[visual, head] @ keys[visual, head].t()
-        logits.mul_(weights[visual, 0])
-        context[visual, head] = logits.softmax(dim=-1) @ values[visual, head]
-    return context
-
-
 def frame_aware_weights(text_feat: Tensor, frame_feat: Tensor) -> Tensor:
     """Parameter-free frame-aware attention: how much each frame matters to each text.
 
     UniAdapter, section 3.3: a softmax over frames, scaled so that it averages 1; no gradient.
 
     Args:
-        text_feat: (pairs, embed_dim) unit vectors.
-        frame_feat: (pairs, frames, embed_dim) unit vectors.
+        text_feat, frame_feat: (pairs, embed_dim) and (pairs, frames, embed_dim) unit vectors.
 
     Returns:
-        (pairs, frames) weights, whose sum over frames is their number.
+        (pairs, frames) weights.
     """
     with torch.no_grad(), torch.autocast(text_feat.device.type, enabled=False):
         logits = torch.einsum("pd,ptd->pt", text_feat.float(), frame_feat.float()) / 4

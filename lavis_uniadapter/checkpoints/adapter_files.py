@@ -1,8 +1,4 @@
-"""Adapter folders: the tensors, what they are, and a model card. Nothing is pickled.
-
-``adapter.safetensors`` holds adapters and trained heads; ``adapter_config.json`` is an
-AdapterAbout; ``README.md`` tells people the same.
-"""
+"""Adapter folders: the tensors, what they are, and a model card. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -10,18 +6,18 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 from lavis.common.registry import registry
-from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, nn
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError, name_some
+from lavis_uniadapter.common.atomic import write_together
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -38,39 +34,31 @@ class BaseCheckpoint(BaseModel, extra="forbid"):
     fingerprint: str
 
 
-class AdapterAbout(BaseModel):
-    """What an adapter is.
-
-    Attributes:
-        arch: name of the model in LAVIS's registry.
-        method, configuration: ``model.tuning`` and its configuration.
-        settings: other options of the model that decide what the adapter computes.
-        blake2b: hash of the file of tensors.
-        metrics: what it was measured to do.
-    """
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+class AdapterAbout(BaseModel, extra="forbid", ser_json_inf_nan="constants"):
+    """What an adapter is, as ``adapter_config.json`` says it."""
 
     format_version: Literal[4] = 4
-    arch: str
-    method: str
-    configuration: dict[str, Any]
-    settings: dict[str, Any]
+    arch: str  # the model in LAVIS's registry
+    method: str  # model.tuning
+    configuration: dict[str, Any]  # of the method
+    settings: dict[str, Any]  # other options of the model that decide what the adapter computes
     base: BaseCheckpoint
-    blake2b: str
+    blake2b: str  # hash of the file of tensors
     metrics: dict[str, float]
     versions: dict[str, str]
 
 
-def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
-    """Write the model's active adapter set; the folder appears whole or not at all."""
+def save(model: Any, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
+    """Write a TunedBlip's active adapter set; an adapter that the folder holds is replaced."""
     active = model.adapters.active_set
     if active is None:
-        raise ConfigError(
-            f"There is no active adapter to save: the model's tuning is '{model.tuning}'."
-        )
+        raise ConfigError(f"No adapter is active: the model's tuning is '{model.tuning}'.")
     folder = Path(folder)
-    _refuse_other_content(folder)
+    if folder.is_file() or ((folder / CARD).exists() and not (folder / CONFIG).exists()):
+        raise ConfigError(
+            f"'{folder}' is a file, or a folder whose {CARD} is not of an adapter. Name a new "
+            "folder."
+        )
     tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
     content = safetensors.torch.save(tensors)
     names = registry.mapping["model_name_mapping"]
@@ -78,7 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
         arch=next((n for n, cls in names.items() if cls is type(model)), type(model).__name__),
         method=model.tuning,
         configuration=model.method_config.model_dump(mode="json"),
-        settings={name: getattr(model, name) for name in model.SETTINGS},
+        settings=_settings(model),
         base=BaseCheckpoint(name=model.base_name, fingerprint=model.base_fingerprint),
         blake2b=_hash(content),
         metrics={name: float(value) for name, value in metrics.items()},
@@ -87,54 +75,32 @@ def save(model: nn.Module, folder: str | os.PathLike, metrics: Mapping[str, floa
             **{name: importlib.metadata.version(name) for name in ("torch", "salesforce-lavis")},
         },
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
-        (new / TENSORS).write_bytes(content)
-        (new / CONFIG).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (new / CARD).write_text(_model_card(model, about, tensors), encoding="utf-8")
-        old = Path(temporary) / "old"
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+    folder.mkdir(parents=True, exist_ok=True)
+    write_together(
+        {
+            folder / TENSORS: content,
+            folder / CONFIG: (about.model_dump_json(indent=2) + "\n").encode(),
+            folder / CARD: _model_card(model, about, tensors).encode(),
+        }
+    )
 
 
-def _refuse_other_content(folder: Path) -> None:
-    """Raise ConfigError if replacing a folder would delete anything but an adapter."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"'{folder}' is a file, and an adapter is a folder. Name a new folder.")
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if others := set(names) - {TENSORS, CONFIG, CARD}:
-        raise ConfigError(
-            f"'{folder}' is not an adapter folder and is not replaced: it holds "
-            f"{name_some(sorted(others))}. Name a new folder."
-        )
-
-
-def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) -> None:
-    """Read a folder into the model's set ``name``, after checking everything about it."""
+def load(model: Any, folder: str | os.PathLike, name: str, force: bool) -> None:
+    """Read a folder into a TunedBlip's set ``name``, after checking everything about it."""
     folder = Path(folder)
     about = _read_about(folder)
-    _check_configuration(model, folder, about)
-    for key, value in about.settings.items():
-        own = getattr(model, key) if key in model.SETTINGS else None
-        if own != value:
-            logger.warning(
-                "'%s' was trained with %s %r, and the model has %r.", folder, key, value, own
-            )
+    _check_method(model, folder, about)
+    if about.settings != _settings(model):
+        logger.warning(
+            "'%s' was trained with %s, and the model has %s.",
+            *(folder, about.settings, _settings(model)),
+        )
     tensors = _read_tensors(folder / TENSORS, about.blake2b)
     if about.base.fingerprint != model.base_fingerprint and not force:
         raise CheckpointError(
-            f"'{folder}' was trained on another base checkpoint: '{about.base.name}' "
-            f"({about.base.fingerprint[:8]}), and the model holds '{model.base_name}' "
-            f"({model.base_fingerprint[:8]}). Load that base, or load the adapter "
-            "anyway with load_adapter(folder, force=True)."
+            f"'{folder}' was trained on another base checkpoint, '{about.base.name}', than the "
+            f"model holds, '{model.base_name}': their tensors differ. Load that base, or load the "
+            "adapter anyway with load_adapter(folder, force=True)."
         )
     new = name not in model.adapters
     target = model.new_adapter_set() if new else model.adapters[name]
@@ -145,6 +111,10 @@ def load(model: nn.Module, folder: str | os.PathLike, name: str, force: bool) ->
         target.requires_grad_(False)
         target.train(model.training)
         model.adapters.add(name, target)
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in model.SETTINGS}
 
 
 def _read_about(folder: Path) -> AdapterAbout:
@@ -165,58 +135,44 @@ def _read_about(folder: Path) -> AdapterAbout:
         ) from error
 
 
-def _check_configuration(model: nn.Module, folder: Path, about: AdapterAbout) -> None:
+def _check_method(model: Any, folder: Path, about: AdapterAbout) -> None:
     """Refuse an adapter of another method, or that computes something else."""
-    if about.method != model.tuning:
-        raise CheckpointError(
-            f"'{folder}' was tuned by '{about.method}' and this model is built for "
-            f"'{model.tuning}'. Set model.tuning: {about.method}."
-        )
-    config_cls = type(model.method_config)
-    try:
-        theirs = config_cls.read(about.configuration, "configuration").model_dump(mode="json")
-    except ConfigError as error:
-        raise CheckpointError(f"'{folder / CONFIG}' is damaged: {error}") from error
-    ours = model.method_config.model_dump(mode="json")
-    different = [k for k in ours if ours[k] != theirs[k] and k not in config_cls.TRAINING_FIELDS]
+    config = model.method_config
+    ours = {"tuning": model.tuning, **config.model_dump(mode="json")}
+    theirs = {"tuning": about.method, **about.configuration}
+    different = [
+        f"{key}: {theirs.get(key)} (model: {ours.get(key)})"
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key) and key not in config.TRAINING_FIELDS
+    ]
     if different:
-        changes = ", ".join(f"{k}: {theirs[k]} (model: {ours[k]})" for k in different)
         raise CheckpointError(
-            f"'{folder}' has another adapter configuration than the model: {changes}. "
-            f"Set model.{config_cls.SECTION} to the folder's values."
+            f"'{folder}' was trained with {', '.join(different)}. Give the model the folder's "
+            "values; if the folder never had them, it is damaged."
         )
 
 
 def _read_tensors(path: Path, blake2b: str) -> dict[str, Tensor]:
     content = path.read_bytes()
+    damaged = f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
     if _hash(content) != blake2b:
-        raise CheckpointError(
-            f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
-        )
+        raise CheckpointError(damaged)
     try:
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a safetensors file: {error}.") from error
+        raise CheckpointError(damaged) from error
 
 
 def _hash(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _model_card(model: nn.Module, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
+def _model_card(model: Any, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
     """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
-    section = type(model.method_config).SECTION
     overrides = {"tuning": about.method, **about.settings}
-    if section:
+    if section := model.method_config.SECTION:
         overrides[section] = about.configuration
-    facts = {
-        **{"model": about.arch, "tuning": about.method, **about.configuration, **about.settings},
-        "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
-        "base checkpoint": about.base.name,
-        "its fingerprint": about.base.fingerprint,
-        **about.versions,
-    }
-    metrics = {name: f"{value:g}" for name, value in about.metrics.items()}
+    measured = ", ".join(f"{name} {value:g}" for name, value in about.metrics.items())
     return f"""---
 library_name: lavis_uniadapter
 tags: [{about.method}, blip, lavis]
@@ -240,13 +196,7 @@ model = model_cls.from_config(config).eval()
 model.load_adapter("THIS_FOLDER")
 ```
 
-{_table(facts)}
-
-## Measured
-
-{_table(metrics) if metrics else "Nothing was measured when this was saved."}
+* Base checkpoint: {about.base.name} ({about.base.fingerprint})
+* Parameters: {sum(t.numel() for t in tensors.values()):,}
+* Measured: {measured or "nothing"}
 """
-
-
-def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 import torch
 from lavis.common.utils import is_url
@@ -21,10 +20,8 @@ logger = logging.getLogger(__name__)
 
 QUEUE_BUFFERS = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
 AVERAGES = "momentum_average."
-# Parts of a model that are not BLIP's own and never come from a base checkpoint.
-NOT_BASE = ("adapters.", AVERAGES)
-# Parts of BLIP that a model for another task lacks.
-OTHER_TASKS = ("text_decoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.", "temp")
+# Parts of BLIP that not every task has.
+TASK_PARTS = ("text_decoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.", "temp")
 
 
 def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
@@ -35,43 +32,44 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
-    path = Path(_download(str(source)) if is_url(str(source)) else source)
-    if not path.is_file():
+    if is_url(str(source)):
+        try:
+            # Without on_main_process the others wait no longer than for a step of training.
+            options = (False, True)  # check_hash, progress
+            path = on_main_process(download_cached_file, source, *options, errors=(OSError,))
+        except OSError as error:
+            raise CheckpointError(f"'{source}' cannot be downloaded: {error}") from error
+    else:
+        path = source
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
             "model.pretrained, or null for random weights."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        for wrapper in ("model", "state_dict"):
+            content = content.get(wrapper, content)
+        state = {key: value for key, value in content.items() if torch.is_tensor(value)}
     except Exception as error:
         raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {error}") from error
-    if isinstance(content, Mapping):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-    if not isinstance(content, Mapping) or not any(torch.is_tensor(v) for v in content.values()):
+    if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
-    return {key: value for key, value in content.items() if torch.is_tensor(value)}
-
-
-def _download(url: str) -> str:
-    """The cached file of a URL. The main process downloads it, and the others wait.
-
-    LAVIS's own ``download_cached_file`` lets them wait no longer than for a step of training.
-    """
-    try:
-        return on_main_process(download_cached_file, url, False, True, errors=(OSError,))
-    except OSError as error:
-        raise CheckpointError(f"'{url}' cannot be downloaded: {error}") from error
+    return state
 
 
 def is_base(key: str) -> bool:
-    """Whether a tensor is BLIP's own: no adapter, average, queue or constant."""
-    return not (key.startswith(NOT_BASE) or key in QUEUE_BUFFERS or key.endswith("position_ids"))
+    """Whether a tensor is BLIP's own: no adapter, average, momentum copy, queue or constant."""
+    return not (
+        key.startswith(("adapters.", AVERAGES))
+        or key.split(".", maxsplit=1)[0].endswith("_m")
+        or key in QUEUE_BUFFERS
+        or key.endswith("position_ids")
+    )
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The part of a model's state that is BLIP itself: no adapters, averages or queues."""
+    """The part of a model's state that is BLIP itself."""
     return {key: value for key, value in model.state_dict().items() if is_base(key)}
 
 
@@ -84,7 +82,7 @@ def load_base_state_dict(
     embedding is interpolated to the model's image size.
 
     Args:
-        may_be_missing: prefixes of what may stay at its initial value (the task's heads).
+        may_be_missing: prefixes of the task's heads.
 
     Returns:
         Names of what stays at its initial value.
@@ -93,31 +91,18 @@ def load_base_state_dict(
         CheckpointError: naming each missing, unexpected or misshapen tensor.
     """
     own = base_state_dict(model)
-    roots = {key.split(".")[0] for key in own}
-    incoming = {}
-    for key, value in state.items():
-        root = key.split(".")[0]
-        of_another_task = key.startswith(OTHER_TASKS) and root not in roots
-        if is_base(key) and not root.endswith("_m") and not of_another_task:
-            incoming[key] = value
+    of_other_tasks = tuple(
+        part for part in TASK_PARTS if not any(key.startswith(part) for key in own)
+    )
+    incoming = {k: v for k, v in state.items() if is_base(k) and not k.startswith(of_other_tasks)}
     interpolate_positions(model, incoming)
-    problems = describe_mismatch(own, incoming, may_be_missing)
-    if problems and any("adapter" in part for key in incoming for part in key.split(".")):
+    if problems := describe_mismatch(own, incoming, may_be_missing):
         raise CheckpointError(
-            f"'{source}' holds adapters in the layout of the authors' released code. Read it with "
-            "lavis_uniadapter.load_released_checkpoint(model, path); model.pretrained is the base "
-            "without them."
-        )
-    if problems and not any(key.startswith("visual_encoder.") for key in incoming):
-        raise CheckpointError(
-            f"'{source}' holds no BLIP backbone ({problems}). Load what a run with a frozen "
-            "backbone saved over its base: by --adapter with its adapter_best or adapter_latest "
-            "folder, or by run.resume_ckpt_path. model.pretrained is the base itself."
-        )
-    if problems:
-        raise CheckpointError(
-            f"'{source}' does not fit this {type(model).__name__}: {problems}. Check "
-            "model.vit_type, model.med_config_path and that the file is a BLIP checkpoint."
+            f"'{source}' does not fit this {type(model).__name__}: {problems}. It must be a BLIP "
+            "checkpoint of the sizes that model.vit_type and model.med_config_path give. What a "
+            "run with a frozen backbone saved is loaded over its base, by --adapter or "
+            "run.resume_ckpt_path; a checkpoint of the authors' released code, by "
+            "lavis_uniadapter.load_released_checkpoint(model, path)."
         )
     model.load_state_dict(incoming, strict=False)
     return [key for key in own if key not in incoming]
@@ -146,48 +131,40 @@ def describe_mismatch(
     return "; ".join(f"{label}: {name_some(names)}" for label, names in problems.items() if names)
 
 
-def without_foreign_queues(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+def with_queues_and_averages(
+    model: nn.Module, state: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """A state without the queues that the model lacks or has in another length."""
-    kept = dict(state)
-    for name in QUEUE_BUFFERS:
-        if name in kept and (name not in own or kept[name].shape != own[name].shape):
-            logger.warning("'%s': %s has another length and is skipped.", source, name)
-            del kept[name]
-    return kept
+    """A trained state with what training alone reads, if the state lacks it.
 
-
-def may_lack(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Prefixes of what a trained state may lack: queues, and averages if it has none at all."""
+    Queues that are absent or of another length stay as the model has them. Averages, if there are
+    none, start from the parameters.
+    """
+    own = model.state_dict()
     has_averages = any(key.startswith(AVERAGES) for key in state)
-    return QUEUE_BUFFERS if has_averages else (*QUEUE_BUFFERS, AVERAGES)
+    whole = {key: value for key, value in state.items() if key in own or key not in QUEUE_BUFFERS}
+    for name, value in own.items():
+        if name in QUEUE_BUFFERS and whole.setdefault(name, value).shape != value.shape:
+            logger.warning("'%s': %s has another length and is skipped.", source, name)
+            whole[name] = value
+        if name.startswith(AVERAGES) and not has_averages:
+            parameter = name.removeprefix(AVERAGES).replace("/", ".")
+            whole[name] = state.get(parameter, own[parameter])
+    return whole
 
 
 def load_trained(model: nn.Module, source: str) -> None:
-    """Load what a runner saved of a tuned model (path or URL), strictly.
-
-    Frozen parameters, averages and queues may be absent, and queues of another length are skipped.
-
-    Raises:
-        CheckpointError: naming what is missing, unexpected or misshapen.
-    """
-    own = model.state_dict()
-    state = without_foreign_queues(read_state_dict(source), own, source)
-    kept = {key: value for key, value in own.items() if key.startswith(may_lack(state))}
+    """Load what a runner saved of a tuned model; see ``TunedBlip.load_checkpoint``."""
+    state = with_queues_and_averages(model, read_state_dict(source), source)
     try:
-        model.load_state_dict({**kept, **state})
+        model.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"'{source}', tuning '{model.tuning}': {error}") from None
-    if AVERAGES in may_lack(state):
-        model.reset_momentum()
 
 
 def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
-    """Hash of the frozen BLIP under the adapters: names, shapes and bytes.
+    """Hash of the names, shapes and bytes of the frozen BLIP under the adapters.
 
-    Args:
-        leave_out: tensors that the checkpoint did not have; they differ from run to run.
+    ``leave_out`` are tensors that its checkpoint did not have, which differ from run to run.
     """
     digest = hashlib.blake2b(digest_size=16)
     for key, value in sorted(base_state_dict(model).items()):

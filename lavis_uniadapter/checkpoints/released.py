@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavis_uniadapter.checkpoints.blip_files import (
     AVERAGES,
     describe_mismatch,
     interpolate_positions,
-    may_lack,
     read_state_dict,
-    without_foreign_queues,
+    with_queues_and_averages,
 )
 from lavis_uniadapter.common.errors import CheckpointError
 
@@ -58,7 +58,8 @@ def _our_names(key: str, set_name: str) -> list[str]:
     if root != first:  # an average; the frozen backbone and key/value adapters have none here
         ours = [name for name in _our_names(f"{root}.{rest}", set_name) if prefix in name]
         return [AVERAGES + n.replace(".", "/") for n in ours if ".key_value." not in n]
-    if root == "adapters_dec":  # built by the released VQA model and never used
+    # adapters_dec is built by the released VQA model and never used
+    if root == "adapters_dec" or key.endswith("position_ids"):
         return []
     if match := ADAPTER.match(key):
         name = ADAPTER_NAMES.get(match[3], match[3])
@@ -72,14 +73,14 @@ def _our_names(key: str, set_name: str) -> list[str]:
 
 
 def load_released_checkpoint(
-    model: nn.Module, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
+    model: Any, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
 ) -> None:
     """Load a checkpoint of the authors' released UniAdapter code into a tuned model.
 
     Backbone, adapters, heads, momentum averages and, where its length is the same, the queue.
 
     Args:
-        model: built with ``tuning: uniadapter`` and the sizes of the checkpoint.
+        model: built with ``tuning: uniadapter`` and the checkpoint's sizes.
         path_or_state_dict: a ``.pth`` path or URL, or its state dict.
 
     Raises:
@@ -91,25 +92,17 @@ def load_released_checkpoint(
         state, source = read_state_dict(path_or_state_dict), str(path_or_state_dict)
     active = model.adapters.active
     if active is None:
-        raise CheckpointError(
-            "The model has no adapters to load a released UniAdapter checkpoint into. "
-            "Build it with tuning: uniadapter."
-        )
-    own = {k: v for k, v in model.state_dict().items() if _is_loaded(k, active)}
-    incoming = released_to_ours(state, active)
-    incoming = {k: v for k, v in incoming.items() if _is_loaded(k, active)}
+        raise CheckpointError("The model has no adapters. Build it with tuning: uniadapter.")
+    own = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(f"adapters.{active}.")
+        or not (key.startswith("adapters.") or key.endswith("position_ids"))
+    }
+    incoming = with_queues_and_averages(model, released_to_ours(state, active), source)
     interpolate_positions(model, incoming)
-    incoming = without_foreign_queues(incoming, own, source)
-    if problems := describe_mismatch(own, incoming, may_lack(incoming)):
+    if problems := describe_mismatch(own, incoming):
         raise CheckpointError(f"{source} does not fit this {type(model).__name__}: {problems}.")
     model.load_state_dict(incoming, strict=False)
-    if AVERAGES in may_lack(incoming):
-        model.reset_momentum()
     model.randomly_initialised = []
     model.base_changed(source)
-
-
-def _is_loaded(key: str, active: str) -> bool:
-    """Whether a tensor is in the checkpoint: no constant, and of no other adapter set."""
-    of_another_set = key.startswith("adapters.") and not key.startswith(f"adapters.{active}.")
-    return not key.endswith("position_ids") and not of_another_set

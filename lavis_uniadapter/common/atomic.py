@@ -19,7 +19,7 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     killed process leaves ``.<name>.<random>.tmp`` behind.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         flush(temporary)
@@ -47,20 +47,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Write several files; none is replaced before all are on the disk."""
-    temporaries = {path: _temporary(path) for path in contents}
-    try:
-        for path, temporary in temporaries.items():
-            temporary.write_bytes(contents[path])
+    with contextlib.ExitStack() as written:
+        for path, content in contents.items():
+            temporary = written.enter_context(atomic(path))
+            temporary.write_bytes(content)
             flush(temporary)
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def flush(path: Path) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
 from lavis_uniadapter.common.errors import ConfigError, nearest, reject_unknown_keys
-from lavis_uniadapter.common.schema import MODELS, RunSection, read_dataset
+from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dataset
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
-from lavis_uniadapter.common.schema.model import default_file
+from lavis_uniadapter.common.schema.model import RetrievalModel, default_file
 from lavis_uniadapter.common.schema.processors import PROCESSORS
 
 if TYPE_CHECKING:
@@ -24,24 +24,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lavis_uniadapter")
 
-SECTIONS = ("model", "datasets", "run")
-# Evaluation settings that LAVIS's own models do not read.
-NOT_READ_BY_LAVIS = ("feature_memory", "itc_weight", "rerank_batch")
+# Evaluation settings that only retrieval models read; LAVIS's own read k_test alone.
+RETRIEVAL_KEYS = ("feature_memory", "itc_weight", "rerank_batch", "k_test")
+
+
+class Sections(Section):
+    """A configuration file."""
+
+    model: dict[str, Any]
+    datasets: Annotated[dict[Any, Any], Field(min_length=1)]
+    run: dict[str, Any]
 
 
 def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
-    """Read a YAML file and options over it, validate them, and fill in all defaults.
-
-    Args:
-        cfg_path: YAML file with the sections ``model``, ``datasets`` and ``run``.
-        options: ``section.key=value`` strings, which win over the file.
+    """Read a YAML file and ``section.key=value`` options over it, and fill in all defaults.
 
     Raises:
         ConfigError: naming the first thing that is wrong.
     """
-    content = validate(cfg_path, options)
-    with _references_of(cfg_path):
-        return _complete(content)
+    return _complete(validate(cfg_path, options))
 
 
 def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,26 +56,28 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         ConfigError: naming the first thing that is wrong.
     """
     given = read_yaml(Path(cfg_path), options)
-    for section in SECTIONS:
-        if not isinstance(given.get(section), dict):
-            raise ConfigError(f"'{cfg_path}' has no section '{section}:'.")
-    reject_unknown_keys(given, SECTIONS, "configuration")
-    with _references_of(cfg_path):
+    try:
+        Sections.read(given, "")
         content = _resolved(given)
-    model, arch = content["model"], content["model"].get("arch")
-    ours = isinstance(arch, str) and arch in MODELS
-    if ours:
-        section = MODELS[arch].read(model, "model")
+    except OmegaConfBaseException as error:  # a ${name} that does not exist, or a ???
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"'{cfg_path}' is not valid: {error.full_key}: {reason}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from None
+    model, run = content["model"], content["run"]
+    arch = model.get("arch")
+    section_cls = MODELS.get(arch) if isinstance(arch, str) else None
+    if section_cls:
+        section = section_cls.read(model, "model")
         reject_unread_keys(given["model"], section.tuning)
         content["model"] = section.model_dump(mode="json")
-    elif ignored := [key for key in NOT_READ_BY_LAVIS if key in given["run"]]:
-        logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
-    if not content["datasets"]:
-        raise ConfigError("The section 'datasets:' names no dataset.")
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
-    content["run"] = RunSection.read(content["run"], "run").filled_in()
-    if ours:
-        _check_image_sizes(content)
+    content["run"] = RunSection.read(run, "run").filled_in()
+    unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
+    if section_cls not in (None, RetrievalModel) and unread:
+        raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
+    if section_cls is None and (ignored := [key for key in unread if key != "k_test"]):
+        logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
     return content
 
 
@@ -89,34 +92,20 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
     # PyYAML lets through what Python raises for a value (ValueError for the date 2020-99-99, say),
     # and each of its types has others.
     try:
-        given = OmegaConf.load(path)
+        given: Any = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"'{path}' is not a valid configuration: {error}") from error
     if not isinstance(given, DictConfig):
         raise ConfigError(f"'{path}' is not a valid configuration: it must consist of sections.")
     for option in options:
-        if "=" not in option:
-            raise ConfigError(
-                f"Option '{option}' has no '='. Write section.key=value, e.g. run.init_lr=1e-4."
-            )
         try:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
         except Exception as error:
             raise ConfigError(
-                f"Option '{option}' cannot be read: {error}. Write section.key=value, with a value "
-                "as in YAML."
+                f"Option '{option}' cannot be read as section.key=value: {error}"
             ) from error
-    return OmegaConf.to_container(given)
-
-
-@contextlib.contextmanager
-def _references_of(path: str | Path) -> Iterator[None]:
-    """Turn OmegaConf's error about a ``${name}`` that does not exist, or a ``???``, into ours."""
-    try:
-        yield
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{path}' is not valid: {error.full_key}: {reason}.") from error
+    content: Any = OmegaConf.to_container(given)
+    return content
 
 
 def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,10 +113,14 @@ def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     optional = {k: f for k, f in RunSection.model_fields.items() if not f.is_required()}
     defaults: dict[str, Any] = {"run": {key: field.default for key, field in optional.items()}}
     if file := default_file(given["model"]):
-        defaults["model"] = OmegaConf.to_container(OmegaConf.load(file).model)
+        defaults |= _load(file)
     merged = OmegaConf.create(_overlay(defaults, given))
-    content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    content: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
+
+
+def _load(path: str | Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def _overlay(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,24 +128,10 @@ def _overlay(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     merged = dict(defaults)
     for key, value in given.items():
         below = defaults.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = _overlay(below, value) if both else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _overlay(below, value)
+        merged[key] = value
     return merged
-
-
-def _check_image_sizes(content: Mapping[str, Any]) -> None:
-    model = content["model"]
-    # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
-    where = "model.timesformer" if "timesformer" in model else "model"
-    encoder = model.get("timesformer", model)
-    for name, section in content["datasets"].items():
-        for mode, processor in (section.get("vis_processor") or {}).items():
-            for key in ("image_size", "n_frms"):
-                if key in encoder and key in (processor or {}) and processor[key] != encoder[key]:
-                    raise ConfigError(
-                        f"datasets.{name}.vis_processor.{mode}.{key} is {processor[key]} and "
-                        f"{where}.{key} is {encoder[key]}. Give both the same."
-                    )
 
 
 def _complete(content: dict[str, Any]) -> Config:
@@ -165,47 +144,30 @@ def _complete(content: dict[str, Any]) -> Config:
     from lavis_uniadapter.common.distributed import choose_device
     from lavis_uniadapter.runners.precision import choose_amp
 
-    run = content["run"]
+    model, run = content["model"], content["run"]
     _check_name("run.task", run["task"], registry.list_tasks())
     _check_name("run.runner", run["runner"], registry.list_runners())
-    if run["lr_sched"] is not None:
-        _check_name("run.lr_sched", run["lr_sched"], registry.list_lr_schedulers())
-    content["model"] = _complete_model(content["model"])
-    content["datasets"] = {n: _complete_dataset(n, s) for n, s in content["datasets"].items()}
-    if content["model"]["arch"] not in MODELS:  # those of ours are checked
-        _check_image_sizes(content)
+    _check_name("run.lr_sched", run["lr_sched"], [None, *registry.list_lr_schedulers()])
+    _check_name("model.arch", model.get("arch"), registry.list_models())
+    if model["arch"] not in MODELS:
+        model_cls = registry.get_model_class(model["arch"])
+        types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
+        _check_name("model.model_type", model.get("model_type"), types)
+        path = model_cls.default_config_path(model["model_type"])
+        model = _overlay(_load(path)["model"], model)
+    datasets = {n: _complete_dataset(n, s, registry) for n, s in content["datasets"].items()}
+    for name, section in datasets.items():
+        _check_image_sizes(name, section, model)
     run["device"] = choose_device(run["device"])
     run["amp"] = choose_amp(run["amp"], run["device"])
     config = Config.__new__(Config)  # its __init__ reads a file and merges, which is done already
     config.args = Namespace(cfg_path=None, options=[])
-    config.config = OmegaConf.create(content)
-    # LAVIS's defaults may refer to others
-    OmegaConf.to_container(config.config, resolve=True, throw_on_missing=True)
+    config.config = OmegaConf.create({"model": model, "datasets": datasets, "run": run})
     registry.register("configuration", config)
     return config
 
 
-def _complete_model(model: dict[str, Any]) -> dict[str, Any]:
-    from lavis.common.registry import registry
-
-    _check_name("model.arch", model.get("arch"), registry.list_models())
-    if model["arch"] in MODELS:
-        return model
-    model_cls = registry.get_model_class(model["arch"])
-    types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
-    _check_name("model.model_type", model.get("model_type"), types)
-    path = model_cls.default_config_path(model["model_type"])
-    defaults = OmegaConf.to_container(OmegaConf.load(path).model)
-    for key, default in defaults.items():
-        kind = next((k for k in (Mapping, list) if isinstance(default, k)), None)
-        if kind and model.get(key) is not None and not isinstance(model[key], kind):
-            must = "a section" if kind is Mapping else "a list"
-            raise ConfigError(f"model.{key} is {model[key]!r}; it must be {must}.")
-    return _overlay(defaults, model)
-
-
-def _complete_dataset(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    from lavis.common.registry import registry
+def _complete_dataset(name: str, section: dict[str, Any], registry: Any) -> dict[str, Any]:
     from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 
     names = registry.list_datasets()
@@ -216,24 +178,33 @@ def _complete_dataset(name: str, section: dict[str, Any]) -> dict[str, Any]:
     for kind in ("vis_processor", "text_processor"):
         for mode, processor in (section.get(kind) or {}).items():
             if processor and processor["name"] not in PROCESSORS:
-                _check_lavis_processor(processor, f"datasets.{name}.{kind}.{mode}")
-    defaults = load_dataset_config(builder.default_config_path(type=type_))
-    flags = {"skip_missing": False, "allow_missing": False}
-    return _overlay({**flags, **OmegaConf.to_container(defaults)}, section)
+                where = f"datasets.{name}.{kind}.{mode}"
+                _check_name(f"{where}.name", processor["name"], registry.list_processors())
+                # LAVIS's processors pass every option that they read to their constructor.
+                init = registry.get_processor_class(processor["name"]).__init__
+                known = set(inspect.signature(init).parameters) - {"self"}
+                reject_unknown_keys(processor, ("name", *known), where)
+    default_path = builder.default_config_path(type=type_)
+    defaults: Any = OmegaConf.to_container(load_dataset_config(default_path))
+    return _overlay({"skip_missing": False, "allow_missing": False, **defaults}, section)
 
 
-def _check_lavis_processor(processor: Mapping[str, Any], where: str) -> None:
-    from lavis.common.registry import registry
+def _check_image_sizes(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
+    where = "model.timesformer" if "timesformer" in model else "model"
+    encoder = model.get("timesformer", model)
+    for mode, processor in (section.get("vis_processor") or {}).items():
+        for key in ("image_size", "n_frms"):
+            if key in encoder and key in (processor or {}) and processor[key] != encoder[key]:
+                raise ConfigError(
+                    f"datasets.{name}.vis_processor.{mode}.{key} is {processor[key]} and "
+                    f"{where}.{key} is {encoder[key]}. Give both the same."
+                )
 
-    _check_name(f"{where}.name", processor["name"], registry.list_processors())
-    # LAVIS's processors hand every option that they read to their constructor, by its name.
-    processor_cls = registry.get_processor_class(processor["name"])
-    options = set(inspect.signature(processor_cls.__init__).parameters) - {"self"}
-    reject_unknown_keys(processor, ("name", *options), where)
 
-
-def _check_name(key: str, name: object, known: Iterable[str]) -> None:
+def _check_name(key: str, name: object, known: Iterable[str | None]) -> None:
     known = list(known)
     if name not in known:
-        hint = nearest(str(name), known)
-        raise ConfigError(f"{key} is {name!r}.{hint} Known: {', '.join(known)}.")
+        names = list(filter(None, known))
+        hint = nearest(str(name), names)
+        raise ConfigError(f"{key} is {name!r}.{hint} Known: {', '.join(names)}.")

@@ -9,8 +9,8 @@ from torch import Tensor
 class HostCopy:
     """An asynchronous copy of a tensor to the host.
 
-    ``tensor.item()`` waits until the device has finished all queued work, and the device then waits
-    for the host. This waits for one tensor alone, and only when its numbers are read.
+    ``tensor.item()`` waits for all work that is queued on the device. This waits for one tensor
+    alone, and only when its numbers are read.
     """
 
     def __init__(self, tensor: Tensor):

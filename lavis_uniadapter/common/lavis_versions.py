@@ -1,14 +1,7 @@
-r"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
+"""Differences between LAVIS 1.0.2, the release, and the main branch that matter to a plugin.
 
-====================================  ==================  ==========================
-\                                     1.0.2               main
-====================================  ==================  ==========================
-``task.train_step`` returns           the loss            the loss, and all losses
-``BlipBase`` needs transformers       any                 before 4.27
-numbers in a batch are                a tensor            a list
-====================================  ==================  ==========================
-
-``check_dependencies`` refuses versions of NumPy and transformers with which LAVIS's code fails.
+``task.train_step`` returns the loss (1.0.2), or the loss and all losses (main). Numbers in a batch
+are a tensor (1.0.2), or a list (main). ``BlipBase`` needs transformers before 4.27 on main.
 """
 
 from __future__ import annotations
@@ -30,11 +23,7 @@ from lavis_uniadapter.common.errors import ConfigError
 
 
 def init_blip(model: BaseModel) -> None:
-    """Initialise a BLIP model without ``BlipBase.__init__``.
-
-    On main that refuses transformers from 4.27 on, because generation breaks there. The models of
-    this package have their own generation.
-    """
+    """Initialise a BLIP model without ``BlipBase.__init__``, which checks transformers on main."""
     BaseModel.__init__(model)
 
 
@@ -46,17 +35,14 @@ def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -
     """
     problem = None
     # NumPy 2 has no Inf, but torchmetrics may have put it back.
-    if issubclass(model_cls, AlproRetrieval) and not run_cfg.evaluate and not hasattr(np, "Inf"):
+    if issubclass(model_cls, AlproRetrieval) and not run_cfg["evaluate"] and not hasattr(np, "Inf"):
         problem = f"trains with np.Inf, which NumPy {np.__version__} does not have"
     generates = issubclass(model_cls, BlipCaption) or (
         issubclass(model_cls, BlipVQA) and run_cfg.get("inference_method") == "generate"
     )
-    major, minor = map(int, transformers.__version__.split(".")[:2])
-    if generates and (major, minor) >= (4, 27):
-        problem = (
-            "generates text only with transformers before 4.27, and this is transformers "
-            f"{transformers.__version__}"
-        )
+    release = transformers.__version__
+    if generates and tuple(map(int, release.split(".")[:2])) >= (4, 27):
+        problem = f"generates text only with transformers before 4.27, and this is {release}"
     if problem:
         raise ConfigError(
             f"LAVIS's {model_cls.__name__} {problem}. Use LAVIS's own dependencies: "

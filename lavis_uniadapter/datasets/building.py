@@ -1,43 +1,37 @@
-"""Checks around LAVIS's own building of datasets, whatever the task."""
+"""Checks around LAVIS's own building of datasets, for every task."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
 from functools import partial
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
-from torch.utils.data import Dataset
+from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.layouts import layout_of
 from lavis_uniadapter.datasets.preflight import (
-    SPLITS,
+    as_list,
     check_annotations,
     check_dataset,
     leave_out,
 )
-from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.datasets.records import SPLITS, DatasetError, listing
 
 logger = logging.getLogger(__name__)
 
 
-def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
-    """Check the datasets of a configuration and adapt it to LAVIS's builders.
+def make_buildable(datasets_cfg: MutableMapping, splits: Collection[str]) -> None:
+    """Check the datasets of a configuration and adapt it, in place, to LAVIS's builders.
 
-    Splits that the run does not use are removed, and datasets without any others: evaluation alone
-    needs no training data. Every problem of a dataset is reported before anything is built. A
-    builder with a method ``prepare`` (of custom or generated data) checks or makes its files there.
-
-    Args:
-        datasets_cfg: one node per dataset, as LAVIS's builders take it; changed in place.
-        splits: those that the run uses.
+    Splits that the run does not use are removed, and datasets without any others. A builder with a
+    method ``prepare`` (of custom or generated data) checks or makes its files there.
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: if no dataset has any of the splits, or several have the same one to evaluate.
+        ConfigError: no dataset has any of the splits, or several have the same one to evaluate.
     """
     available: set[str] = set()
     for name, config in list(datasets_cfg.items()):
@@ -53,7 +47,10 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             continue
         prepare = getattr(builder, "prepare", partial(check_annotations, builder))
         on_main_process(prepare, errors=(ConfigError, DatasetError, FileExistsError))
-        _name_local_annotations(annotations)
+        for info in annotations.values():
+            if info.get("url") is None:
+                # LAVIS's builders ask for one even if the annotation file exists
+                info.url = [get_cache_path(storage) for storage in as_list(info.storage)]
     if not datasets_cfg:
         raise ConfigError(
             f"The run's splits are {', '.join(sorted(splits)) or 'none'}, and the datasets have "
@@ -70,76 +67,52 @@ def make_buildable(datasets_cfg: Mapping, splits: Collection[str]) -> None:
             )
 
 
-def check_built(
-    datasets: Mapping[str, Mapping[str, Dataset]], datasets_cfg: Mapping, files: bool = True
-) -> None:
-    """Check what LAVIS built, including its files; leave out what ``skip_missing`` allows to.
+def _annotations(config: Mapping) -> MutableMapping:
+    # LAVIS's web datasets and image folders have none
+    return (config.get("build_info") or {}).get("annotations") or {}
 
-    Args:
-        datasets: by name and split, as a LAVIS task builds them.
-        datasets_cfg: their configuration.
-        files: check the visual files too, which takes a while if there are many.
+
+def check_built(
+    datasets: Mapping[str, Mapping[str, BaseDataset]], datasets_cfg: Mapping, files: bool = True
+) -> None:
+    """Check what a LAVIS task built, by name and split; leave out what ``skip_missing`` says.
+
+    ``files``: check the visual files too, which takes a while if there are many.
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: if missing files are to be left out but files are not checked.
+        ConfigError: missing files are to be left out but files are not checked.
     """
+    images = 0
     for name, by_split in datasets.items():
-        skip_missing, allow_missing = (
-            bool(datasets_cfg[name].get(key, False)) for key in ("skip_missing", "allow_missing")
-        )
+        skip_missing = datasets_cfg[name].get("skip_missing", False)
         if skip_missing and not files:
             raise ConfigError(
                 f"datasets.{name}.skip_missing is True, and run.check_files is False, so missing "
                 "files are not found. Set run.check_files: True."
             )
         for split, dataset in by_split.items():
-            if layout_of(type(dataset)) is None:
-                logger.warning("%s, %s: this kind of dataset is not checked.", name, split)
-                continue
-            tolerant = skip_missing if split == "train" else allow_missing
-            unusable = on_main_process(
-                check_dataset, dataset, split, tolerant, files, errors=(DatasetError,)
-            )
-            if split != "train":
-                if unusable.paths():
-                    logger.warning(
-                        "%s, %s: %d files are missing and %d cannot be decoded; their items are "
-                        "scored as wrong (allow_missing).",
-                        *(name, split, len(unusable.missing), len(unusable.undecodable)),
-                    )
-            elif unusable.paths():
-                records = leave_out(dataset, unusable)
-                logger.warning(
-                    "%s, %s: %d records left out (skip_missing), as %d files are missing and %d "
-                    "cannot be decoded; %d records remain.",
-                    *(name, split, records, len(unusable.missing), len(unusable.undecodable)),
-                    len(dataset),
+            training = split == "train"
+            allowed = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
+            unusable = on_main_process(check_dataset, dataset, split, files, errors=(DatasetError,))
+            what = f"{name}, {split}: {len(unusable)} files cannot be read"
+            if unusable and not allowed:
+                reasons = [f"{path}: {why}" for path, why in unusable.items()]
+                raise DatasetError(
+                    f"{what}. Get them again, correct the visual folder, or remove their records "
+                    "from the annotations (skip_missing: True leaves them out of training, "
+                    f"allow_missing: True scores them as wrong in evaluation):{listing(reasons)}"
                 )
-    trained = [by_split["train"] for by_split in datasets.values() if "train" in by_split]
-    _number_apart(dataset for dataset in trained if hasattr(dataset, "img_ids"))
-
-
-def _annotations(config: Mapping) -> Mapping:
-    # LAVIS's web datasets and image folders have none
-    return (config.get("build_info") or {}).get("annotations") or {}
-
-
-def _number_apart(datasets: Iterable[Dataset]) -> None:
-    """Give the visual inputs of several training sets different numbers.
-
-    Each of LAVIS's datasets counts them from 0 in ``img_ids``, which contrastive learning uses to
-    recognise positives.
-    """
-    offset = 0
-    for dataset in datasets:
-        dataset.img_ids = {name: offset + i for name, i in dataset.img_ids.items()}
-        offset += len(dataset.img_ids)
-
-
-def _name_local_annotations(annotations: Mapping) -> None:
-    """LAVIS's builders ask for a ``url`` even if the annotation file already exists."""
-    for info in annotations.values():
-        if info.get("url") is None:
-            storages = [info.storage] if isinstance(info.storage, str) else list(info.storage)
-            info.url = [get_cache_path(storage) for storage in storages]
+            if unusable and training:
+                left_out = leave_out(dataset, unusable)
+                logger.warning(
+                    "%s; %d records left out (skip_missing), %d records remain.",
+                    *(what, left_out, len(dataset)),
+                )
+            elif unusable:
+                logger.warning("%s; their items are scored as wrong (allow_missing).", what)
+            if training and hasattr(dataset, "img_ids"):
+                # Contrastive learning recognises positives by these numbers, and each of LAVIS's
+                # datasets counts them from 0.
+                dataset.img_ids = {key: images + i for key, i in dataset.img_ids.items()}
+                images += len(dataset.img_ids)

@@ -1,6 +1,6 @@
 """What LAVIS's dataset classes read from their annotation files: a schema for each class.
 
-LAVIS itself checks nothing: a wrong record makes it fail in the middle of training, or gives wrong
+LAVIS checks nothing: a wrong record makes it fail in the middle of training, or gives wrong
 results, as an evaluation dataset iterates over a caption that is a plain string letter by letter.
 """
 
@@ -8,38 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
-from lavis.datasets.datasets.coco_caption_datasets import COCOCapEvalDataset, NoCapsEvalDataset
-from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset, COCOVQAEvalDataset
-from lavis.datasets.datasets.retrieval_datasets import (
-    RetrievalDataset,
-    RetrievalEvalDataset,
-    VideoRetrievalDataset,
-    VideoRetrievalEvalDataset,
-)
+from lavis.datasets.datasets import caption_datasets as caption
+from lavis.datasets.datasets import coco_caption_datasets as coco_caption
+from lavis.datasets.datasets import coco_vqa_datasets as coco_vqa
+from lavis.datasets.datasets import retrieval_datasets as retrieval
+from lavis.datasets.datasets import video_caption_datasets as video_caption
 from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
-from lavis.datasets.datasets.video_caption_datasets import (
-    VideoCaptionDataset,
-    VideoCaptionEvalDataset,
-)
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
-from pydantic import Field
+from pydantic import Field, create_model
 
 from lavis_uniadapter.datasets.image_qa import ImageQADataset
 from lavis_uniadapter.datasets.records import (
     FileName,
+    Place,
+    Problem,
     Record,
     Text,
     Texts,
     check_records,
-    is_text,
-    listing,
     problems,
 )
 
+# What is wrong with the content of an annotation file, given the path too.
+CheckContent = Callable[[object, str], list[Problem]]
+
 Identifier = Annotated[int | float | str, Field(description="an identifier")]
+Number = Annotated[int, Field(description="a whole number")]
+NumberOrName = Annotated[int | Text, Field(description="a whole number or a string")]
+Caption = Annotated[str, Field(description="a string")]
+References = (
+    Annotated[
+        Text | list[Text] | None,
+        Field(description="a non-empty string or a list of them (or nothing)"),
+    ],
+    None,
+)
 
 
 class VisualRecord(Record):
@@ -47,12 +52,11 @@ class VisualRecord(Record):
 
     Attributes:
         visual_key: the field with the file name.
-        side_files: for the annotation files after the first, if they hold no records: what each
-            is, and a function that says what is wrong with its content, or None.
+        side_files: checks of the annotation files after the first, if they hold no records.
     """
 
     visual_key: ClassVar[str]
-    side_files: ClassVar[tuple[tuple[str, Callable[[object], str | None]], ...]] = ()
+    side_files: ClassVar[tuple[CheckContent, ...]] = ()
 
     @property
     def file(self) -> str:
@@ -60,142 +64,105 @@ class VisualRecord(Record):
         return getattr(self, self.visual_key)
 
 
-class Image(VisualRecord):
-    """About an image."""
-
-    visual_key = "image"
-    image: FileName
-
-
-class Video(VisualRecord):
-    """About a video."""
-
-    visual_key = "video"
-    video: FileName
-
-
-class Caption(Record):
-    """A caption to train on; it may be empty."""
-
-    caption: Annotated[str, Field(description="a string")]
-
-
-class Captions(Record):
-    """The captions of an evaluation dataset for retrieval."""
-
-    caption: Texts
-
-
-class References(Record):
-    """The reference captions of an evaluation dataset for captioning."""
-
-    caption: Annotated[
-        Text | list[Text] | None,
-        Field(description="a non-empty string or a list of them (or nothing)"),
-    ] = None
-
-
-class ImageId(Record):
-    """What is shown, by number or name."""
-
-    image_id: Identifier
-
-
-class ImgId(Record):
-    """What is shown, as in NoCaps."""
-
-    img_id: Identifier
-
-
 class Answer(Record):
-    """One answer."""
+    """A candidate answer."""
 
     answer: Text
 
 
-class Question(Answer):
-    """A question and its answer."""
+def layout(
+    visual_key: str,
+    unique: tuple[str, ...] = (),
+    side_files: tuple[CheckContent, ...] = (),
+    **fields: Any,
+) -> type[VisualRecord]:
+    """A schema with the file name under ``visual_key`` and the given fields.
 
-    question: Text
-
-
-class NumberedQuestion(Question):
-    """A question that results are reported for."""
-
-    unique = ("question_id",)
-    question_id: Annotated[int | Text, Field(description="a whole number or a string")]
-
-
-class CocoQuestion(Record):
-    """A question of VQAv2 and its annotators' answers."""
-
-    question: Text
-    answer: Texts
-
-
-class CocoEvalQuestion(Record):
-    """A question of VQAv2; its answers are in a file of their own."""
-
-    unique = ("question_id",)
-    question: Text
-    question_id: Annotated[int, Field(description="a whole number")]
+    Args:
+        visual_key, unique, side_files: see `VisualRecord`.
+        fields: the type of each, with a default if it may be absent: ``(type, default)``.
+    """
+    required = {visual_key: FileName, **fields}
+    defined: dict[str, Any] = {
+        name: field if isinstance(field, tuple) else (field, ...)
+        for name, field in required.items()
+    }
+    schema = create_model("VisualRecord", __base__=VisualRecord, **defined)
+    schema.visual_key, schema.unique, schema.side_files = visual_key, unique, side_files
+    return schema
 
 
-def answer_list_problem(content: object) -> str | None:
-    """Say what is wrong with the list of candidate answers of VQA, or None."""
-    if not isinstance(content, list):
-        return "must be a list of answers"
-    answers = [{"answer": answer} for answer in content]
-    wrong = problems(check_records(answers, Answer, "the answers"))
-    return f"must hold non-empty strings only:{listing(wrong)}" if wrong else None
+def record_problems(content: object, path: str, schema: type[Record]) -> list[Problem]:
+    """What is wrong with a list of records."""
+    return problems(check_records(content, schema, path))
 
 
-def class_labels_problem(content: object) -> str | None:
-    """Say what is wrong with VideoQA's mapping of answers to class indices, or None."""
+def answer_problems(content: object, path: str) -> list[Problem]:
+    """What is wrong with VQA's list of candidate answers."""
+    if isinstance(content, list):
+        content = [{"answer": answer} for answer in content]
+    return record_problems(content, path, Answer)
+
+
+def label_problems(content: object, path: str) -> list[Problem]:
+    """What is wrong with VideoQA's mapping of answers to class indices."""
     labels = content if isinstance(content, Mapping) else {}
-    numbers = [n for n in labels.values() if isinstance(n, int) and not isinstance(n, bool)]
-    if labels and all(map(is_text, labels)) and sorted(numbers) == list(range(len(labels))):
-        return None
-    return "must be a mapping of non-empty answers to the numbers from 0 on, each once"
+    numbers = sorted(number for number in labels.values() if type(number) is int)
+    if labels and all(map(str.strip, labels)) and numbers == list(range(len(labels))):
+        return []
+    text = "must be a mapping of non-empty answers to the numbers from 0 on, each once"
+    return [Problem(Place(path), text)]
 
 
-def coco_problem(content: object, list_key: str) -> str | None:
-    """Say what is wrong with a file in COCO's layout, or None."""
+def coco_problems(content: object, path: str, list_key: str) -> list[Problem]:
+    """What is wrong with a file in COCO's layout."""
     if isinstance(content, Mapping) and isinstance(content.get(list_key), list):
-        return None
-    return f"must be in COCO's layout: a mapping with a list under '{list_key}'"
+        return []
+    text = f"must be in COCO's layout: a mapping with a list under '{list_key}'"
+    return [Problem(Place(path), text)]
 
 
-def combine(*parts: type[Record], **attributes) -> type[VisualRecord]:
-    """A schema with the fields of all parts; pydantic puts those of the last base first."""
-    name = "+".join(part.__name__ for part in parts)
-    return type(parts[0])(name, parts[::-1], attributes)
-
-
+_QUESTION: dict[str, Any] = {"question": Text, "answer": Text, "question_id": NumberOrName}
 LAYOUTS: dict[type, type[VisualRecord]] = {
-    RetrievalDataset: combine(Image, Caption, ImageId),
-    RetrievalEvalDataset: combine(Image, Captions),
-    VideoRetrievalDataset: combine(Video, Caption),
-    VideoRetrievalEvalDataset: combine(Video, Captions),
-    CaptionDataset: combine(Image, Caption, ImageId),
-    CaptionEvalDataset: combine(Image, References, ImageId),
-    COCOCapEvalDataset: combine(Image, References),  # takes the id from the file's name
-    NoCapsEvalDataset: combine(Image, References, ImgId),
-    VideoCaptionDataset: combine(Video, Caption, ImageId),
-    VideoCaptionEvalDataset: combine(Video, References, ImageId),
-    VideoQADataset: combine(Video, NumberedQuestion),
-    ImageQADataset: combine(Image, NumberedQuestion),
-    COCOVQADataset: combine(Image, CocoQuestion),
-    COCOVQAEvalDataset: combine(
-        Image,
-        CocoEvalQuestion,
+    retrieval.RetrievalDataset: layout("image", caption=Caption, image_id=Identifier),
+    retrieval.RetrievalEvalDataset: layout("image", caption=Texts),
+    retrieval.VideoRetrievalDataset: layout("video", caption=Caption),
+    retrieval.VideoRetrievalEvalDataset: layout("video", caption=Texts),
+    caption.CaptionDataset: layout("image", caption=Caption, image_id=Identifier),
+    caption.CaptionEvalDataset: layout("image", caption=References, image_id=Identifier),
+    # takes the identifier from the file's name
+    coco_caption.COCOCapEvalDataset: layout("image", caption=References),
+    coco_caption.NoCapsEvalDataset: layout("image", caption=References, img_id=Identifier),
+    video_caption.VideoCaptionDataset: layout("video", caption=Caption, image_id=Identifier),
+    video_caption.VideoCaptionEvalDataset: layout("video", caption=References, image_id=Identifier),
+    VideoQADataset: layout("video", unique=("question_id",), **_QUESTION),
+    ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
+    coco_vqa.COCOVQADataset: layout("image", question=Text, answer=Texts),
+    coco_vqa.COCOVQAEvalDataset: layout(
+        "image",
+        unique=("question_id",),
         side_files=(
-            ("answer list", answer_list_problem),
-            ("question file", partial(coco_problem, list_key="questions")),
-            ("annotation file in COCO's layout", partial(coco_problem, list_key="annotations")),
+            answer_problems,
+            partial(coco_problems, list_key="questions"),
+            partial(coco_problems, list_key="annotations"),
         ),
+        question=Text,
+        question_id=Number,
     ),
-    VGVQADataset: combine(Image, Question),
+    VGVQADataset: layout("image", question=Text, answer=Text),
+}
+
+# For training and evaluation, of this package's own datasets, by task and data_type.
+DATASET_CLASSES: dict[tuple[str, str], tuple[type, type]] = {
+    ("retrieval", "images"): (retrieval.RetrievalDataset, retrieval.RetrievalEvalDataset),
+    ("retrieval", "videos"): (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
+    ("caption", "images"): (caption.CaptionDataset, caption.CaptionEvalDataset),
+    ("caption", "videos"): (
+        video_caption.VideoCaptionDataset,
+        video_caption.VideoCaptionEvalDataset,
+    ),
+    ("qa", "images"): (ImageQADataset, ImageQADataset),
+    ("qa", "videos"): (VideoQADataset, VideoQADataset),
 }
 
 

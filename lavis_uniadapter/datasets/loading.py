@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.distributed import gather
-from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.datasets.sampling import TrainingShard
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
-PINNING = "in pin memory thread"  # in PyTorch's messages
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,31 @@ class Batch:
     unreadable: Sequence[Unreadable] = ()
 
 
+class TrainingShard(DistributedSampler):
+    """A rank's items of an epoch in random order, from the start or from further on.
+
+    The order depends on the seed and the epoch alone.
+    """
+
+    def __init__(self, dataset: Sized, rank: int, world: int, seed: int):
+        super().__init__(dataset, world, rank, shuffle=True, seed=seed, drop_last=True)
+        self.first = 0
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Make the next iteration one over an epoch's order, without the rank's first items."""
+        self.set_epoch(epoch)
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(super().__iter__(), self.first, None)
+
+
 class BatchLoader:
     """Yields a `Batch` at a time.
 
     Args:
-        items: what to read.
-        sampler: in which order; a `TrainingShard` for `start`.
-        num_workers: processes that read; 0: this one.
-        collate_fn: makes samples of items; None: PyTorch's default.
         timeout: seconds that the workers may take for a batch; 0: any.
-        options: ``batch_size``, ``drop_last``, ``pin_memory`` of ``torch.utils.data.DataLoader``.
+        options: of ``torch.utils.data.DataLoader``: ``batch_size``, ``drop_last``, ``pin_memory``.
     """
 
     def __init__(
@@ -92,14 +103,12 @@ class BatchLoader:
         """Batches.
 
         Raises:
-            DatasetError: if nothing can be read; naming an unreadable evaluation item, unless its
-                dataset allows it; naming what a worker was reading when it hung or died; or naming
-                the items of a batch that PyTorch could not pin in memory.
+            DatasetError: naming what cannot be read, or what a worker read when it hung or died.
         """
         batches = self._start_workers()
-        for number in itertools.count():
+        while True:
             try:
-                read = self._await(batches)
+                yield Batch(*self._await(batches))
             except StopIteration:
                 return
             except DatasetError as error:
@@ -107,20 +116,18 @@ class BatchLoader:
                 raise DatasetError(str(error).rpartition("DatasetError: ")[2].strip()) from None
             except (RuntimeError, OSError, EOFError) as error:
                 # "Caught" by a worker: an error in the code that reads
-                of_a_worker = str(error).startswith("Caught") and PINNING not in str(error)
-                if of_a_worker or not self._loader.num_workers:
+                if str(error).startswith("Caught") or not self._loader.num_workers:
                     raise
-                raise DatasetError(self._describe(error, number)) from error
-            yield Batch(*read)
+                raise DatasetError(self._describe(error)) from error
 
     def _start_workers(self) -> Iterator[Any]:
         """PyTorch's iterator, without its handler of SIGCHLD.
 
-        The handler raises a worker's death wherever this process happens to be, in an optimizer
-        step too. Without it, PyTorch notices the death while a batch is awaited.
+        The handler raises a worker's death wherever this process is, in an optimizer step too.
+        Without it, PyTorch notices the death while a batch is awaited.
         """
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or not hasattr(signal, "SIGCHLD"):
+        if not in_main_thread or not hasattr(signal, "SIGCHLD"):  # as on Windows
             return iter(self._loader)
         handler = signal.getsignal(signal.SIGCHLD)
         batches = iter(self._loader)
@@ -138,16 +145,10 @@ class BatchLoader:
                 if not timed_out or time.monotonic() >= until:
                     raise
 
-    def _describe(self, error: Exception, number: int) -> str:
-        """The failure of a batch, by its number in this pass."""
-        if PINNING in str(error):
-            indices = next(itertools.islice(self._loader.batch_sampler, number, None))
-            files = name_some(f"'{file_of(self.dataset, index)}'" for index in indices)
-            said = re.findall(r"^[\w.]+: .*", str(error), re.MULTILINE) or [str(error)]
-            return f"A batch could not be pinned in memory ({said[-1]}). Its items: {files}."
+    def _describe(self, error: Exception) -> str:
         reading = ", ".join(
             f"'{file_of(self.dataset, index)}' (for {seconds:.0f} s)"
-            for index, seconds in self._items.monitor.in_progress()
+            for index, seconds in self._items.in_progress()
         )
         if "timed out" in str(error):
             what = f"A data worker returned no batch for {self._timeout:g} s (run.data_timeout)"
@@ -173,11 +174,8 @@ def _ignore_interrupts(worker: int) -> None:
 def samples_of(
     batches: Iterable[Batch | dict[str, Any]], unreadable: dict[int, Unreadable]
 ) -> Iterator[dict[str, Any]]:
-    """The samples of batches; adds what could not be read to ``unreadable``, by index.
-
-    Samples pass as they are: LAVIS's own loaders yield nothing else.
-    """
-    for batch in batches:
+    """The samples of batches; adds what could not be read to ``unreadable``, by index."""
+    for batch in batches:  # or samples, which are what LAVIS's own loaders yield
         if isinstance(batch, Batch):
             unreadable.update({fault.index: fault for fault in batch.unreadable})
             batch = batch.samples

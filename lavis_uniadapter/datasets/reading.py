@@ -1,9 +1,8 @@
 """Items of a dataset, whatever is wrong with some of their files.
 
-A file that was whole when a run started may be gone or damaged an hour later. In training such an
-item is replaced by another; in evaluation it is an error, or it is scored as wrong. What is random
-about an item (frames, crops) depends on the seed, the epoch and the item alone, and so neither on
-the number of workers nor on where the run began.
+In training an unreadable item is replaced by another; in evaluation it is an error, or it is scored
+as wrong. What is random about an item (frames, crops) depends on the seed, the epoch and the item
+alone, not on the number of workers or on where the run began.
 """
 
 from __future__ import annotations
@@ -28,9 +27,10 @@ from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import images_read_whole
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
-_OF_PYTHON = (OSError, RuntimeError, ValueError, SyntaxError, EOFError, AssertionError)
-_OF_LIBRARIES = (struct.error, zlib.error, DECORDError, Image.DecompressionBombError)
-READ_ERRORS = _OF_PYTHON + _OF_LIBRARIES
+READ_ERRORS = (
+    *(OSError, RuntimeError, ValueError, SyntaxError, EOFError, AssertionError),
+    *(struct.error, zlib.error, DECORDError, Image.DecompressionBombError),
+)
 RETRY_AFTER = 0.5  # seconds; a file on a network may be back a moment later
 MAX_REPLACEMENTS = 16  # other items tried in place of an unreadable one
 
@@ -60,57 +60,27 @@ def seeded(*entropy: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-class ReadingMonitor:
-    """What each data worker is reading, in memory that outlives the worker."""
-
-    def __init__(self, workers: int):
-        # (workers, 2): the index of an item, or -1, and since when
-        self._state = torch.full((max(workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
-
-    @contextlib.contextmanager
-    def reading(self, index: int) -> Iterator[None]:
-        worker = get_worker_info()
-        state = self._state[worker.id if worker else 0]
-        state[1] = time.monotonic()
-        state[0] = index
-        try:
-            yield
-        finally:
-            state[0] = -1
-
-    def in_progress(self) -> list[tuple[int, float]]:
-        """(index, seconds) of the items that are being read, the longest first."""
-        now = time.monotonic()
-        items = [(int(index), now - since) for index, since in self._state.tolist() if index >= 0]
-        return sorted(items, key=lambda item: -item[1])
-
-
 class TrainingItems(Dataset):
     """A dataset read a batch at a time; an unreadable item is replaced by one drawn at random.
 
     Args:
-        dataset: one of LAVIS's, or several of them concatenated.
-        monitor: notes what is being read.
+        workers: number of processes that read.
         seed: of what is random about items.
     """
 
-    def __init__(self, dataset: Dataset, monitor: ReadingMonitor, seed: int = 0):
+    def __init__(self, dataset: Dataset, workers: int, seed: int = 0):
         self.dataset = dataset
-        self.monitor = monitor
         self.seed = seed
         self.epoch = 0
+        # What each worker is reading, in memory that outlives the worker: the index of an item, or
+        # -1, and since when.
+        self._reading = torch.full((max(workers, 1), 2), -1.0, dtype=torch.float64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[Any], list[int], list[Unreadable]]:
-        """Items, their indices, and what was unreadable.
-
-        (``torch.utils.data`` calls this, where it exists, in place of ``__getitem__``.)
-
-        Raises:
-            DatasetError: for an unreadable item without replacement.
-        """
+        """Items, their indices, and what was unreadable; PyTorch calls it for a batch."""
         items, read, unreadable = [], [], []
         for index in indices:
             item, fault = self.try_to_read(index)
@@ -121,21 +91,32 @@ class TrainingItems(Dataset):
             read.append(index)
         return items, read, unreadable
 
-    def try_to_read(self, *what: int) -> tuple[Any, Unreadable | None]:
-        """An item, by the arguments of ``read``, or why it could not be read in two attempts."""
-        for again in (True, False):
+    def try_to_read(self, index: int) -> tuple[Any, Unreadable | None]:
+        """An item, or why it could not be read in two attempts."""
+        worker = get_worker_info()
+        reading = self._reading[worker.id if worker else 0]
+        for wait in (RETRY_AFTER, 0):
+            reading[1] = time.monotonic()
+            reading[0] = index
             try:
-                with self.monitor.reading(what[0]), images_read_whole():
-                    return self.read(*what), None
+                with images_read_whole():
+                    return self.read(index), None
             except READ_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
-            if again:
-                time.sleep(RETRY_AFTER)
-        return None, Unreadable(what[0], file_of(self.dataset, what[0]), reason)
+            finally:
+                reading[0] = -1
+            time.sleep(wait)
+        return None, Unreadable(index, file_of(self.dataset, index), reason)
 
     def read(self, index: int) -> Any:
         with seeded(self.seed, self.epoch, index):
             return self.dataset[index]
+
+    def in_progress(self) -> list[tuple[int, float]]:
+        """(index, seconds) of the items that are being read, the longest first."""
+        now = time.monotonic()
+        items = [(int(index), now - since) for index, since in self._reading.tolist() if index >= 0]
+        return sorted(items, key=lambda item: -item[1])
 
     def replace(self, fault: Unreadable) -> tuple[int, Any]:
         """An index and an item to use in place of an unreadable one."""
@@ -154,40 +135,29 @@ class TrainingItems(Dataset):
 class EvaluationItems(TrainingItems):
     """Items that are the same at every reading.
 
-    Args:
-        dataset, monitor: as of `TrainingItems`.
-        allow_missing: an unreadable item shows the picture or clip of another, to be scored as
-            wrong; otherwise it is an error.
+    An unreadable one is an error or, with ``allow_missing``, shows the picture or clip of another,
+    to be scored as wrong.
     """
 
-    def __init__(self, dataset: Dataset, monitor: ReadingMonitor, allow_missing: bool = False):
-        super().__init__(dataset, monitor)
+    def __init__(self, dataset: Dataset, workers: int, allow_missing: bool = False):
+        super().__init__(dataset, workers)
         self.allow_missing = allow_missing
 
-    def read(self, index: int, shown: int | None = None) -> Any:
-        if shown is None:
-            return super().read(index)
-        annotation = self.dataset.annotation
+    def replace(self, fault: Unreadable) -> tuple[int, Any]:
+        annotation, index = self.dataset.annotation, fault.index
         record = annotation[index]
         key = "video" if "video" in record else "image"
-        annotation[index] = {**record, key: annotation[shown][key]}
+        # many questions may be about one clip
+        names = dict.fromkeys(other[key] for other in [*annotation[index:], *annotation[:index]])
+        most = MAX_REPLACEMENTS if self.allow_missing else 0
         try:
-            return super().read(index)
+            for name in list(names)[1 : most + 1]:
+                annotation[index] = {**record, key: name}
+                item, failure = self.try_to_read(index)
+                if failure is None:
+                    return index, item
         finally:
             annotation[index] = record
-
-    def replace(self, fault: Unreadable) -> tuple[int, Any]:
-        tried = {fault.file}
-        for step in range(1, len(self)) if self.allow_missing else ():
-            shown = (fault.index + step) % len(self)
-            if (file := file_of(self.dataset, shown)) in tried:
-                continue  # many questions may be about one clip
-            item, failure = self.try_to_read(fault.index, shown)
-            if failure is None:
-                return fault.index, item
-            tried.add(file)
-            if len(tried) > MAX_REPLACEMENTS:
-                break
         raise DatasetError(
             f"'{fault.file}' cannot be read ({fault.reason}). Replace the file; or set "
             "allow_missing: True of the dataset, and its items are scored as wrong and counted, as "
@@ -195,18 +165,20 @@ class EvaluationItems(TrainingItems):
         )
 
 
-def record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:
-    """The dataset, of several concatenated ones, that an index belongs to, and its record."""
-    if isinstance(dataset, ConcatDataset):
-        part = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
-        before = dataset.cumulative_sizes[part - 1] if part else 0
-        return record_of(dataset.datasets[part], index - before)
-    annotation = getattr(dataset, "annotation", None)
-    return dataset, {} if annotation is None else annotation[index]
-
-
 def file_of(dataset: Dataset, index: int) -> str:
     """The visual file of an item."""
-    part, record = record_of(dataset, index)
-    name = record.get("video", record.get("image"))
-    return f"item {index}" if name is None else os.path.join(getattr(part, "vis_root", ""), name)
+    return describe_item(dataset, index)["file"]
+
+
+def describe_item(dataset: Dataset, index: int) -> dict[str, Any]:
+    """The index and the visual file of an item, and what else identifies its record."""
+    part, record = dataset, index
+    while isinstance(part, ConcatDataset):
+        number = int(np.searchsorted(part.cumulative_sizes, record, side="right"))
+        record -= part.cumulative_sizes[number - 1] if number else 0
+        part = part.datasets[number]
+    about = part.annotation[record] if hasattr(part, "annotation") else {}
+    name = about.get("video", about.get("image"))
+    file = f"item {index}" if name is None else os.path.join(getattr(part, "vis_root", ""), name)
+    identity = {k: about[k] for k in ("caption", "question_id", "image_id") if k in about}
+    return {"index": index, "file": file, **identity}

@@ -1,7 +1,6 @@
-"""Read the records of a JSON, JSONL, CSV or TSV file and check each against a schema.
+"""Read the records of a JSON, JSONL, CSV or TSV file and check each against a pydantic schema.
 
-A schema is a pydantic model, one for each layout. A problem of a file or a record is returned in
-its place, so that all of them can be shown at once.
+Problems are returned with their places, so that a message can list all of them.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lavis_uniadapter.common.errors import name_some, nearest
 
+SPLITS = ("train", "val", "test")
+FORMATS = (".json", ".jsonl", ".csv", ".tsv")
 MAX_NAMED = 20
-
-# Names in messages: the first line of a table without a header may be a long text.
-_SHORTENED = reprlib.Repr()
-_SHORTENED.maxstring = 60
 
 
 class DatasetError(ValueError):
@@ -34,10 +31,7 @@ class DatasetError(ValueError):
 
 
 class Place(NamedTuple):
-    """A ``line`` (counted from 1) or ``record`` (of a JSON list, counted from 0) of a file.
-
-    Without a unit it is the file as a whole.
-    """
+    """A ``line`` (from 1) or ``record`` of a JSON list (from 0); without a unit, the whole file."""
 
     path: str
     unit: str = ""
@@ -59,22 +53,16 @@ class Problem(NamedTuple):
         return f"{self.place}: {self.text}"
 
 
-class UnusableFile(Exception):
-    """Nothing more can be read from a file.
-
-    Attributes:
-        problem: where and why.
-    """
+class UnusableFile(DatasetError):
+    """A file of which no more can be read; ``problem`` says where and why."""
 
     def __init__(self, path: str, text: str, line: int | None = None):
-        super().__init__(text)
         self.problem = Problem(Place(path, "line", line) if line else Place(path), text)
+        super().__init__(str(self.problem))
 
 
 class Record(BaseModel):
-    """Base of the schemas. Other keys than the schema's are allowed.
-
-    The description of a field says what it must be, as messages do.
+    """Base of the schemas. Messages use the descriptions of fields. Other keys are allowed.
 
     Attributes:
         unique: fields whose values together differ from record to record, unless one is None.
@@ -89,21 +77,16 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class Found(Generic[R]):
-    """A record that fits its schema, and where it was read."""
+    """A record that fits its schema, and its place."""
 
     place: Place
     record: R
 
 
-def is_text(value: object) -> bool:
-    """Whether a value is a string that is not blank."""
-    return isinstance(value, str) and bool(value.strip())
-
-
 def escapes_root(name: str) -> bool:
     """Whether a file name, joined to a folder, leaves it, on this system or on Windows.
 
-    Judged by the name alone: a link in the folder may point anywhere.
+    Only the name counts: a link in the folder may point anywhere.
     """
     name = name.replace("\\", "/")
     is_absolute = name.startswith("/") or re.match(r"[A-Za-z]:/", name)
@@ -130,28 +113,24 @@ FileName = Annotated[
 
 
 def read_records(
-    path: str | os.PathLike, schema: type[R], formats: Sequence[str] | None = None
+    path: str | os.PathLike, schema: type[R], formats: Sequence[str] = FORMATS
 ) -> Iterator[Found[R] | Problem]:
-    """Read a file in the format that its ending names: its records and problems, in order.
+    """Read a UTF-8 file in the format that its ending names: records and problems, in order.
 
-    ``.json`` is a list of objects, ``.jsonl`` one object per line, ``.csv`` and ``.tsv`` a table
-    under a header (RFC 4180, including quoted line breaks; spaces after a separator are skipped).
-    ``.txt`` (only if asked for) holds one value per line. If a schema has one field alone, a JSON
-    value that is no object is the value of this field. All files are UTF-8, with or without a
-    byte-order mark. Empty lines are skipped, except in ``.txt``.
-
-    Args:
-        formats: the endings that are allowed; None: all but ``.txt``.
-
-    A file that cannot be read or holds no records is a problem of its own.
+    ``.json`` is a list, ``.jsonl`` has a value on each line, ``.csv`` and ``.tsv`` are tables with
+    a header (RFC 4180; spaces after a separator are skipped), ``.txt`` has a string on each line.
+    A value that is no object is the value of the schema's field, if it has one alone. Empty lines
+    are skipped, except in ``.txt``. An unreadable or empty file is a problem of its own.
     """
     path = os.fspath(path)
-    endings = formats or [ending for ending in _PARSERS if ending != ".txt"]
+    ending = Path(path).suffix.lower()
     try:
-        ending = Path(path).suffix.lower()
-        if ending not in endings:
-            raise UnusableFile(path, f"the file's name must end in {' or '.join(endings)}")
-        yield from _checked(_PARSERS[ending](path, schema), schema, path)
+        if ending not in formats:
+            raise UnusableFile(path, f"the file's name must end in {' or '.join(formats)}")
+        if ending == ".json":
+            yield from check_records(load_json(path), schema, path)
+        else:
+            yield from check_placed(_PARSERS[ending](path, schema), schema, path)
     except UnusableFile as error:
         yield error.problem
 
@@ -162,11 +141,38 @@ def check_records(values: object, schema: type[R], source: str) -> Iterator[Foun
         yield Problem(Place(source), f"must be a list, [...], and is {reprlib.repr(values)}")
         return
     places = (Place(source, "record", index) for index in range(len(values)))
-    yield from _checked(zip(places, values, strict=True), schema, source)
+    yield from check_placed(zip(places, values, strict=True), schema, source)
+
+
+def check_placed(
+    values: Iterable[tuple[Place, object]], schema: type[R], source: str
+) -> Iterator[Found[R] | Problem]:
+    """Check values at their places; a value that is a `Problem` is returned as it is."""
+    first: dict[tuple, Place] = {}
+    place = None
+    for place, value in values:
+        if isinstance(value, Problem):
+            yield value
+            continue
+        if len(schema.model_fields) == 1 and not isinstance(value, Mapping):
+            value = dict.fromkeys(schema.model_fields, value)
+        try:
+            record = schema.model_validate(value)
+        except ValidationError as error:
+            yield from (Problem(place, text) for text in _faults(error, schema, value))
+            continue
+        key = tuple(getattr(record, name) for name in schema.unique)
+        if key and None not in key and first.setdefault(key, place) is not place:
+            what = " and ".join(f"{name} {getattr(record, name)!r}" for name in schema.unique)
+            yield Problem(place, f"has the {what}, as {first[key]} has")
+        else:
+            yield Found(place, record)
+    if place is None:
+        yield Problem(Place(source), "holds no records")
 
 
 def problems(items: Iterable[Found | Problem]) -> list[Problem]:
-    """Those of the items of `read_records` or `check_records` that are problems."""
+    """The problems among what was read."""
     return [item for item in items if isinstance(item, Problem)]
 
 
@@ -191,38 +197,13 @@ def load_json(path: str, encoding: str = "utf-8-sig") -> Any:
     Raises:
         UnusableFile: it cannot be read or is no JSON.
     """
+    text = _read_text(path, encoding)
     try:
-        return json.loads(_read_text(path, encoding))
+        return json.loads(text)
     # ValueError also for a number of thousands of digits, RecursionError for deeply nested lists
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
         raise UnusableFile(path, f"is no valid JSON ({_in_short(error)})", line) from error
-
-
-def _checked(
-    values: Iterable[tuple[Place, object]], schema: type[R], source: str
-) -> Iterator[Found[R] | Problem]:
-    first: dict[tuple, Place] = {}
-    place = None
-    for place, value in values:
-        if isinstance(value, Problem):
-            yield value
-            continue
-        try:
-            record = schema.model_validate(value)
-        except ValidationError as error:
-            yield from (Problem(place, text) for text in _faults(error, schema, value))
-            continue
-        key = tuple(getattr(record, name) for name in schema.unique)
-        if key and None not in key and first.setdefault(key, place) is not place:
-            what = " and ".join(
-                f"{name} {value!r}" for name, value in zip(schema.unique, key, strict=True)
-            )
-            yield Problem(place, f"has the {what}, as {first[key]} has")
-        else:
-            yield Found(place, record)
-    if place is None:
-        yield Problem(Place(source), "holds no records")
 
 
 def _faults(error: ValidationError, schema: type[Record], value: object) -> Iterator[str]:
@@ -234,7 +215,7 @@ def _faults(error: ValidationError, schema: type[Record], value: object) -> Iter
         if not key:  # the record as a whole
             yield details[0]["msg"].removeprefix("Value error, ")
             continue
-        (name,) = key
+        name = str(key[0])
         text = f"needs {schema.model_fields[name].description} under '{name}', has "
         hint = "" if name in value else nearest(name, value)
         yield text + reprlib.repr(value.get(name)) + (f".{hint}" if hint else "")
@@ -243,44 +224,35 @@ def _faults(error: ValidationError, schema: type[Record], value: object) -> Iter
 def _read_text(path: str, encoding: str = "utf-8-sig") -> str:
     try:
         content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UnusableFile(path, f"cannot be read ({_in_short(error)})") from error
-    try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         # error.object is what follows the byte-order mark
         line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        text = f"is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
-        raise UnusableFile(path, text, line) from error
+        reason = f"is not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
+        raise UnusableFile(path, reason, line) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UnusableFile(path, f"cannot be read ({_in_short(error)})") from error
     if not text.strip():
         raise UnusableFile(path, "is empty")
     return text
 
 
 def _in_short(error: Exception) -> str:
-    """An error's message without the place, which is reported beside it."""
+    """An error's message without its place."""
     return getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error)
-
-
-def _lines(path: str) -> Iterator[tuple[Place, str]]:
-    # not str.splitlines, which also splits at characters that JSON allows within a string
-    lines = _read_text(path).removesuffix("\n").split("\n")
-    return ((Place(path, "line", number), line) for number, line in enumerate(lines, start=1))
 
 
 _Parsed = Iterator[tuple[Place, object]]
 
 
-def _parse_json(path: str, schema: type[Record]) -> _Parsed:
-    values = load_json(path)
-    if not isinstance(values, list):
-        raise UnusableFile(path, "must be a list, [...]; a file of one value per line is a .jsonl")
-    for index, value in enumerate(values):
-        yield Place(path, "record", index), _as_object(value, schema)
+def _parse_txt(path: str, schema: type[Record]) -> Iterator[tuple[Place, str]]:
+    # not str.splitlines, which also splits at characters that JSON allows within a string
+    lines = _read_text(path).removesuffix("\n").split("\n")
+    return ((Place(path, "line", number), line) for number, line in enumerate(lines, start=1))
 
 
 def _parse_jsonl(path: str, schema: type[Record]) -> _Parsed:
-    for place, line in _lines(path):
+    for place, line in _parse_txt(path, schema):
         if not line.strip():
             continue
         try:
@@ -289,70 +261,54 @@ def _parse_jsonl(path: str, schema: type[Record]) -> _Parsed:
             yield place, Problem(place, f"is no valid JSON ({_in_short(error)})")
 
 
-def _parse_txt(path: str, schema: type[Record]) -> _Parsed:
-    return ((place, _as_object(line, schema)) for place, line in _lines(path))
-
-
-def _as_object(value: object, schema: type[Record]) -> object:
-    if len(schema.model_fields) == 1 and not isinstance(value, Mapping):
-        return dict.fromkeys(schema.model_fields, value)
-    return value
-
-
 def _parse_table(path: str, schema: type[Record]) -> _Parsed:
     delimiter, name = ("\t", "tab") if path.lower().endswith(".tsv") else (",", "comma")
     # newline="": line breaks within quotes stay as they are
-    reader = csv.reader(
-        io.StringIO(_read_text(path), newline=""),
-        delimiter=delimiter,
-        strict=True,
-        skipinitialspace=True,
-    )
-    header: list[str] | None = None
+    text = io.StringIO(_read_text(path), newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
+    header: list[str] = []
     while True:
         place = Place(path, "line", reader.line_num + 1)
         try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            text = f"is no valid row ({error}); look for a quote that is not closed or doubled"
-            if header is None:
-                raise UnusableFile(path, text, place.number) from error
-            yield place, Problem(place, text)
-            continue
-        if cells is None:
+            cells = next(reader)
+        except StopIteration:
             return
+        except csv.Error as error:
+            reason = f"is no valid row ({error}); look for a quote that is not closed or doubled"
+            if not header:
+                raise UnusableFile(path, reason, place.number) from error
+            yield place, Problem(place, reason)
+            continue
         if not any(cells):
             continue
-        if header is None:
+        if not header:
             header = _header(cells, schema, place)
-        elif len(cells) != len(header):
-            text = (
-                f"has {len(cells)} cells, and the header has {len(header)}; "
-                f'put a cell that contains a {name} into "quotes"'
-            )
-            yield place, Problem(place, text)
-        else:
+        elif len(cells) == len(header):
             yield place, dict(zip(header, cells, strict=True))
+        else:
+            reason = f"has {len(cells)} cells, and the header has {len(header)}"
+            advice = f'put a cell that contains a {name} into "quotes"'
+            yield place, Problem(place, f"{reason}; {advice}")
 
 
 def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[str]:
     header = [cell.strip() for cell in cells]
     required = [name for name, field in schema.model_fields.items() if field.is_required()]
     absent = [name for name in required if name not in header]
+    # a column may have no name, such as an index
+    twice = [name for name in header if name and header.count(name) > 1]
     if absent:
-        there = name_some(map(_SHORTENED.repr, header))
-        text = f"has no column {name_some(map(repr, absent))}, but {there}."
-        raise UnusableFile(place.path, text + nearest(absent[0], header), place.number)
-    for index, name in enumerate(header):
-        # a table may have columns without a name, such as an index
-        if name and name in header[:index]:
-            text = f"has the column {_SHORTENED.repr(name)} twice"
-            raise UnusableFile(place.path, text, place.number)
-    return header
+        there = name_some(map(reprlib.repr, header))
+        hint = nearest(absent[0], header)
+        text = f"has no column {name_some(map(repr, absent))}, but {there}.{hint}"
+    elif twice:
+        text = f"has the column {reprlib.repr(twice[0])} twice"
+    else:
+        return header
+    raise UnusableFile(place.path, text, place.number)
 
 
 _PARSERS: dict[str, Callable[[str, type[Record]], _Parsed]] = {
-    ".json": _parse_json,
     ".jsonl": _parse_jsonl,
     ".csv": _parse_table,
     ".tsv": _parse_table,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 # The first words by which MSRVTT-QA and MSVD-QA classify their questions; all others are "other".
@@ -42,32 +42,28 @@ def answer_metrics(
 
     Returns:
         ``accuracy``; ``accuracy_what`` and so on for each type of question that occurs; and
-        ``unknown_answers``, the share of questions whose answer is not in the vocabulary. They
-        count in the accuracy: ranking gets them wrong.
+        ``unknown_answers``, the share of answers outside the vocabulary, which ranking gets wrong.
     """
-    by_type: dict[str, list[bool]] = defaultdict(list)
+    by_type: dict[str, list[bool]] = {kind: [] for kind in QUESTION_TYPES}
     for item in items:
         by_type[question_type(item["question"])].append(is_correct(item))
     known = {normalise_answer(answer) for answer in vocabulary}
-    kinds = [kind for kind in QUESTION_TYPES if kind in by_type]
+    unknown = [normalise_answer(item["answer"]) not in known for item in items]
     return {
-        "accuracy": _percent(right for kind in kinds for right in by_type[kind]),
-        **{f"accuracy_{kind}": _percent(by_type[kind]) for kind in kinds},
-        "unknown_answers": _percent(normalise_answer(i["answer"]) not in known for i in items),
+        "accuracy": _percent(sum(by_type.values(), [])),
+        **{f"accuracy_{kind}": _percent(right) for kind, right in by_type.items() if right},
+        "unknown_answers": _percent(unknown),
     }
 
 
-def _percent(outcomes: Iterable[bool]) -> float:
+def _percent(outcomes: Sequence[bool]) -> float:
     return fmean(100.0 * outcome for outcome in outcomes)
 
 
 def majority_answers(training: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[str]:
     """Answers of a baseline that sees nothing: the most frequent one for the type of question.
 
-    Args:
-        training: (question, answer) pairs, at least one.
-        questions: the questions to answer; a type without training questions gets the answer that
-            is most frequent overall.
+    A type without (question, answer) pairs in ``training`` gets the answer most frequent overall.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     for question, answer in training:

@@ -1,19 +1,18 @@
 """LAVIS's ranking of candidate answers, without its repeated computations.
 
 ``lavis`` ``BlipVQA._rank_answers`` takes the candidates whose first token is likeliest and decodes
-each of them whole, padded to the longest of the list, and projects the question's keys and values
-anew for each. Here they are projected once per question; the first position, which all candidates
-share, is decoded once; candidates are not padded; and the last position, whose prediction is not
-used, is not decoded. The scores are the same.
+each of them whole, padded to the longest of the list. Here a question's keys and values are
+projected once; the first position, which all candidates share, is decoded once; candidates are not
+padded; and the last position, whose prediction is not used, is not decoded. The scores are equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
@@ -24,74 +23,61 @@ LABEL_SMOOTHING = 0.1
 POSITIONS_AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class CandidateAnswers:
-    """A tokenised answer list.
+def tokenise_answers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Token ids of each answer, on the CPU, without the token that all begin with.
 
-    Attributes:
-        texts: the answers.
-        token_ids: of each answer, without the token that all begin with and with [SEP].
-        bos_id: the token that all begin with.
+    Raises:
+        ValueError: for an answer without tokens, or an empty list.
     """
-
-    texts: tuple[str, ...]
-    token_ids: tuple[Tensor, ...]
-    bos_id: int
-
-    @classmethod
-    def tokenise(cls, texts: Sequence[str], tokenizer) -> CandidateAnswers:
-        """Tokenise answers, on the CPU.
-
-        Raises:
-            ValueError: for an answer without tokens, or an empty list.
-        """
-        if not texts:
-            raise ValueError("answer_list is empty: there is nothing to choose from.")
-        tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
-        masks = tokens.attention_mask.bool()
-        token_ids = tuple(ids[mask][1:] for ids, mask in zip(tokens.input_ids, masks, strict=True))
-        for text, ids in zip(texts, token_ids, strict=True):
-            if len(ids) < 2:
-                raise ValueError(f"answer_list has {text!r}, which has no token; remove it.")
-        return cls(tuple(texts), token_ids, tokenizer.bos_token_id)
+    if not texts:
+        raise ValueError("answer_list is empty: there is nothing to choose from.")
+    tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
+    masks = tokens.attention_mask.bool()
+    answers = [ids[mask][1:] for ids, mask in zip(tokens.input_ids, masks, strict=True)]
+    for text, ids in zip(texts, answers, strict=True):
+        if len(ids) < 2:  # [SEP] alone
+            raise ValueError(f"answer_list has {text!r}, which has no token; remove it.")
+    return answers
 
 
 @torch.no_grad()
 def rank_answers(
     decoder: AdaptedLMHeadDecoder,
     memory: VisualMemory,
-    candidates: CandidateAnswers,
+    answers: Sequence[Tensor],
+    bos_id: int,
     num_ans_candidates: int,
 ) -> tuple[Tensor, Tensor]:
-    """Score the candidates whose first token is likeliest.
+    """Score the answers whose first token is likeliest.
 
     Args:
-        decoder: the answer decoder.
         memory: states of the questions, with their padding masked.
-        num_ans_candidates: how many candidates are scored for each question.
+        answers: of ``tokenise_answers``.
+        bos_id: the token that all answers begin with.
+        num_ans_candidates: how many answers are scored for each question.
 
     Returns:
         (questions, k) log-likelihoods, label smoothing included, and (questions, k) indices of
-        their candidates.
+        their answers.
     """
     device = memory.states.device
     questions = torch.arange(len(memory.states), device=device)
     start = decoder.bert(
-        torch.full((len(questions), 1), candidates.bos_id, device=device),
+        torch.full((len(questions), 1), bos_id, device=device),
         encoder_hidden_states=memory.pairs(questions),
         is_decoder=True,
         use_cache=True,
         return_dict=True,
     )
     first_logits = decoder.cls(start.last_hidden_state[:, 0])
-    first_token = torch.stack([ids[0] for ids in candidates.token_ids]).to(device)
+    first_token = torch.stack([ids[0] for ids in answers]).to(device)
     k = min(num_ans_candidates, len(first_token))
     chosen = first_logits[:, first_token].topk(k, dim=1).indices
 
     question_of = questions.repeat_interleave(k)
     scores = _log_likelihood(first_logits, first_token[chosen]).flatten()
-    # Decode the rest of each candidate from the first position, which all share.
-    token_ids = [candidates.token_ids[i] for i in chosen.flatten().tolist()]
+    # Decode the rest of each answer from the first position, which all share.
+    token_ids = [answers[i] for i in chosen.flatten().tolist()]
     for pairs in _batches_of_one_length(torch.tensor([len(ids) for ids in token_ids])):
         ids = torch.stack([token_ids[i] for i in pairs.tolist()]).to(device)
         pairs = pairs.to(device)
@@ -119,6 +105,4 @@ def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 def _batches_of_one_length(lengths: Tensor) -> Iterator[Tensor]:
     """Indices in batches of equal length, of at most POSITIONS_AT_ONCE positions (or one item)."""
     for length in lengths.unique().tolist():
-        yield from (
-            (lengths == length).nonzero().flatten().split(max(1, POSITIONS_AT_ONCE // length))
-        )
+        yield from torch.where(lengths == length)[0].split(max(1, POSITIONS_AT_ONCE // length))

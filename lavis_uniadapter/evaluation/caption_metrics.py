@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import shutil
@@ -29,13 +28,8 @@ WORD = re.compile(rf"n't|{SUFFIX}|\d+(?:[.,:]\d+)+|\w+(?:[-.]\w+)*|[^\w\s]")
 
 
 def has_java() -> bool:
-    """Whether COCO's tokenizer and METEOR can run."""
-    return _runs(shutil.which("java"))
-
-
-@functools.cache
-def _runs(java: str | None) -> bool:
-    # It may be a stub: macOS has one that asks to install Java.
+    """Whether COCO's tokenizer and METEOR can run; macOS has a stub that asks to install Java."""
+    java = shutil.which("java")
     return (
         java is not None
         and not subprocess.run([java, "-version"], capture_output=True, check=False).returncode
@@ -47,12 +41,11 @@ def caption_metrics(
 ) -> dict[str, float]:
     """BLEU-1 to 4, METEOR, ROUGE-L and CIDEr, times 100.
 
-    With Java they are those of COCO's evaluation server. Without it METEOR is left out, words are
-    split by rules close to those of the Penn Treebank, and a warning is logged.
+    With Java they are those of COCO's evaluation server. Without it METEOR is left out, and words
+    are split by rules close to those of the Penn Treebank.
 
     Args:
-        captions: one per item, at least one.
-        references: at least one for each item.
+        references: at least one for each caption.
 
     Raises:
         RuntimeError: if Java is installed and COCO's tokenizer fails.
@@ -80,9 +73,6 @@ def tokenise_by_java(texts: Sequence[str]) -> list[str]:
     """Words in lower case without punctuation, by COCO's tokenizer (Stanford's).
 
     ``pycocoevalcap``'s PTBTokenizer is not used: it writes into its own package folder.
-
-    Raises:
-        RuntimeError: if the tokenizer fails or does not return one line per text.
     """
     # The tokenizer works line by line, so white space of any kind must not break a line.
     lines = [" ".join(text.split()) for text in texts]

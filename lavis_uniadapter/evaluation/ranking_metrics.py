@@ -9,22 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RECALL_CUTOFFS = (1, 5, 10)
-RECALLS = tuple(f"r{k}" for k in RECALL_CUTOFFS)
+RECALLS = {"r1": 1, "r5": 5, "r10": 10}
 # Median and mean rank: lower is better.
 RANKS = ("medr", "meanr")
 MEAN_RECALL = "mean_recall"
 
 
-def directions(visual: str) -> tuple[str, str]:
-    """``("t2v", "v2t")`` for ``video``, ``("t2i", "i2t")`` for ``image``."""
-    letter = {"video": "v", "image": "i"}[visual]
-    return f"t2{letter}", f"{letter}2t"
-
-
 def metric_names(visual: str) -> list[str]:
     """Names of what ``retrieval_metrics`` returns for ``video`` or ``image``."""
-    return [MEAN_RECALL, *(f"{way}_{m}" for way in directions(visual) for m in (*RECALLS, *RANKS))]
+    return [MEAN_RECALL, *(f"{way}_{m}" for way in _directions(visual) for m in (*RECALLS, *RANKS))]
+
+
+def _directions(visual: str) -> tuple[str, str]:
+    return f"t2{visual[0]}", f"{visual[0]}2t"
 
 
 def query_ranks(scores: np.ndarray | Tensor, right: Mapping[int, Sequence[int]]) -> Tensor:
@@ -64,20 +61,17 @@ def retrieval_ranks(
     img2txt: Mapping[int, Sequence[int]],
     visual: str,
 ) -> dict[str, Tensor]:
-    """Ranks in both directions.
+    """Ranks (see ``query_ranks``) in both directions, ``t2v`` and ``v2t`` or ``t2i`` and ``i2t``.
 
     Args:
         scores_v2t: (visuals, texts).
         scores_t2v: (texts, visuals); not the transpose in general, since each direction has its
             own shortlist.
-        txt2img: text index to the index of its image or video, as in LAVIS's datasets.
-        img2txt: index of an image or video to the indices of its texts.
+        txt2img: as in LAVIS's datasets, the visual input of a text.
+        img2txt: likewise, the texts of a visual input.
         visual: ``video`` or ``image``.
-
-    Returns:
-        Ranks (see ``query_ranks``) by direction (see ``directions``).
     """
-    to_visual, to_text = directions(visual)
+    to_visual, to_text = _directions(visual)
     return {
         to_visual: query_ranks(scores_t2v, {text: [v] for text, v in txt2img.items()}),
         to_text: query_ranks(scores_v2t, img2txt),
@@ -91,9 +85,10 @@ def retrieval_outcomes(ranks: Mapping[str, Tensor]) -> dict[str, list[list[float
         By metric, one list of values per kind of query: one for the recall of a direction, two for
         ``mean_recall``. The metric is the mean of the lists' means.
     """
-    outcomes, both = {}, []
+    outcomes: dict[str, list[list[float]]] = {}
+    both = []
     for way, values in ranks.items():
-        recalled = torch.stack([100 * (values <= k).double() for k in RECALL_CUTOFFS])
+        recalled = torch.stack([100 * (values <= k).double() for k in RECALLS.values()])
         outcomes |= {f"{way}_{m}": [row] for m, row in zip(RECALLS, recalled.tolist(), strict=True)}
         both.append(recalled.mean(dim=0).tolist())
     return {**outcomes, MEAN_RECALL: both}

@@ -1,15 +1,14 @@
 """Two-stage retrieval scores in which nothing is computed twice.
 
 BLIP shortlists candidates by contrastive similarity and reorders them by its matching head
-(``lavis.models.albef_models.compute_sim_matrix``). Here the keys and values of a visual input are
-projected once, and every text shortlisted with it in either direction is scored against them; a
-pair shortlisted in both directions is scored once; texts are padded only to the longest of a batch.
+(``lavis.models.albef_models.compute_sim_matrix``). Here a visual input's keys and values are
+projected once for all texts shortlisted with it in either direction, a pair shortlisted in both is
+scored once, and texts are padded only to the longest of a batch.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.loading import gather_unreadable, samples_of
 from lavis_uniadapter.datasets.reading import Unreadable
 
@@ -63,56 +63,26 @@ class PairScorer(Protocol):
 
 @dataclass(frozen=True)
 class _Gallery:
-    """A rank's view of an encoded gallery.
+    """A rank's view of an encoded gallery; its share are visual inputs ``rank::world``."""
 
-    Attributes:
-        texts: all texts, padded to the longest.
-        lengths: (texts,) tokens of each, on the CPU.
-        feat: (visuals, embed_dim) unit vectors of all visual inputs.
-        embeds: (share, tokens, width) of this rank's visual inputs, which are those of index
-            ``rank``, ``rank + world`` and so on; None if it has none.
-        frame_feat: (share, frames, embed_dim) unit vectors; likewise.
-        unreadable: what no rank could read, by index.
-    """
-
-    texts: TextFeatures
-    lengths: Tensor
-    feat: Tensor
-    embeds: Tensor | None
-    frame_feat: Tensor | None
-    unreadable: Mapping[int, Unreadable]
-
-
-def two_stage_scores(
-    scorer: PairScorer, data_loader: DataLoader, **settings: Any
-) -> tuple[Tensor, Tensor]:
-    """The scores of ``score_gallery``."""
-    v2t, t2v, _ = score_gallery(scorer, data_loader, **settings)
-    return v2t, t2v
+    texts: TextFeatures  # all, padded to the longest
+    lengths: Tensor  # (texts,) in tokens, on the CPU
+    feat: Tensor  # (visuals, embed_dim) of all visual inputs
+    embeds: Tensor  # (share, tokens, width)
+    frame_feat: Tensor  # (share, frames, embed_dim)
+    unreadable: Mapping[int, Unreadable]  # what no rank could read, by index
 
 
 @torch.no_grad()
 def score_gallery(
-    scorer: PairScorer,
-    data_loader: DataLoader,
-    *,
-    k_test: int,
-    itc_weight: float,
-    rerank_batch: int,
-    feature_memory: float = math.inf,
+    scorer: PairScorer, data_loader: DataLoader, settings: Evaluation
 ) -> tuple[Tensor, Tensor, Mapping[int, Unreadable]]:
     """Score a gallery in both directions.
 
     Args:
-        scorer: the model.
         data_loader: batches of a retrieval split, whole or sharded over ranks; its ``dataset`` has
             ``text`` and ``img2txt`` as LAVIS's retrieval datasets.
-        k_test: candidates that are reranked per query; 0: contrastive similarities alone.
-        itc_weight: weight of the similarity that is added to the matching score; 0 in the released
-            code, 1 in LAVIS.
-        rerank_batch: pairs scored at once, which bounds memory.
-        feature_memory: gigabytes of visual features that each rank keeps in memory between the
-            two stages; a larger share of the gallery is kept on disk.
+        settings: ``k_test``, ``itc_weight``, ``rerank_batch`` and ``feature_memory`` are read.
 
     Returns:
         (visuals, texts) and (texts, visuals) scores on the scorer's device, equal on every rank. An
@@ -121,25 +91,26 @@ def score_gallery(
 
     Raises:
         FloatingPointError: if similarities are not finite.
-        RuntimeError: if a visual input was encoded by no rank or by several.
+        RuntimeError: if a visual input was encoded by no rank.
     """
+    dataset: Any = data_loader.dataset
     was_training = scorer.training
     scorer.train(False)
     try:
-        gallery = _encode(scorer, data_loader, feature_memory)
-        v2t, t2v = _score(scorer, gallery, k_test, itc_weight, rerank_batch)
+        texts, lengths = _encode_texts(scorer, list(dataset.text))
+        visuals = _encode_visuals(scorer, data_loader, len(dataset), settings.feature_memory)
+        gallery = _Gallery(texts, lengths, *visuals)
+        v2t, t2v = _score(scorer, gallery, settings)
     finally:
         scorer.train(was_training)
     for index in gallery.unreadable:
         v2t[index] = 0
-        v2t[index, data_loader.dataset.img2txt[index]] = float("-inf")
+        v2t[index, dataset.img2txt[index]] = float("-inf")
         t2v[:, index] = float("-inf")
     return v2t, t2v, gallery.unreadable
 
 
-def _score(
-    scorer: PairScorer, gallery: _Gallery, k_test: int, itc_weight: float, rerank_batch: int
-) -> tuple[Tensor, Tensor]:
+def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple[Tensor, Tensor]:
     with torch.autocast(scorer.device.type, enabled=False):
         sims = gallery.feat @ gallery.texts.feat.t()
     if not torch.isfinite(sims).all():
@@ -147,14 +118,14 @@ def _score(
             "The model's features are not finite: its weights are spoiled, or they overflow in "
             "run.amp. Evaluate an earlier checkpoint, or set run.amp to null."
         )
-    if k_test == 0:
+    if settings.k_test == 0:
         return sims, sims.t().clone()
-    chosen_v2t = _shortlist(sims, k_test, "texts")
-    readable = sims.clone()  # an unreadable input takes nobody's place in a shortlist
+    chosen_v2t = _shortlist(sims, settings.k_test)
+    readable = sims.clone()  # an unreadable input must not displace others from a shortlist
     readable[list(gallery.unreadable)] = float("-inf")
-    chosen_t2v = _shortlist(readable.t(), k_test, "visual inputs").t()
-    matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, rerank_batch)
-    matching += itc_weight * sims
+    chosen_t2v = _shortlist(readable.t(), settings.k_test).t()
+    matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, settings.rerank_batch)
+    matching += settings.itc_weight * sims
     outside = OUTSIDE_SHORTLIST + sims
     return (
         torch.where(chosen_v2t, matching, outside),
@@ -162,70 +133,56 @@ def _score(
     )
 
 
-def _encode(scorer: PairScorer, data_loader: DataLoader, feature_memory: float) -> _Gallery:
-    texts, lengths = _encode_texts(scorer, list(data_loader.dataset.text))
-    return _Gallery(texts, lengths, *_encode_visuals(scorer, data_loader, feature_memory))
-
-
 def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, Tensor]:
-    """All texts, and their lengths on the CPU."""
+    """``texts`` and ``lengths`` of a ``_Gallery``."""
     tokens = scorer.tokenize(texts)
-    input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
-    lengths = attention_mask.sum(dim=1).cpu()
+    lengths = tokens["attention_mask"].sum(dim=1).cpu()
     feat = torch.zeros(len(texts), scorer.embed_dim, device=scorer.device)
     batches = lengths.argsort(stable=True).split(TEXT_BATCH)
     for batch in batches[get_rank() :: get_world_size()]:
         feat[batch] = scorer.encode_text([texts[i] for i in batch.tolist()]).feat.to(feat.dtype)
-    return TextFeatures(input_ids, attention_mask, None, _sum_over_ranks(feat)), lengths
+    feat = _sum_over_ranks(feat)
+    return TextFeatures(tokens["input_ids"], tokens["attention_mask"], None, feat), lengths
 
 
 def _encode_visuals(
-    scorer: PairScorer, data_loader: DataLoader, feature_memory: float
-) -> tuple[Tensor, Tensor | None, Tensor | None, Mapping[int, Unreadable]]:
+    scorer: PairScorer, data_loader: DataLoader, number: int, feature_memory: float
+) -> tuple[Tensor, Tensor, Tensor, Mapping[int, Unreadable]]:
     """``feat``, ``embeds``, ``frame_feat`` and ``unreadable`` of a ``_Gallery``.
 
-    A rank encodes the items whose index falls to it, whether or not the loader is sharded, so an
-    item that a sampler repeats to even out the ranks still counts once.
+    A rank encodes its share alone, whether or not the loader is sharded or repeats items.
     """
-    number, rank, world = len(data_loader.dataset), get_rank(), get_world_size()
+    rank, world = get_rank(), get_world_size()
     share = len(range(rank, number, world))
     feat = torch.zeros(number, scorer.embed_dim, device=scorer.device)
-    times_seen = torch.zeros(number, dtype=torch.long)
-    embeds = frame_feat = None
+    seen = torch.zeros(number, dtype=torch.int)
+    embeds = frame_feat = torch.empty(0)
     unreadable: dict[int, Unreadable] = {}
     batches = _progress(data_loader, "encode visual inputs", len(data_loader))
     for samples in samples_of(batches, unreadable):
         index = torch.as_tensor(samples["index"]).cpu()
-        mine = (index % world == rank) & (times_seen[index] == 0)
+        mine = (index % world == rank) & (seen[index] == 0)
         if not mine.any():
             continue
         index = index[mine]
         encoded = scorer.encode_visual(visual_input(samples)[mine].to(scorer.device))
-        if embeds is None:
+        if not len(embeds):
             embeds = _allocate((share, *encoded.embeds.shape[1:]), encoded.embeds, feature_memory)
             frame_feat = encoded.frame_feat.new_empty(share, *encoded.frame_feat.shape[1:])
         feat[index] = encoded.feat.to(feat.dtype)
         embeds[index // world] = encoded.embeds.cpu()
         frame_feat[index // world] = encoded.frame_feat
-        times_seen[index] += 1
-    times_seen = _sum_over_ranks(times_seen.to(scorer.device))
-    if not bool((times_seen == 1).all()):
-        wrong = torch.nonzero(times_seen != 1).flatten().tolist()
+        seen[index] = 1
+    if missing := torch.where(_sum_over_ranks(seen.to(scorer.device)) == 0)[0].tolist():
         raise RuntimeError(
-            f"{len(wrong)} of {number} visual inputs were not encoded exactly once, the first at "
-            f"index {wrong[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
+            f"{len(missing)} of {number} visual inputs were not encoded, the first at index "
+            f"{missing[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
         )
     return _sum_over_ranks(feat), embeds, frame_feat, gather_unreadable(unreadable)
 
 
 def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:
-    """A CPU tensor of a dtype: in memory, or in a temporary file if it takes more gigabytes.
-
-    A clip of 8 frames of 224 px takes 4.8 MB in float32, an image of 384 px 1.8 MB.
-
-    Raises:
-        ConfigError: if there is no room for the file.
-    """
+    """A CPU tensor: in memory, or in a temporary file if it takes more than so many gigabytes."""
     elements = torch.Size(shape).numel()
     gigabytes = elements * like.dtype.itemsize / 1e9
     if gigabytes <= memory:
@@ -234,27 +191,19 @@ def _allocate(shape: Sequence[int], like: Tensor, memory: float) -> Tensor:
     if free < gigabytes:
         raise ConfigError(
             f"The gallery's visual features take {gigabytes:.1f} GB, more than run.feature_memory "
-            f"{memory:g} allows in memory and more than the {free:.1f} GB free in "
-            f"{tempfile.gettempdir()}. Set TMPDIR to a larger disk, raise run.feature_memory, or "
-            "evaluate on more processes."
+            f"({memory:g}) and than what is free in {tempfile.gettempdir()} ({free:.1f}). Set "
+            "TMPDIR to a larger disk, raise run.feature_memory, or evaluate on more processes."
         )
-    logger.info(
-        "%.1f GB of visual features are kept on disk (run.feature_memory %g)", gigabytes, memory
-    )
+    logger.info("%.1f GB of visual features are kept on disk (run.feature_memory)", gigabytes)
     with tempfile.NamedTemporaryFile(prefix="visual-features-") as file:
         # The mapping outlives the file's name, so nothing is left behind, even by a crash.
         flat = torch.from_file(file.name, shared=True, size=elements, dtype=like.dtype)
     return flat.view(shape)
 
 
-def _shortlist(sims: Tensor, k_test: int, candidates: str) -> Tensor:
-    """(queries, candidates) bool, True for the ``k_test`` most similar of each query."""
-    available = sims.shape[1]
-    if k_test > available:
-        logger.info(
-            *("k_test %d exceeds the gallery's %d %s: all rerank.", k_test, available, candidates)
-        )
-    best = sims.topk(min(k_test, available), dim=1).indices
+def _shortlist(sims: Tensor, k_test: int) -> Tensor:
+    """(queries, candidates) bool, True for the ``k_test`` most similar of each query, or all."""
+    best = sims.topk(min(k_test, sims.shape[1]), dim=1).indices
     return torch.zeros_like(sims, dtype=torch.bool).scatter_(1, best, True)
 
 

@@ -1,119 +1,106 @@
-"""What every tuned BLIP has in common: how it is built and loaded, and what of it trains."""
+"""What every tuned BLIP has in common: how it is built, what of it trains, and its adapters."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from lavis.models.base_model import BaseModel
+from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
+from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.backbone import VisualMemory, build_visual_encoder, encode_frames
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
-from lavis_uniadapter.backbone.build import build_visual_encoder
-from lavis_uniadapter.checkpoints import blip_files
-from lavis_uniadapter.common import paths
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError, nearest
+from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.checkpoints import adapter_files, blip_files
+from lavis_uniadapter.common import lavis_versions, paths
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.schema import ModelSection
-from lavis_uniadapter.common.schema.methods import MethodConfig
-from lavis_uniadapter.models.adapter_verbs import DEFAULT_SET, AdapterVerbs
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_SET = "default"  # the adapter set that training changes
 
-class TunedBlip(AdapterVerbs):
-    """Mixin for LAVIS's BLIP models.
 
-    A subclass takes its encoders and a tokenizer, as parameters of its constructor, and its options
-    by keyword. It keeps encoders and heads under LAVIS's names. Class attributes that it sets:
+class TunedBlip(BaseModel):
+    """Mixin for LAVIS's BLIP models, whose names of encoders and heads it keeps.
 
-    ``CONFIG``: the schema of its ``model:`` section.
-    ``HEADS``: names of the modules that are trained whole.
-    ``TEXT_MODE``: whether it ever encodes text alone.
-    ``SETTINGS``: attributes, beside the configuration of its method, that decide what an adapter
-    computes; adapter folders note them.
+    Args:
+        section: its ``model:`` section.
+        tokenizer: by default the section's own.
     """
 
     CONFIG: type[ModelSection]
-    HEADS: tuple[str, ...] = ()
-    TEXT_MODE = False
+    HEADS: tuple[str, ...] = ()  # modules that are trained whole
+    TEXT_MODE = False  # whether the model ever encodes text alone
+    # Attributes that decide what an adapter computes, noted in adapter folders.
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
 
     # --- building -------------------------------------------------------------------------------
 
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
-        """Build from the ``model:`` section of a configuration.
-
-        Raises:
-            ConfigError: unknown key or impossible value, by name.
-            CheckpointError: weights that do not fit, by name.
-        """
-        section = cls.CONFIG.read(cfg, "model")
+    def __init__(self, section: ModelSection, tokenizer: BertTokenizer | None = None):
+        lavis_versions.init_blip(self)  # LAVIS's constructors load a tokenizer from the hub
+        self.section = section
+        self.max_txt_len = section.max_txt_len
         sizes = section.vit and section.vit.model_dump()
-        visual_encoder = build_visual_encoder(
+        self.visual_encoder = build_visual_encoder(
             section.vit_type, section.image_size, sizes, section.drop_path_rate
         )
         med_config = str(paths.find(section.med_config_path) or section.med_config_path)
-        text_models = cls.build_text_models(med_config, visual_encoder.vision_width)
-        vocab_size = next(iter(text_models.values())).config.vocab_size
-        tokenizer = cls.build_tokenizer(section.tokenizer, vocab_size)
-        parameters = inspect.signature(cls).parameters.values()
-        options = {p.name: getattr(section, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
-        model = cls(visual_encoder, **text_models, tokenizer=tokenizer, **options)
-        model.load_base(section.pretrained)
-        model.attach_tuning(
-            section.tuning,
-            section.method_config,
-            visual_checkpointing_layers=section.vit_ckpt_layer if section.vit_grad_ckpt else 0,
-            textual_checkpointing_layers=section.text_ckpt_layer,
-        )
+        self.build_text_models(med_config, self.visual_encoder.vision_width)
+        vocab_size = next(iter(self.text_encoders().values())).config.vocab_size
+        self.tokenizer = tokenizer or self.build_tokenizer(section.tokenizer, vocab_size)
+        self.base_changed("random weights")
+        self.randomly_initialised = ["everything"]  # names of weights that no checkpoint had
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
+        """Build from a ``model:`` section, with weights and adapters.
+
+        Raises:
+            ConfigError: naming an unknown key or impossible value.
+            CheckpointError: naming weights that do not fit.
+        """
+        section = cls.CONFIG.read(cfg, "model")
+        model = cls(section)
+        if section.pretrained is not None:
+            model.load_base(section.pretrained)
+        model.attach_tuning()
         if section.load_finetuned:
             model.load_checkpoint(section.finetuned)
         if section.adapter_ckpt is not None:
             model.load_adapter(section.adapter_ckpt)
         return model
 
-    @classmethod
-    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
-        """The constructor's ``text_encoder`` or ``text_decoder``, or both.
-
-        Args:
-            med_config: BERT configuration, a JSON file.
-            visual_width: width of the visual tokens.
-        """
+    def build_text_models(self, med_config: str, visual_width: int) -> None:
+        """Set ``text_encoder`` or ``text_decoder``, or both, by BERT's JSON configuration."""
         raise NotImplementedError
 
     @staticmethod
     def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
-        """BERT's tokenizer with BLIP's ``[DEC]`` and ``[ENC]``.
-
-        Args:
-            name_or_folder: a folder with ``vocab.txt``, or a name on the hub.
-            vocab_size: tokens that the text encoder or decoder knows.
+        """BERT's tokenizer, from a folder or the hub, with BLIP's ``[DEC]`` and ``[ENC]``.
 
         Raises:
-            ConfigError: if it is neither, or it has more tokens.
+            ConfigError: if there is none, or it has more than ``vocab_size`` tokens.
         """
         folder = paths.find(name_or_folder)
         try:
             tokenizer = BertTokenizer.from_pretrained(
                 str(folder) if folder else name_or_folder, local_files_only=folder is not None
             )
-        # For a missing vocab.txt, later releases of transformers raise TypeError, or ImportError
-        # because there is no protobuf to read another format with.
+        # For a missing vocab.txt, later releases of transformers raise TypeError or ImportError.
         except (OSError, ValueError, TypeError, ImportError) as error:
-            reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
             raise ConfigError(
                 f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                f"BERT's vocab.txt, or a hub name while online.{reason}"
+                f"BERT's vocab.txt, or a hub name while online. ({error})"
             ) from error
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
@@ -125,63 +112,50 @@ class TunedBlip(AdapterVerbs):
             )
         return tokenizer
 
-    def load_base(self, source: str | None) -> None:
-        """Load BLIP's weights (path or URL); None leaves them random.
+    def load_base(self, source: str) -> None:
+        """Load BLIP's weights from a path or URL.
 
         Raises:
             CheckpointError: unless every tensor of the backbone is there and fits.
         """
-        self.base_changed("random weights" if source is None else os.path.basename(str(source)))
-        self.randomly_initialised = ["everything"] if source is None else []
-        if source is None:
-            return
+        self.base_changed(os.path.basename(source))
         state = blip_files.read_state_dict(source)
+        may_be_missing = (*(f"{head}." for head in self.HEADS), "temp")
         self.comment_on_base(state)
         self.randomly_initialised = blip_files.load_base_state_dict(
-            self,
-            state,
-            str(source),
-            may_be_missing=(*(f"{head}." for head in self.HEADS), "temp"),
+            self, state, source, may_be_missing
         )
         if self.randomly_initialised:
             logger.warning(
                 "'%s' has no %s: they start at random values. A BLIP checkpoint of pre-training "
                 "or retrieval has them.",
-                self.base_name,
-                ", ".join(self.randomly_initialised),
+                *(self.base_name, ", ".join(self.randomly_initialised)),
             )
 
-    def comment_on_base(self, state: Mapping[str, torch.Tensor]) -> None:
+    def comment_on_base(self, state: Mapping[str, Tensor]) -> None:
         """Warn of a base checkpoint that fits in shape and was trained for something else."""
 
-    def attach_tuning(
-        self,
-        tuning: str,
-        method_config: MethodConfig,
-        *,
-        visual_checkpointing_layers: int = 0,
-        textual_checkpointing_layers: int = 0,
-    ) -> None:
-        """Make the encoders adapter-aware, create what trains and freeze the rest.
+    def base_changed(self, name: str) -> None:
+        """Note that the model's BLIP weights have been replaced."""
+        self.base_name = name
+        self._fingerprint: str | None = None
 
-        Args:
-            tuning: a key of ``adapters.methods.TUNING_METHODS``.
-            method_config: of the class that ``common.schema.methods.METHODS`` has for it.
+    @property
+    def base_fingerprint(self) -> str:
+        """Hash of the frozen BLIP under the adapters, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = blip_files.fingerprint(self, self.randomly_initialised)
+        return self._fingerprint
 
-        Raises:
-            ConfigError: for an unknown method.
-        """
-        if tuning not in TUNING_METHODS:
-            raise ConfigError(
-                f"model.tuning is {tuning!r}.{nearest(tuning, TUNING_METHODS)} "
-                f"Known: {', '.join(TUNING_METHODS)}."
-            )
-        set_cls = TUNING_METHODS[tuning]
-        self.tuning = tuning
-        self.method_config = method_config
+    def attach_tuning(self) -> None:
+        """Make the encoders adapter-aware, create what ``model.tuning`` trains, freeze the rest."""
+        section = self.section
+        self.tuning = section.tuning
+        self.method_config = section.method_config
         self.adapters = AdapterBank()
-        attach_adapters(self, visual_checkpointing_layers, textual_checkpointing_layers)
-        if set_cls is None:
+        visual_layers = section.vit_ckpt_layer if section.vit_grad_ckpt else 0
+        attach_adapters(self, visual_layers, section.text_ckpt_layer)
+        if TUNING_METHODS[self.tuning] is None:
             self.requires_grad_(True)
         else:
             adapter_set = self.new_adapter_set()
@@ -194,12 +168,8 @@ class TunedBlip(AdapterVerbs):
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """The BERT encoders that have adapters, by the names of their key/value adapters."""
-        encoders = {}
-        if hasattr(self, "text_encoder"):
-            encoders["text_encoder"] = self.text_encoder
-        if hasattr(self, "text_decoder"):
-            encoders["text_decoder"] = self.text_decoder.bert
-        return encoders
+        parts = {name: getattr(self, name, None) for name in ("text_encoder", "text_decoder")}
+        return {name: getattr(part, "bert", part) for name, part in parts.items() if part}
 
     def new_adapter_set(self) -> AdapterSet:
         """A fresh set of the model's tuning method, with copies of BLIP's heads."""
@@ -213,7 +183,7 @@ class TunedBlip(AdapterVerbs):
         """The parameters that training changes, by name; each once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def apply_head(self, name: str, states: torch.Tensor) -> torch.Tensor:
+    def apply_head(self, name: str, states: Tensor) -> Tensor:
         """Apply the active adapter's own head, or BLIP's, to (..., width) states.
 
         In the head's own precision also under autocast: its output is compared and ranked, and
@@ -224,21 +194,160 @@ class TunedBlip(AdapterVerbs):
         with torch.autocast(states.device.type, enabled=False):
             return head(states.to(head.weight.dtype))
 
-    def on_device(self, tokens: BatchEncoding) -> BatchEncoding:
-        """Tokens on the model's device. ``BatchEncoding.to`` would wait until it is idle."""
+    def tokenize(
+        self, texts: Sequence[str], padding: str = "longest", truncation: bool = True
+    ) -> BatchEncoding:
+        """Token ids and mask, cut at ``max_txt_len`` tokens, on the model's device."""
+        tokens = self.tokenizer(
+            list(texts),
+            padding=padding,
+            truncation=truncation,
+            max_length=self.max_txt_len if truncation else None,
+            return_tensors="pt",
+        )
+        # BatchEncoding.to would wait until the device is idle.
         tokens.data = {k: v.to(self.device, non_blocking=True) for k, v in tokens.items()}
         return tokens
+
+    def visual_tokens(self, samples: Mapping[str, Any]) -> Tensor:
+        """(batch, frames * tokens, width) of ``image`` or ``video``; see ``visual_input``."""
+        return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
+
+    def generate_texts(self, prompt_ids: Tensor, memory: VisualMemory, **options) -> list[str]:
+        """Continuations of (items, length) prompts; see the decoder's ``generate_from_memory``."""
+        output = self.text_decoder.generate_from_memory(
+            prompt_ids,
+            memory,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+        continuations = output[:, prompt_ids.shape[1] :]
+        return self.tokenizer.batch_decode(continuations, skip_special_tokens=True)
+
+    # --- adapters -------------------------------------------------------------------------------
+
+    def save_adapter(
+        self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the active adapter; see ``checkpoints.adapter_files``. ConfigError without one."""
+        adapter_files.save(self, folder, metrics or {})
+
+    def load_adapter(
+        self, folder: str | os.PathLike, name: str = DEFAULT_SET, force: bool = False
+    ) -> None:
+        """Read an adapter folder into the set ``name``, created if it does not exist; activate it.
+
+        Args:
+            force: load although it was trained on another base checkpoint.
+
+        Raises:
+            CheckpointError: if anything about it does not fit this model.
+        """
+        adapter_files.load(self, folder, name, force)
+        self.set_adapter(name)
+        if self._trains(name):
+            self.reset_momentum()
+
+    def set_adapter(self, name: str) -> None:
+        """Activate a loaded adapter, for all threads; KeyError if no adapter has that name."""
+        self.adapters.activate(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove a loaded adapter; ValueError for the active one and the one that trains."""
+        if self._trains(name) or name == self.adapters.active:
+            raise ValueError(
+                f"'{name}' is active, or the adapter that this model trains, and cannot be "
+                "deleted. Activate another one, and load what you want to delete later under "
+                "another name."
+            )
+        del self.adapters[name]
+
+    def _trains(self, name: str) -> bool:
+        """Whether a named adapter set is the one that training changes."""
+        return any(p.requires_grad for p in self.adapters[name].parameters())
+
+    @torch.no_grad()
+    def merge_adapter(self) -> None:
+        """Fold the active adapter into BLIP itself, heads included, and remove all adapters.
+
+        The model computes what it computed, at a plain BLIP's cost; its state dict is one that
+        LAVIS's own models load.
+
+        Raises:
+            ConfigError: for a method whose adapters stand beside BLIP's layers.
+        """
+        active = self.adapters.active_set
+        if active is None:
+            raise ConfigError("There is no active adapter to merge.")
+        beside = {*active.layer_parameters(), *active.key_value.parameters()}
+        if active.frame_aware or beside - {*active.deltas.parameters()}:
+            raise ConfigError(
+                f"Adapters of tuning '{self.tuning}' are modules beside BLIP's layers and cannot "
+                "be folded into its weights. Those of LoRA, BitFit and linear can."
+            )
+        for key, delta in active.deltas.items():
+            delta.fold_into(self.get_submodule(delta_path(key)))
+        for name, head in active.heads.items():
+            getattr(self, name).load_state_dict(head.state_dict())
+        self.adapters.clear()
+        self.adapters.active = None
+        self._frozen = frozenset()
+        self.base_changed(f"{self.base_name} with '{self.tuning}' merged")
+        self.reset_momentum()
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute with the BLIP that the model was built on, heads included, inside the context."""
+        with self.adapters.disabled():
+            yield
+
+    def reset_momentum(self) -> None:
+        """Restart moving averages, where the model has any, from the present parameters."""
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters.
+
+        ``adapters`` is the paper's count (bottlenecks alone), ``backbone`` BLIP's encoders without
+        heads.
+        """
+        active = self.adapters.active_set
+        encoders = nn.ModuleList([self.visual_encoder, *self.text_encoders().values()])
+        return {
+            "adapters": 0 if active is None else _count(active.layer_parameters()),
+            "trainable": _count(self.trainable_parameters().values()),
+            "backbone": _count(encoders.parameters()),
+            "total": _count(self.parameters()),
+        }
+
+    def adapter_summary(self) -> str:
+        """A table of what is loaded, what is active and what trains; its rows add up."""
+        counts = self.parameter_counts()
+        rows = {"backbone": counts["backbone"]}
+        for name, adapter_set in self.adapters.items():
+            state = "active" if name == self.adapters.active else "loaded"
+            parts = {
+                adapter_set.KIND: adapter_set.layer_parameters(),
+                "key/value adapters": adapter_set.key_value.parameters(),
+                "heads": adapter_set.heads.parameters(),
+            }
+            rows |= {f"{name} ({state}): {part}": _count(p) for part, p in parts.items()}
+        rows["BLIP's heads"] = counts["total"] - sum(rows.values())
+        rows |= {"total": counts["total"], "trained": counts["trainable"]}
+        width = max(map(len, rows))
+        lines = [f"{'':{width}}  {'parameters':>12}  share"]
+        for label, number in rows.items():
+            if number:
+                lines.append(f"{label:{width}}  {number:>12,}  {number / counts['total']:6.2%}")
+        if counts["adapters"]:
+            share = counts["adapters"] / counts["backbone"]
+            lines.append(f"the paper's count: adapters over backbone {share:.2%}")
+        return "\n".join(lines)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
     def load_checkpoint(self, url_or_filename):
-        """Load what a runner saved, strictly (``lavis.models.BaseModel.load_checkpoint``).
-
-        The frozen backbone may be absent; averages and queues too, or queues of another length.
-
-        Raises:
-            CheckpointError: naming what is missing, unexpected or misshapen.
-        """
+        """Load what a runner saved (``lavis`` ``BaseModel``); see ``blip_files.load_trained``."""
         blip_files.load_trained(self, str(url_or_filename))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
@@ -262,3 +371,7 @@ class TunedBlip(AdapterVerbs):
                 )
         self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

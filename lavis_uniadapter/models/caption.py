@@ -9,26 +9,22 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_caption import BlipCaption
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertTokenizer
 
 from lavis_uniadapter.backbone import build_text_decoder
-from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema.model import CaptionModel
-from lavis_uniadapter.models.generation import GeneratingBlip
+from lavis_uniadapter.models.base import TunedBlip
 
 logger = logging.getLogger(__name__)
 
 
 @registry.register_model("blip_uniadapter_caption")
-class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
+class BlipUniAdapterCaption(TunedBlip, BlipCaption):
     """BLIP captioning of images and video on a frozen backbone (UniAdapter).
 
     Visual encoder and caption decoder share the adapters; the key/value adapter is on the visual
     tokens, of all frames together, that the decoder attends to.
-
-    Model types: ``coco`` (images, 384 px), ``msrvtt`` and ``msvd`` (video, 224 px), and ``shapes``
-    (the small model of the embedded example).
 
     Usage:
         >>> import lavis_uniadapter
@@ -39,34 +35,15 @@ class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
 
     CONFIG = CaptionModel
     PRETRAINED_MODEL_CONFIG_DICT = CaptionModel.files()
-    SETTINGS = (*GeneratingBlip.SETTINGS, "prompt")
+    SETTINGS = (*TunedBlip.SETTINGS, "prompt")
 
-    def __init__(
-        self,
-        image_encoder: nn.Module,
-        text_decoder: nn.Module,
-        tokenizer: BertTokenizer,
-        *,
-        prompt: str = "",
-        max_txt_len: int = 40,
-    ):
-        """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all).
+    def __init__(self, section: CaptionModel, tokenizer: BertTokenizer | None = None):
+        super().__init__(section, tokenizer)
+        self.prompt = section.prompt
+        self.prompt_length = len(self.tokenizer(self.prompt).input_ids) - 1
 
-        Args:
-            prompt: the beginning of every caption, in training and generation.
-        """
-        lavis_versions.init_blip(self)  # BlipCaption's constructor loads its tokenizer from the hub
-        self.tokenizer = tokenizer
-        self.visual_encoder = image_encoder
-        self.text_decoder = text_decoder
-        self.prompt = prompt
-        self.prompt_length = len(tokenizer(prompt).input_ids) - 1
-        self.max_txt_len = max_txt_len
-        self.load_base(None)
-
-    @classmethod
-    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
-        return {"text_decoder": build_text_decoder(med_config, visual_width)}
+    def build_text_models(self, med_config: str, visual_width: int) -> None:
+        self.text_decoder = build_text_decoder(med_config, visual_width)
 
     def comment_on_base(self, state: Mapping[str, Tensor]) -> None:
         has_questions = any(key.startswith("text_encoder.") for key in state)
@@ -80,24 +57,6 @@ class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
 
     def forward_encoder(self, samples: Mapping[str, Any]) -> Tensor:
         return self.visual_tokens(samples)
-
-    def forward_decoder(self, samples: Mapping[str, Any], image_embeds: Tensor):
-        """Language modelling loss of the captions (``lavis`` ``BlipCaption.forward_decoder``).
-
-        Args:
-            samples: ``text_input``, captions that begin with the prompt (the text processor
-                prepends it).
-
-        Raises:
-            ValueError: for a caption without the prompt, whose first words would not be learnt.
-        """
-        for text in samples["text_input"]:
-            if not text.startswith(self.prompt):
-                raise ValueError(
-                    f"The caption {text!r} does not begin with the model's prompt {self.prompt!r}. "
-                    "Give the training text_processor the same prompt as the model."
-                )
-        return super().forward_decoder(samples, image_embeds)
 
     @torch.no_grad()
     def generate(
@@ -116,32 +75,26 @@ class BlipUniAdapterCaption(GeneratingBlip, BlipCaption):
         Args:
             samples: ``image`` (batch, 3, H, W) or ``video`` (batch, 3, frames, H, W).
             use_nucleus_sampling: sample from the likeliest tokens of mass ``top_p`` instead of
-                searching with ``num_beams``.
+                searching with ``num_beams``. (LAVIS also keeps only the 50 likeliest tokens and
+                penalises repetition by 1.1.)
             max_length, min_length: in tokens, prompt included.
             num_captions: per visual input; the best ones of a beam search.
-
-        LAVIS's sampling also keeps only the 50 likeliest tokens and always penalises repetition by
-        1.1; this one does not.
 
         Returns:
             batch * num_captions texts without the prompt.
 
         Raises:
-            ValueError: if a beam search is to give more captions than it has beams.
+            ValueError: for more captions than ``num_beams``.
         """
         if use_nucleus_sampling:
             method = {"do_sample": True, "top_p": top_p, "top_k": 0}
-        elif num_captions <= num_beams:
-            method = {"num_beams": num_beams}
         else:
-            raise ValueError(
-                f"A search with {num_beams} beams cannot give {num_captions} captions. Raise "
-                "num_beams, or set use_nucleus_sampling=True."
-            )
+            method = {"num_beams": num_beams}
         embeds = self.visual_tokens(samples)
-        prompts = self.tokens_from([self.prompt] * len(embeds), self.tokenizer.bos_token_id)
+        prompts = self.tokenize([self.prompt] * len(embeds), truncation=False).input_ids[:, :-1]
+        prompts[:, 0] = self.tokenizer.bos_token_id
         return self.generate_texts(
-            prompts.input_ids[:, :-1],  # without [SEP]
+            prompts,
             self.text_decoder.project(embeds),
             num_return_sequences=num_captions,
             max_length=max_length,

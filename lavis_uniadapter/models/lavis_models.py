@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,13 +17,11 @@ from lavis.models.blip_models.blip import BlipBase
 from lavis.models.clip_models.model import CLIP
 from omegaconf import DictConfig, OmegaConf
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema import Evaluation
-
-logger = logging.getLogger("lavis_uniadapter")
 
 
 def is_lavis_model(model_cls: type) -> bool:
@@ -33,11 +29,8 @@ def is_lavis_model(model_cls: type) -> bool:
     return not hasattr(model_cls, "CONFIG")
 
 
-def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
+def check_lavis_model(config: Config) -> None:
     """Refuse what would stop one of LAVIS's own models in the middle of a run.
-
-    Args:
-        datasets: by name and split, as a LAVIS task builds them.
 
     Raises:
         ConfigError: naming the key, or the dependencies to install.
@@ -48,8 +41,20 @@ def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Datase
         return
     lavis_versions.check_dependencies(model_cls, run)
     if issubclass(model_cls, BlipBase | AlbefBase | AlproBase):
-        _check_weights(model)
-        _check_visual_kind(model_cls, config)
+        key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
+        path = model.get(key)
+        if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
+            raise ConfigError(
+                f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its "
+                "weights there."
+            )
+        visual = "videos" if issubclass(model_cls, AlproBase) else "images"
+        for name, dataset in config.datasets_cfg.items():
+            if dataset.data_type != visual:
+                raise ConfigError(
+                    f"datasets.{name} has {dataset.data_type}; LAVIS's '{model.arch}' reads "
+                    f"{visual}. Choose another model.arch."
+                )
     if issubclass(model_cls, SharedQueueMixin) and not run.evaluate:
         batch = run.batch_size_train * get_world_size()
         if model.queue_size < batch or model.queue_size % batch:
@@ -57,47 +62,12 @@ def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Datase
                 f"model.queue_size is {model.queue_size}; LAVIS's '{model.arch}' needs a multiple "
                 f"of run.batch_size_train times the number of processes ({batch})."
             )
-    if hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP):
-        _check_reranking(config, datasets)
-
-
-def _check_weights(model: DictConfig) -> None:
-    key = "finetuned" if model.get("load_finetuned", True) else "pretrained"
-    path = model.get(key)
-    if not isinstance(path, str) or not (is_url(path) or os.path.isfile(path)):
+    reranks = hasattr(model_cls, "compute_sim_matrix") and not issubclass(model_cls, CLIP)
+    if reranks and run.k_test < 1:
         raise ConfigError(
-            f"model.{key} is {path!r}; LAVIS's '{model.arch}' needs the path or URL of its weights "
-            "there."
+            f"run.k_test is {run.k_test}; LAVIS's '{model.arch}' always reranks. Set it to at "
+            "least 1."
         )
-
-
-def _check_visual_kind(model_cls: type, config: Config) -> None:
-    visual = "videos" if issubclass(model_cls, AlproBase) else "images"
-    for name, dataset in config.datasets_cfg.items():
-        if dataset.data_type != visual:
-            raise ConfigError(
-                f"datasets.{name} has {dataset.data_type}; LAVIS's '{config.model_cfg.arch}' reads "
-                f"{visual}. Choose another model.arch."
-            )
-
-
-def _check_reranking(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
-    """LAVIS reranks at least one candidate, and gives each process a share of the queries."""
-    arch, k_test, processes = config.model_cfg.arch, config.run_cfg.k_test, get_world_size()
-    if k_test < 1:
-        raise ConfigError(
-            f"run.k_test is {k_test}; LAVIS's '{arch}' always reranks. Set it to at least 1."
-        )
-    for name, splits in datasets.items():
-        for split, dataset in splits.items():
-            for queries in ("text", "image"):
-                number = len(getattr(dataset, queries, ()))
-                share = number // processes + 1
-                if number and (processes - 1) * share >= number:
-                    raise ConfigError(
-                        f"datasets.{name}, {split} is too small for {processes} processes: LAVIS's "
-                        f"'{arch}' would leave one without a query. Use fewer."
-                    )
 
 
 def lavis_similarities(
@@ -107,11 +77,7 @@ def lavis_similarities(
 
     In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
     reranked all score -100: recalls up to ``k_test`` are exact, and in median and mean rank a right
-    candidate that is not reranked counts as the last.
-
-    Args:
-        loader: of a whole split; every process encodes all of it.
-        run_cfg: with ``k_test``, which is lowered to the number of candidates.
+    candidate that is not reranked counts as the last. Every process encodes the whole split.
     """
     k_test = Evaluation.pick(run_cfg, "run").k_test
     k_test = min(k_test, len(loader.dataset.text), len(loader.dataset.image))

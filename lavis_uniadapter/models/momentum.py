@@ -7,63 +7,51 @@ only that is averaged; everything else is shared with the model itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 
 class MomentumAverage(nn.Module):
-    """Exponential moving average of chosen parameters of a model.
+    """Exponential moving average of some parameters of a model.
 
     The averages are buffers, so that LAVIS's savers, which drop frozen parameters, keep them. A
     buffer has its parameter's name with slashes for dots.
 
     Args:
         model: owner of the parameters.
-        groups: (parameter names, decay) pairs.
+        decays: by the parameters' names.
     """
 
-    def __init__(self, model: nn.Module, groups: Iterable[tuple[Iterable[str], float]]):
+    def __init__(self, model: nn.Module, decays: Mapping[str, float]):
         super().__init__()
         self._owners: list[tuple[nn.Module, str]] = []
-        self._decays: list[tuple[slice, float]] = []
-        for names, decay in groups:
-            start = len(self._owners)
-            for name in names:
-                path, _, leaf = name.rpartition(".")
-                owner = model.get_submodule(path)
-                self.register_buffer(name.replace(".", "/"), getattr(owner, leaf).detach().clone())
-                self._owners.append((owner, leaf))
-            self._decays.append((slice(start, len(self._owners)), decay))
+        self._decays = list(decays.values())
+        for name in decays:
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            self.register_buffer(name.replace(".", "/"), getattr(owner, leaf).detach().clone())
+            self._owners.append((owner, leaf))
 
-    def averages(self) -> list[Tensor]:
-        return list(self.buffers())
-
-    def current(self) -> list[Tensor]:
+    def _current(self) -> list[Tensor]:
         return [owner._parameters[leaf] for owner, leaf in self._owners]
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Start again from the model's present parameters."""
-        for average, parameter in zip(self.averages(), self.current(), strict=True):
-            average.copy_(parameter)
 
     @torch.no_grad()
     def update(self) -> None:
         """``average = decay * average + (1 - decay) * parameter``, once a step."""
-        averages, current = self.averages(), self.current()
-        for group, decay in self._decays:
-            if averages[group]:
-                torch._foreach_lerp_(averages[group], current[group], 1 - decay)
+        pairs = list(zip(self.buffers(), self._current(), self._decays, strict=True))
+        for decay in set(self._decays):
+            averages, current, _ = zip(*(p for p in pairs if p[2] == decay), strict=True)
+            torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model computes with the averages inside; no gradient flows there."""
-        current = self.current()
+        current = self._current()
         with torch.no_grad():
             try:
-                self._put(self.averages())
+                self._put(list(self.buffers()))
                 yield
             finally:
                 self._put(current)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,20 @@ from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, vis
 from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema import Evaluation
-from lavis_uniadapter.common.schema.methods import MethodConfig
 from lavis_uniadapter.common.schema.model import RetrievalModel
-from lavis_uniadapter.evaluation.two_stage import Matcher, two_stage_scores
+from lavis_uniadapter.evaluation.two_stage import Matcher, score_gallery
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
-from lavis_uniadapter.models.contrastive_queue import ContrastiveQueueMixin
 from lavis_uniadapter.models.momentum import MomentumAverage
 
-# Label of pairs that the matching loss ignores.
-IGNORED = -100
+# Modules that contrastive features depend on.
+CONTRASTIVE = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.")
+IGNORED = -100  # label of pairs that the matching loss ignores
+EMPTY_ID = -100  # of entries of the queue that no batch has filled yet
 
 
 @registry.register_model("blip_uniadapter_retrieval")
-class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
+class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     """BLIP for image-text and video-text retrieval on a frozen backbone (UniAdapter).
-
-    Model types: ``coco``, ``flickr`` (images, 384 px), ``msrvtt``, ``didemo`` (video, 224 px) and
-    ``shapes`` (the small model of the embedded example).
 
     Usage:
         >>> import lavis_uniadapter
@@ -54,90 +51,46 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     HEADS = ("vision_proj", "text_proj", "itm_head")
     TEXT_MODE = True
 
-    def __init__(
-        self,
-        image_encoder: nn.Module,
-        text_encoder: nn.Module,
-        tokenizer: BertTokenizer,
-        *,
-        queue_size: int = 57600,
-        alpha: float = 0.4,
-        alpha_rampup_epochs: float = 2,
-        embed_dim: int = 256,
-        momentum: float = 0.995,
-        adapter_momentum: float = 0.990025,
-        negative_all_rank: bool = True,
-        max_txt_len: int = 35,
-    ):
-        """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
-        lavis_versions.init_blip(self)
-        self.tokenizer = tokenizer
-        self.visual_encoder = image_encoder
-        self.text_encoder = text_encoder
-        text_width = text_encoder.config.hidden_size
-        self.vision_proj = nn.Linear(image_encoder.vision_width, embed_dim)
-        self.text_proj = nn.Linear(text_width, embed_dim)
+    def __init__(self, section: RetrievalModel, tokenizer: BertTokenizer | None = None):
+        super().__init__(section, tokenizer)
+        text_width = self.text_encoder.config.hidden_size
+        self.embed_dim = section.embed_dim
+        self.vision_proj = nn.Linear(self.visual_encoder.vision_width, self.embed_dim)
+        self.text_proj = nn.Linear(text_width, self.embed_dim)
         self.itm_head = nn.Linear(text_width, 2)
         self.temp = nn.Parameter(0.07 * torch.ones([]))
-        self.embed_dim = embed_dim
-        self._init_queue(embed_dim, queue_size)
-        self.alpha = alpha
-        self.alpha_rampup_epochs = alpha_rampup_epochs
-        self.momentum = momentum
-        self.adapter_momentum = adapter_momentum
-        self.negative_all_rank = negative_all_rank
-        self.max_txt_len = max_txt_len
-        self.load_base(None)
+        self.queue_size = section.queue_size
+        for name in ("image_queue", "text_queue"):
+            features = torch.randn(self.embed_dim, self.queue_size)
+            self.register_buffer(name, F.normalize(features, dim=0))
+        self.register_buffer("idx_queue", torch.full((1, self.queue_size), EMPTY_ID))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    @classmethod
-    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
-        return {"text_encoder": build_text_encoder(med_config, visual_width)}
+    def build_text_models(self, med_config: str, visual_width: int) -> None:
+        self.text_encoder = build_text_encoder(med_config, visual_width)
 
-    def attach_tuning(self, tuning: str, method_config: MethodConfig, **kwargs) -> None:
-        super().attach_tuning(tuning, method_config, **kwargs)
-        trained = self.trainable_parameters()
-        groups = (
-            ([name for name in trained if name.startswith(f"{module}.")], decay)
-            for module, decay in self._averaged_modules()
-        )
-        self.momentum_average = MomentumAverage(self, groups)
-
-    def _averaged_modules(self) -> Iterator[tuple[str, float]]:
-        """Modules that contrastive features depend on, and their decay in the average."""
-        for module in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
-            yield module, self.momentum
-        if self.adapters.active is not None:
-            prefix = f"adapters.{self.adapters.active}"
-            for child, _ in self.adapters.active_set.named_children():
-                if child not in ("heads", "key_value"):
-                    yield f"{prefix}.{child}", self.adapter_momentum
-            yield f"{prefix}.heads.vision_proj", self.momentum
-            yield f"{prefix}.heads.text_proj", self.momentum
+    def attach_tuning(self) -> None:
+        super().attach_tuning()
+        self.reset_momentum()
 
     def reset_momentum(self) -> None:
-        self.momentum_average.reset()
+        decays = {name: self._decay(name) for name in self.trainable_parameters()}
+        averaged = {name: decay for name, decay in decays.items() if decay is not None}
+        self.momentum_average = MomentumAverage(self, averaged)
 
-    def load_adapter(self, folder, name="default", force=False):
-        super().load_adapter(folder, name, force)
-        if self._trains(name):
-            self.reset_momentum()
-
-    def merge_adapter(self) -> None:
-        super().merge_adapter()
-        self.momentum_average = MomentumAverage(self, [])  # nothing trains any more
+    def _decay(self, name: str) -> float | None:
+        """Decay of a parameter's average; None if contrastive features do not depend on it."""
+        own = name.removeprefix(f"adapters.{DEFAULT_SET}.")
+        if own.removeprefix("heads.").startswith(CONTRASTIVE):
+            return self.section.momentum
+        if own == name or own.startswith(("heads.", "key_value.")):
+            return None
+        return self.section.adapter_momentum
 
     # --- encoding and matching ------------------------------------------------------------------
 
     def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
-        """Encode images or videos.
-
-        Args:
-            samples: a tensor (batch, 3, H, W) or (batch, 3, frames, H, W), or a dict that holds it
-                as ``image`` or ``video``.
-
-        Raises:
-            ValueError: for another shape.
-        """
+        """Encode the images or videos of a batch; see ``visual_input``."""
         embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
         return VisualFeatures(
@@ -146,21 +99,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             frame_feat=F.normalize(self.apply_head("vision_proj", frame_cls), dim=-1),
         )
 
-    def tokenize(self, texts: Sequence[str], padding: str = "longest") -> BatchEncoding:
-        """Token ids and mask, cut at ``max_txt_len``, on the model's device."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding=padding,
-            truncation=True,
-            max_length=self.max_txt_len,
-            return_tensors="pt",
-        )
-        return self.on_device(tokens)
-
     def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
         """Encode texts (one, several, or the output of ``tokenize``) in text mode."""
         texts = [texts] if isinstance(texts, str) else texts
-        tokens = self.tokenize(texts) if isinstance(texts, list | tuple) else texts
+        tokens = texts if isinstance(texts, BatchEncoding) else self.tokenize(texts)
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
         return TextFeatures(
             input_ids=tokens.input_ids,
@@ -176,8 +118,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
 
         Args:
             texts: one text per pair.
-            memory: the projected visual inputs.
-            visual_index: (pairs,) the visual input that each text is paired with.
+            visual_index: (pairs,) the input in memory that each text is paired with.
             frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only if the
                 active adapter has frame-aware attention.
         """
@@ -197,10 +138,10 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     def matcher(self, visuals: VisualFeatures) -> Matcher:
         """Project visual inputs once, for any number of calls of the function returned.
 
-        It takes one text per pair and the (pairs,) indices of the visual inputs they are paired
-        with, and returns matching logits (pairs, 2), of which column 1 stands for a match.
+        It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
+        matching logits (pairs, 2), of which column 1 stands for a match.
         """
-        memory = self.text_encoder.project(visuals.embeds)
+        memory = self.text_encoder.encoder.project(visuals.embeds)
 
         def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
             hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
@@ -211,11 +152,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
     def match(
         self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits (pairs, 2); see ``matcher``.
-
-        Args:
-            visual_index: by default each text is paired with the visual input at its position.
-        """
+        """Matching logits (pairs, 2); by default of each text and the visual input beside it."""
         if visual_index is None:
             visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
         return self.matcher(visuals)(texts, visual_index)
@@ -230,20 +167,12 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
                 strings; ``image_id`` (B,), equal for items that show the same; ``epoch``,
                 ``iters`` and ``num_iters_per_epoch`` for the ramp-up of ``alpha``.
 
-        Returns:
-            BlipOutput with ``loss``, ``loss_itc``, ``loss_itm``, similarities and intermediates.
-
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
-        if self.training and self.adapters.active and not self._trains(self.adapters.active):
-            raise ValueError(
-                f"The active adapter '{self.adapters.active}' is not the one that trains. "
-                f"Call set_adapter('{DEFAULT_SET}') first."
-            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)
-        gathers_texts = self.negative_all_rank and get_world_size() > 1
+        gathers_texts = self.section.negative_all_rank and get_world_size() > 1
         tokens = self.tokenize(
             samples["text_input"], padding="max_length" if gathers_texts else "longest"
         )
@@ -272,7 +201,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         )
 
     def _contrastive_loss(self, samples, visuals, texts, visuals_m, texts_m, ids):
-        alpha = self.alpha * self._rampup_factor(
+        alpha = self.section.alpha * self._rampup_factor(
             samples["epoch"], samples["iters"], samples["num_iters_per_epoch"]
         )
         # In float32 also under autocast: similarities are divided by a small temperature.
@@ -282,30 +211,22 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             with torch.no_grad():
                 same = torch.eq(ids, torch.cat([ids.t(), self.idx_queue], dim=1)).float()
                 hard_targets = same / same.sum(1, keepdim=True)
-                image_feat_all = torch.cat([visual_feat_m.t(), self.image_queue], dim=1)
-                text_feat_all = torch.cat([text_feat_m.t(), self.text_queue], dim=1)
-                sim_i2t_m = visual_feat_m @ text_feat_all / self.temp
-                sim_t2i_m = text_feat_m @ image_feat_all / self.temp
-                targets_i2t, targets_t2i = (
-                    alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets
-                    for sim in (sim_i2t_m, sim_t2i_m)
+                all_texts = torch.cat([text_feat_m.t(), self.text_queue], dim=1)
+                all_visuals = torch.cat([visual_feat_m.t(), self.image_queue], dim=1)
+                sims_m = (
+                    visual_feat_m @ all_texts / self.temp,
+                    text_feat_m @ all_visuals / self.temp,
                 )
-            sim_i2t = visual_feat @ text_feat_all / self.temp
-            sim_t2i = text_feat @ image_feat_all / self.temp
+                targets = [
+                    alpha * sim.softmax(dim=1) + (1 - alpha) * hard_targets for sim in sims_m
+                ]
+            sims = visual_feat @ all_texts / self.temp, text_feat @ all_visuals / self.temp
             loss = sum(
-                -(sim.log_softmax(dim=1) * targets).sum(dim=1).mean()
-                for sim, targets in ((sim_i2t, targets_i2t), (sim_t2i, targets_t2i))
+                -(sim.log_softmax(dim=1) * target).sum(dim=1).mean()
+                for sim, target in zip(sims, targets, strict=True)
             )
-        self._dequeue_and_enqueue(visual_feat_m, text_feat_m, ids)
-        sims = BlipSimilarity(
-            sim_i2t=sim_i2t,
-            sim_t2i=sim_t2i,
-            sim_i2t_m=sim_i2t_m,
-            sim_t2i_m=sim_t2i_m,
-            sim_i2t_targets=targets_i2t,
-            sim_t2i_targets=targets_t2i,
-        )
-        return loss / 2, sims
+        self._enqueue(visual_feat_m, text_feat_m, ids)
+        return loss / 2, BlipSimilarity(*sims, *sims_m, *targets)
 
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
         """Loss of positives, and of a hard negative visual and a hard negative text for each item.
@@ -315,7 +236,7 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
         that shapes do not depend on values on the device; the loss ignores them.
         """
         own = torch.arange(len(ids), device=ids.device)
-        from_ranks = self.negative_all_rank and get_world_size() > 1
+        from_ranks = self.section.negative_all_rank and get_world_size() > 1
         pool = self._gather(visuals, texts, ids) if from_ranks else (visuals, texts, ids)
         pool_visuals, pool_texts, pool_ids = pool
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
@@ -357,28 +278,42 @@ class BlipUniAdapterRetrieval(TunedBlip, ContrastiveQueueMixin, BlipBase):
             concat_all_gather(ids),
         )
 
+    @torch.no_grad()
+    def _enqueue(self, image_feat: Tensor, text_feat: Tensor, ids: Tensor) -> None:
+        """Replace the oldest entries of the queue by all ranks' features and (batch, 1) ids.
+
+        The queue wraps around; LAVIS's asserts that the global batch divides it. Features that are
+        not finite leave the old entry: one bad batch must not spoil the next.
+        """
+        size = self.queue_size
+        if not size:
+            return
+        image_feat, text_feat, ids = (
+            concat_all_gather(x.contiguous())[-size:] for x in (image_feat, text_feat, ids)
+        )
+        places = (self.queue_ptr + torch.arange(len(ids), device=ids.device)) % size
+        finite = (torch.isfinite(image_feat) & torch.isfinite(text_feat)).all(dim=1)
+        for queue, new in (
+            (self.image_queue, image_feat.T),
+            (self.text_queue, text_feat.T),
+            (self.idx_queue, ids.T),
+        ):
+            queue[:, places] = torch.where(finite, new.to(queue.dtype), queue[:, places])
+        self.queue_ptr.add_(len(ids)).remainder_(size)
+
     def _rampup_factor(self, epoch: int, iters: int, num_iters_per_epoch: int) -> float:
         """From 0 to 1 over the first ``alpha_rampup_epochs`` (two in LAVIS)."""
-        steps = self.alpha_rampup_epochs * num_iters_per_epoch
+        steps = self.section.alpha_rampup_epochs * num_iters_per_epoch
         return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
-        """Scores for LAVIS's ``retrieval`` task; see ``evaluation.two_stage.two_stage_scores``.
-
-        Returns:
-            (visuals, texts) and (texts, visuals) float32 arrays, the same on every rank.
-        """
-        settings = Evaluation.pick(task_cfg, "run").two_stage
-        v2t, t2v = two_stage_scores(self, data_loader, **settings)
+        """(visuals, texts) and (texts, visuals) scores for LAVIS's ``retrieval`` task."""
+        v2t, t2v, _ = score_gallery(self, data_loader, Evaluation.pick(task_cfg, "run"))
         return v2t.cpu().numpy(), t2v.cpu().numpy()
 
 
 def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for each row a column that is not the same item, with softmax(logits) probability.
-
-    Args:
-        logits: (rows, columns).
-        same: (rows, columns) True where the column shows what the row shows.
 
     Returns:
         (rows,) columns, and (rows,) whether the row has any negative. MSR-VTT has 20 captions per

@@ -7,62 +7,31 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
-from torch import Tensor, nn
-from transformers import BertTokenizer
+from torch import Tensor
 
 from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, build_text_encoder
 from lavis_uniadapter.backbone.features import visual_input
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema.model import VqaModel
-from lavis_uniadapter.evaluation.answer_ranking import CandidateAnswers, rank_answers
-from lavis_uniadapter.models.generation import GeneratingBlip
+from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers
+from lavis_uniadapter.models.base import TunedBlip
 
 
 @registry.register_model("blip_uniadapter_vqa")
-class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
+class BlipUniAdapterVQA(TunedBlip, BlipVQA):
     """BLIP VQA and VideoQA on a frozen backbone (UniAdapter).
 
     Question encoder and answer decoder share the adapters; each has its own key/value adapter, the
-    encoder's on visual tokens and the decoder's on question states. Answers are ranked or generated
-    as by LAVIS's ``BlipVQA``, whose ``forward`` is inherited; repeated computations are removed.
-
-    Model types: ``vqav2`` (images, 480 px), ``msrvtt_qa`` and ``msvd_qa`` (video, 224 px), and
-    ``shapes`` (the small model of the embedded example).
-
-    Usage:
-        >>> import lavis_uniadapter
-        >>> from lavis.models import load_model_and_preprocess
-        >>> model, vis, txt = load_model_and_preprocess("blip_uniadapter_vqa", "msrvtt_qa")
+    encoder's on visual tokens and the decoder's on question states.
     """
 
     CONFIG = VqaModel
     PRETRAINED_MODEL_CONFIG_DICT = VqaModel.files()
+    _ranked: tuple[list[str] | None, list[Tensor]] = None, []  # the last answer list, tokenised
 
-    def __init__(
-        self,
-        image_encoder: nn.Module,
-        text_encoder: nn.Module,
-        text_decoder: nn.Module,
-        tokenizer: BertTokenizer,
-        *,
-        max_txt_len: int = 35,
-    ):
-        """BLIP alone; ``load_base`` and ``attach_tuning`` follow (``from_config`` does all)."""
-        lavis_versions.init_blip(self)  # BlipVQA's constructor loads its tokenizer from the hub
-        self.tokenizer = tokenizer
-        self.visual_encoder = image_encoder
-        self.text_encoder = text_encoder
-        self.text_decoder = text_decoder
-        self.max_txt_len = max_txt_len
-        self._candidates: CandidateAnswers | None = None  # the last answer list, tokenised
-        self.load_base(None)
-
-    @classmethod
-    def build_text_models(cls, med_config: str, visual_width: int) -> dict[str, nn.Module]:
-        return {
-            "text_encoder": build_text_encoder(med_config, visual_width),
-            "text_decoder": build_text_decoder(med_config),
-        }
+    def build_text_models(self, med_config: str, visual_width: int) -> None:
+        self.text_encoder = build_text_encoder(med_config, visual_width)
+        self.text_decoder = build_text_decoder(med_config)
 
     def forward_encoder(self, samples: dict[str, Any]):
         """States of the questions that attend to their visual inputs, and the visual tokens.
@@ -71,18 +40,14 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
             samples: ``image`` (B, 3, H, W) or ``video`` (B, 3, T, H, W), and ``text_input``, B
                 questions. ``tokenized_text`` is added, as in LAVIS.
         """
-        questions = self.tokens_from(
-            samples["text_input"],
-            self.tokenizer.enc_token_id,
-            truncation=True,
-            max_length=self.max_txt_len,
-        )
+        questions = self.tokenize(samples["text_input"])
+        questions.input_ids[:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
         visual_embeds = self.visual_tokens(samples)
         encoder_output = self.text_encoder(
             questions.input_ids,
             attention_mask=questions.attention_mask,
-            encoder_hidden_states=self.text_encoder.project(visual_embeds),
+            encoder_hidden_states=self.text_encoder.encoder.project(visual_embeds),
             return_dict=True,
         )
         return encoder_output, visual_embeds
@@ -97,7 +62,8 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
             samples: those of ``forward_encoder``; ``answer``, the answers of all questions in
                 order; ``n_answers`` (B,), how many each question has; ``weight`` (answers,).
         """
-        answers = self.tokens_from(samples["answer"], self.tokenizer.bos_token_id)
+        answers = self.tokenize(samples["answer"], truncation=False)
+        answers.input_ids[:, 0] = self.tokenizer.bos_token_id
         targets = answers.input_ids.masked_fill(
             answers.input_ids == self.tokenizer.pad_token_id, -100
         )
@@ -128,11 +94,14 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
 
     def _rank_answers(self, samples, answer_list, num_ans_candidates) -> list[str]:
         """Best answer of a list (``lavis`` ``BlipVQA``); see ``evaluation/answer_ranking.py``."""
-        if self._candidates is None or self._candidates.texts != tuple(answer_list):
-            self._candidates = CandidateAnswers.tokenise(answer_list, self.tokenizer)
-        memory = self._question_memory(samples)
+        if self._ranked[0] != list(answer_list):
+            self._ranked = list(answer_list), tokenise_answers(answer_list, self.tokenizer)
         scores, candidates = rank_answers(
-            self.text_decoder, memory, self._candidates, num_ans_candidates
+            self.text_decoder,
+            self._question_memory(samples),
+            self._ranked[1],
+            self.tokenizer.bos_token_id,
+            num_ans_candidates,
         )
         best = candidates.gather(1, scores.argmax(dim=1, keepdim=True)).squeeze(1)
         return [answer_list[i] for i in best.tolist()]
@@ -144,16 +113,16 @@ class BlipUniAdapterVQA(GeneratingBlip, BlipVQA):
         """
         memory = self._question_memory(samples)
         start = torch.full((len(memory.states), 1), self.tokenizer.bos_token_id, device=self.device)
-        lengths = {"max_length": max_length, "min_length": min_length}
-        return self.generate_texts(start, memory, num_beams=num_beams, **lengths)
+        return self.generate_texts(
+            start, memory, num_beams=num_beams, max_length=max_length, min_length=min_length
+        )
 
     def predict_answers(self, samples: dict[str, Any], **kwargs) -> list[str]:
         """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
 
         Args:
-            samples: ``image`` or ``video`` and ``text_input``, as in forward.
-            kwargs: ``inference_method`` ("rank", "generate"), ``answer_list``,
-                ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``.
+            samples: ``image`` or ``video``, and ``text_input``.
+            kwargs: LAVIS's options.
         """
         # LAVIS reads the batch size from samples["image"].
         return super().predict_answers({**samples, "image": visual_input(samples)}, **kwargs)

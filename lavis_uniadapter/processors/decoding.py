@@ -39,11 +39,7 @@ ChooseFrames = Callable[[int], Sequence[int]]
 
 
 class VideoDecodeError(RuntimeError):
-    """A video that yields no frames. The message names the file, the reason and the fix.
-
-    Attributes:
-        reason: by itself.
-    """
+    """A video that yields no frames, and why. The message names the file and the fix too."""
 
     # One argument will do, as PyTorch raises a data worker's errors anew from their message.
     def __init__(self, message: str, reason: str = ""):
@@ -51,51 +47,39 @@ class VideoDecodeError(RuntimeError):
         self.reason = reason
 
 
-def _decode_error(path: str, reason: str) -> VideoDecodeError:
-    return VideoDecodeError(
-        f"Cannot decode video '{path}': {reason}. "
-        "Download or re-encode the file, or remove its records from the annotations.",
-        reason,
-    )
-
-
 def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int) -> Tensor:
     """Decode chosen frames of a video, scaled while decoding (decord's bicubic).
 
+    If frames were extracted from the video, they are read instead (`clip_file`). decord fills in a
+    frame without output, if it is not damaged, from a neighbour. That stays enabled (`fault_tol`):
+    a clip cut without re-encoding begins with such hidden frames.
+
     Args:
-        path: Video file; if frames were extracted from it, they are read instead (`clip_file`).
-        choose: Given the number of frames in the clip, returns the indices to decode.
-        image_size: Height and width of the decoded frames, in pixels.
+        choose: given the number of frames in the clip, returns the indices to decode.
+        image_size: height and width of the decoded frames, in pixels.
 
     Returns:
         uint8 RGB tensor (number of indices, image_size, image_size, 3).
 
     Raises:
-        VideoDecodeError: If the file is missing, empty, not a video, without a video stream, or
-            cut off or damaged before one of the frames.
-
-    decord fills in a frame without output, if it is not damaged, from a neighbour. That stays
-    enabled (`fault_tol`): a clip cut without re-encoding begins with such hidden frames.
+        VideoDecodeError: a frame cannot be decoded.
     """
     return decode_file(clip_file(path), choose, image_size)
 
 
 def decode_file(path: str, choose: ChooseFrames, image_size: int) -> Tensor:
     """Like `decode_frames`, from exactly this file: a video or an archive of extracted frames."""
-    if problem := file_problem(path):
-        raise _decode_error(path, problem)
-    if path.endswith(EXTRACTED_SUFFIX):
-        try:
+    with decode_errors(path):
+        if path.endswith(EXTRACTED_SUFFIX) and not file_problem(path):
             return read_extracted_frames(path, choose, image_size)
-        except (OSError, ValueError) as error:
-            raise _decode_error(path, f"it is no archive of frames ({error})") from error
-    with decord_errors(path):
         reader = open_video(path, image_size)
         return read_frames(reader, choose(len(reader)))
 
 
 def open_video(path: str, image_size: int) -> VideoReader:
-    """Open a video whose frames are scaled to a square while they are decoded."""
+    """Open a video whose frames are scaled to a square while they are decoded; -1: not scaled."""
+    if reason := file_problem(path):
+        raise ValueError(reason)
     with _OPENING:
         return VideoReader(path, width=image_size, height=image_size, num_threads=1)
 
@@ -108,13 +92,19 @@ def read_frames(reader: VideoReader, indices: Sequence[int]) -> Tensor:
 
 
 @contextlib.contextmanager
-def decord_errors(path: str) -> Iterator[None]:
-    """Turn what decord raises about a file into a VideoDecodeError."""
+def decode_errors(path: str) -> Iterator[None]:
+    """Turn what reading a file raises into a VideoDecodeError."""
     try:
         yield
-    # decord asserts that there are frames; a DECORDError is no RuntimeError.
-    except (RuntimeError, AssertionError, DECORDError) as error:
-        raise _decode_error(path, f"decord says: {str(error).strip()}") from error
+    # decord asserts that there are frames; a DECORDError is no RuntimeError
+    except (OSError, ValueError, RuntimeError, AssertionError, DECORDError) as error:
+        decord = isinstance(error, (RuntimeError, AssertionError, DECORDError))
+        reason = f"decord says: {str(error).strip()}" if decord else str(error)
+        raise VideoDecodeError(
+            f"Cannot decode video '{path}': {reason}. Download or re-encode the file, or remove "
+            "its records from the annotations.",
+            reason,
+        ) from error
 
 
 def file_problem(path: str) -> str | None:
@@ -136,18 +126,17 @@ def file_problem(path: str) -> str | None:
 
 def frames_problem(path: str, choose: ChooseFrames) -> str | None:
     """Say why the chosen frames of exactly this video or archive cannot be decoded, or None."""
-    indices: Sequence[int] = ()
+    indices: list[int] = []
 
-    def first_part(num_frames: int) -> Sequence[int]:
-        nonlocal indices
-        indices = list(choose(num_frames))
+    def choose_first(num_frames: int) -> Sequence[int]:
+        indices[:] = choose(num_frames)
         return indices[:_PROBED_AT_ONCE]
 
     try:
-        decode_file(path, first_part, _PROBE_SIZE)
-        for start in range(_PROBED_AT_ONCE, len(indices), _PROBED_AT_ONCE):
-            part = indices[start : start + _PROBED_AT_ONCE]
-            decode_file(path, lambda _, part=part: part, _PROBE_SIZE)  # type: ignore[misc]
+        decode_file(path, choose_first, _PROBE_SIZE)
+        while len(indices) > _PROBED_AT_ONCE:
+            del indices[:_PROBED_AT_ONCE]
+            decode_file(path, lambda num_frames: indices[:_PROBED_AT_ONCE], _PROBE_SIZE)
     except VideoDecodeError as error:
         return error.reason
     return None
@@ -156,9 +145,7 @@ def frames_problem(path: str, choose: ChooseFrames) -> str | None:
 def image_problem(path: str, whole: bool) -> str | None:
     """Say why an image cannot be read, or None.
 
-    Args:
-        path: of the image.
-        whole: decode its pixels too; the header is read in a hundredth of the time.
+    Its header is read; ``whole``: its pixels too, which takes a hundred times as long.
     """
     if problem := file_problem(path):
         return problem

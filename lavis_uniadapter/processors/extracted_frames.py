@@ -25,8 +25,7 @@ from lavis_uniadapter.common.atomic import atomic
 EXTRACTED_SUFFIX = ".frames.zip"
 ABOUT = "about.json"
 JPEG_QUALITY = 95
-# Of an archive's content and of a picture's pixels: a small file can unpack to any size.
-MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 20_000_000  # of a picture; a small file may hold any number
 
 
 def clip_file(path: str | os.PathLike) -> str:
@@ -41,30 +40,29 @@ def read_extracted_frames(
 ) -> Tensor:
     """Read chosen frames, like `decoding.decode_frames`.
 
-    Returns:
-        uint8 RGB tensor (number of indices, image_size, image_size, 3).
-
     Raises:
-        OSError, ValueError: If the file is no such archive or is damaged.
+        ValueError: the file is no such archive or is damaged.
     """
-    with _damage_is_value_error():
-        archive = zipfile.ZipFile(path)
-    with archive:
-        with _damage_is_value_error():
-            number = _about(archive, "num_frames")["num_frames"]
-        indices = choose_indices(number)
-        with _damage_is_value_error():
-            pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
+    with _opened(path) as archive:
+        indices = choose_indices(_about(archive)["num_frames"])
+        pictures = [_read_picture(_content(archive, _name(i)), image_size) for i in indices]
     return torch.from_numpy(np.stack(pictures))
 
 
-def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
-    """Write frames as an archive, whole or not at all.
+def read_about(path: str) -> dict[str, int]:
+    """What `write_extracted_frames` recorded: num_frames, image_size, source_frames, quality.
 
-    Args:
-        path: of the archive.
-        frames: uint8 RGB (number, height, width, 3).
-        source_frames: how many frames the video has.
+    Raises:
+        ValueError: the file is no such archive or is damaged.
+    """
+    with _opened(path) as archive:
+        return _about(archive)
+
+
+def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> None:
+    """Write frames, uint8 RGB (number, height, width, 3), as an archive, whole or not at all.
+
+    ``source_frames`` is how many frames the video has.
     """
     about = {
         "num_frames": len(frames),
@@ -72,48 +70,30 @@ def write_extracted_frames(path: str, frames: Tensor, source_frames: int) -> Non
         "source_frames": source_frames,
         "quality": JPEG_QUALITY,
     }
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for index, frame in enumerate(frames.numpy()):
-            picture = io.BytesIO()
-            Image.fromarray(frame).save(picture, "JPEG", quality=JPEG_QUALITY)
-            archive.writestr(_name(index), picture.getvalue())
+            with archive.open(_name(index), "w") as member:
+                Image.fromarray(frame).save(member, "JPEG", quality=JPEG_QUALITY)
         archive.writestr(ABOUT, json.dumps(about))
-    with atomic(path) as temporary:
-        temporary.write_bytes(content.getvalue())
-
-
-def read_about(path: str) -> dict[str, int]:
-    """What `write_extracted_frames` recorded: num_frames, image_size, source_frames, quality.
-
-    Raises:
-        OSError, ValueError: If the file is no such archive or is damaged.
-    """
-    with _damage_is_value_error(), zipfile.ZipFile(path) as archive:
-        return _about(archive, "num_frames", "image_size", "source_frames")
 
 
 @contextlib.contextmanager
-def _damage_is_value_error() -> Iterator[None]:
-    """Raise ValueError for whatever zipfile, its decompressors, json and PIL raise.
-
-    For damaged files they raise a dozen kinds, including NotImplementedError and SyntaxError.
-    """
+def _opened(path: str) -> Iterator[zipfile.ZipFile]:
+    """The archive; ValueError for the dozen kinds of errors that damaged ones raise."""
     try:
-        yield
-    except (OSError, ValueError, MemoryError):
-        raise
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"it is no archive of frames ({said})") from error
 
 
-def _about(archive: zipfile.ZipFile, *keys: str) -> dict[str, int]:
+def _about(archive: zipfile.ZipFile) -> dict[str, int]:
     about = json.loads(_content(archive, ABOUT))
-    for key in keys:
-        value = about[key]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key} in {ABOUT} is {reprlib.repr(value)}, no number of 1 or more")
-    archive.getinfo(_name(about["num_frames"] - 1))  # a KeyError if it has fewer
+    numbers = [about[key] for key in ("num_frames", "image_size", "source_frames")]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"{ABOUT} says {reprlib.repr(about)}")
+    archive.getinfo(_name(numbers[0] - 1))  # a KeyError if it has fewer
     return about
 
 
@@ -122,23 +102,17 @@ def _name(index: int) -> str:
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member of an archive, unless it is larger than a picture can be."""
-    member = archive.getinfo(name)
-    # zipfile decompresses the other methods all at once
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed in another way than frames are")
-    if member.file_size <= MAX_BYTES:
-        with archive.open(member) as file:
-            # Bounded too, as an archive may state a false size.
-            return file.read(MAX_BYTES)
-    raise ValueError(f"{name} holds {member.file_size / 1e6:,.0f} MB, which no frame does")
+    # a small compressed member may unpack to any size
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, which frames are not")
+    return archive.read(name)
 
 
 def _read_picture(content: bytes, image_size: int) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as picture:
-        if 3 * picture.width * picture.height > MAX_BYTES:
-            raise ValueError(f"a picture has {picture.width} x {picture.height} pixels")
-        picture = picture.convert("RGB")
-        if picture.size != (image_size, image_size):
-            picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        return np.asarray(picture)
+    with Image.open(io.BytesIO(content)) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"a picture has {file.width} x {file.height} pixels")
+        picture = file.convert("RGB")
+    if picture.size != (image_size, image_size):
+        picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(picture)

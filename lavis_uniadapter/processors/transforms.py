@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-MAX_RANDAUG_MAGNITUDE = 10
 CROP_ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
@@ -23,13 +22,9 @@ def _enhance(frames: Tensor, level: float, adjust: Callable[[Tensor, float], Ten
 
 
 def _affine(frames: Tensor, **changes) -> Tensor:
-    identity = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return TF.affine(
-        frames,
-        **{**identity, **changes},
-        interpolation=TF.InterpolationMode.BILINEAR,
-        fill=[128.0, 128.0, 128.0],
-    )
+    options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0], **changes}
+    bilinear = TF.InterpolationMode.BILINEAR
+    return TF.affine(frames, **options, interpolation=bilinear, fill=[128.0, 128.0, 128.0])
 
 
 def _shear_angle(level: float) -> float:
@@ -63,16 +58,12 @@ def randaugment_clip(frames: Tensor, num_ops: int, magnitude: float) -> Tensor:
 
     Args:
         frames: uint8 RGB (T, 3, H, W).
-        num_ops: Number of operations, 0 to 10.
-        magnitude: Strength, 0 to 10.
-
-    Returns:
-        uint8 tensor of the same shape.
+        num_ops: 0 to 10.
+        magnitude: 0 to 10.
     """
-    level = magnitude / MAX_RANDAUG_MAGNITUDE
     for index in torch.randperm(len(RANDAUG_OPS))[:num_ops].tolist():
         reverse = index >= len(_UNDIRECTED) and torch.rand(()) < 0.5
-        frames = RANDAUG_OPS[index](frames, -level if reverse else level)
+        frames = RANDAUG_OPS[index](frames, (-magnitude if reverse else magnitude) / 10)
     return frames
 
 
@@ -85,12 +76,8 @@ def random_resized_crop_clip(
 
     Args:
         frames: uint8 (T, 3, H, W).
-        image_size: Height and width of the result, in pixels.
-        min_scale: Smallest area of the box, as a share of the frame's.
-        max_scale: Largest area of the box, as a share of the frame's.
-
-    Returns:
-        uint8 (T, 3, image_size, image_size).
+        image_size: height and width of the result, in pixels.
+        min_scale, max_scale: area of the box, as a share of the frame's.
     """
     top, left, height, width = RandomResizedCrop.get_params(
         frames, scale=[min_scale, max_scale], ratio=list(CROP_ASPECT_RATIOS)

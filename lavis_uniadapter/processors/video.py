@@ -1,9 +1,8 @@
 """Video processors for BLIP: a path goes in, a CLIP-normalised clip (3, T, H, W) comes out.
 
-LAVIS has video processors for ALPRO only (`lavis.processors.alpro_processors`). Those return fewer
-than `n_frms` frames for a short clip, redraw the direction of a geometric augmentation for every
-frame, and let bicubic overshoot wrap around in the conversion to uint8. The ones here keep their
-recipe (crop, flip, RandAugment, normalise) without these faults.
+They keep the recipe of LAVIS's processors for ALPRO without their faults: fewer than `n_frms`
+frames of a short clip, another direction of a geometric augmentation in every frame, and bicubic
+overshoot that wraps around in the conversion to uint8.
 """
 
 from __future__ import annotations
@@ -20,11 +19,16 @@ from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.processors.transforms import randaugment_clip, random_resized_crop_clip
 
 
-class BlipVideoBaseProcessor(BaseProcessor):
-    """What the train and the eval processor share: options, decoding and normalisation.
+@registry.register_processor("blip_video_eval")
+class BlipVideoEvalProcessor(BaseProcessor):
+    """Path to a clip, float (3, n_frms, image_size, image_size), the same on every call.
+
+    The middle frame of each of `n_frms` equal segments, resized without a crop as in LAVIS's
+    `BlipImageEvalProcessor`.
 
     Raises:
-        ConfigError: If an option is unknown or out of its range.
+        ConfigError: an option is unknown or out of its range.
+        VideoDecodeError: on call, the file cannot be decoded.
     """
 
     OPTIONS: type[VideoEval] = VideoEval
@@ -37,7 +41,18 @@ class BlipVideoBaseProcessor(BaseProcessor):
     @classmethod
     def from_config(cls, cfg=None):
         """Build the processor from a config node, whose keys are the options."""
-        return cls(**cls.OPTIONS.read(cfg, "vis_processor").model_dump())
+        return cls(**(cfg or {}))
+
+    def __call__(self, path):
+        return self._normalise(self._decode(path, positions=0.5))
+
+    def _decode(self, path, positions: Tensor | float) -> Tensor:
+        """One frame per segment, uint8 (T, 3, H, W)."""
+
+        def choose(num_frames: int) -> list[int]:
+            return sample_frame_indices(num_frames, self.n_frms, positions)
+
+        return decode_frames(path, choose, self.options.image_size).permute(0, 3, 1, 2)
 
     def _normalise(self, frames: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) to normalised float (3, T, H, W)."""
@@ -46,67 +61,29 @@ class BlipVideoBaseProcessor(BaseProcessor):
 
     def denormalise(self, clip: Tensor) -> Tensor:
         """A normalised clip (3, T, H, W) as colours in [0, 1]."""
-        mean, std = (
-            torch.tensor(v)[:, None, None, None] for v in (self.options.mean, self.options.std)
-        )
+        statistics = (self.options.mean, self.options.std)
+        mean, std = (torch.tensor(values)[:, None, None, None] for values in statistics)
         return (clip * std + mean).clamp(0, 1)
-
-    def _decode(self, path, positions: Tensor | float) -> Tensor:
-        """Decode one frame per segment as uint8 (T, 3, H, W)."""
-        frames = decode_frames(
-            path,
-            lambda num_frames: sample_frame_indices(num_frames, self.options.n_frms, positions),
-            self.options.image_size,
-        )
-        return frames.permute(0, 3, 1, 2)
 
 
 @registry.register_processor("blip_video_train")
-class BlipVideoTrainProcessor(BlipVideoBaseProcessor):
+class BlipVideoTrainProcessor(BlipVideoEvalProcessor):
     """Path to a randomly sampled and augmented clip, float (3, n_frms, image_size, image_size).
 
     A random frame of each of `n_frms` equal segments is decoded at the output size, as
     `alpro_video_train` does. Crop, flip and RandAugment are the same for all frames of a clip.
     All randomness is torch's, which DataLoader seeds differently in each worker.
-
-    With min_scale = max_scale = 1, flip_prob = 0 and randaug_ops = 0 the decoded frames are
-    only normalised.
-
-    Args:
-        options: See `VideoTrain`.
-
-    Raises:
-        ConfigError: If an option is unknown or out of its range.
-        VideoDecodeError: On call, if the file cannot be decoded.
     """
 
     OPTIONS = VideoTrain
 
     def __call__(self, path):
-        frames = self._decode(path, positions=torch.rand(self.options.n_frms, dtype=torch.float64))
+        options = self.options
+        frames = self._decode(path, positions=torch.rand(self.n_frms, dtype=torch.float64))
         frames = random_resized_crop_clip(
-            frames, self.options.image_size, self.options.min_scale, self.options.max_scale
+            frames, options.image_size, options.min_scale, options.max_scale
         )
-        if torch.rand(()) < self.options.flip_prob:
+        if torch.rand(()) < options.flip_prob:
             frames = frames.flip(-1)
-        frames = randaugment_clip(frames, self.options.randaug_ops, self.options.randaug_magnitude)
+        frames = randaugment_clip(frames, options.randaug_ops, options.randaug_magnitude)
         return self._normalise(frames)
-
-
-@registry.register_processor("blip_video_eval")
-class BlipVideoEvalProcessor(BlipVideoBaseProcessor):
-    """Path to a clip, float (3, n_frms, image_size, image_size), the same on every call.
-
-    The middle frame of each of `n_frms` equal segments, resized without a crop as in LAVIS's
-    `BlipImageEvalProcessor`.
-
-    Args:
-        options: See `VideoEval`.
-
-    Raises:
-        ConfigError: If an option is unknown or out of its range.
-        VideoDecodeError: On call, if the file cannot be decoded.
-    """
-
-    def __call__(self, path):
-        return self._normalise(self._decode(path, positions=0.5))

@@ -55,24 +55,22 @@ def log_to_file(folder: Path) -> None:
 def describe_start(runner: RunnerBase, config: Config) -> None:
     """Log where a run goes, and what it computes with."""
     model, run = runner._model, config.run_cfg
-    lines = [f"run folder {runner.output_dir}"]
+    logger.info("run folder %s", runner.output_dir)
     if not run.evaluate:
         world = get_world_size()
-        batch = run.batch_size_train * world * int(run.get("accum_grad_iters", 1))
-        lines.append(
-            f"{run.device}, {world} process(es), global batch {batch}, "
-            f"queue {getattr(model, 'queue_size', 'none')}"
-        )
-    lines.append(f"precision {precision.describe(run)}")
+        batch = run.batch_size_train * world * run.accum_grad_iters
+        queue = getattr(model, "queue_size", "none")
+        where = f"{run.device}, {world} process(es)"
+        logger.info("%s, global batch %d, queue %s", where, batch, queue)
+    logger.info("precision %s", precision.describe(run))
     if hasattr(model, "base_name"):  # this package's own
-        lines.append(f"base checkpoint: {model.base_name} ({model.base_fingerprint[:8]})")
+        logger.info("base checkpoint: %s (%s)", model.base_name, model.base_fingerprint[:8])
         if config.model_cfg.get("adapter_ckpt"):
-            lines.append(f"adapter: {config.model_cfg.adapter_ckpt}")
+            logger.info("adapter: %s", config.model_cfg.adapter_ckpt)
         if model.randomly_initialised:
-            lines.append(f"randomly initialised: {', '.join(model.randomly_initialised)}")
-        lines.extend(model.adapter_summary().splitlines())
-    for line in lines:
-        logger.info("%s", line)
+            logger.info("randomly initialised: %s", ", ".join(model.randomly_initialised))
+        for line in model.adapter_summary().splitlines():
+            logger.info("%s", line)
 
 
 def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
@@ -81,11 +79,9 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
     for split, values in metrics.items():
         rows: dict[str, list[str]] = {}
         for name, value in values.items():
-            if name == "agg_metrics" and len(values) > 1:
-                continue
-            found = re.match(r"([tvi]2[tvi])_(.+)", name)
-            direction, metric = found.groups() if found else ("", name)
-            rows.setdefault(direction, []).append(f"{metric} {value:.2f}")
+            if name != "agg_metrics" or len(values) == 1:
+                direction, metric = re.fullmatch(r"([tvi]2[tvi])?_?(.+)", name).groups()
+                rows.setdefault(direction or "", []).append(f"{metric} {value:.2f}")
         if not rows:
             lines.append(f"{split}: not measured; the predictions are in the folder result")
         lines += [f"{split} {row}".strip() + f": {'  '.join(rows[row])}" for row in rows]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from lavis.common.dist_utils import get_world_size, is_main_process
+from lavis.common.dist_utils import is_main_process
 from lavis.datasets.data_utils import apply_to_sample
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from lavis_uniadapter.common.distributed import gather, largest
+from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
+from lavis_uniadapter.datasets.reading import describe_item
 from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.runners.faults import SKIPPED_STEPS, UNREADABLE
 from lavis_uniadapter.runners.signals import Interrupted
-from lavis_uniadapter.runners.updates import Updates, take_step
 
 if TYPE_CHECKING:
     from lavis_uniadapter.runners.runner import RunnerUniAdapter
@@ -44,9 +46,8 @@ class EpochProgress:
     """How far this rank is in an epoch; part of the saved state.
 
     Attributes:
-        epoch: counted from 0.
         step: batches done.
-        sums, counts: of each finite loss.
+        losses: by name, (2,): the sum of the finite ones, and their number.
         seconds: spent on the epoch, earlier processes included.
         unreadable: items that were replaced by others.
         skipped: steps that were not taken.
@@ -55,8 +56,7 @@ class EpochProgress:
 
     epoch: int
     step: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     unreadable: int = 0
     skipped: int = 0
@@ -67,53 +67,76 @@ class EpochProgress:
         for name, value in losses.items():
             value = value.detach().float()
             finite = torch.isfinite(value)
-            counted = torch.where(finite, value, torch.zeros_like(value))
-            self.sums[name] = self.sums[name] + counted if name in self.sums else counted
-            self.counts[name] = self.counts[name] + finite if name in self.counts else finite.int()
+            counted = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite])
+            self.losses[name] = self.losses[name] + counted if name in self.losses else counted
 
     def means(self) -> dict[str, float]:
         """Mean losses of all ranks so far; every rank must call it."""
-        if not self.sums:
+        if not self.losses:
             return {}
-        both = torch.stack(
-            [torch.stack(list(self.sums.values())), torch.stack(list(self.counts.values())).float()]
-        )
-        dist.all_reduce(both)
-        means = (both[0] / both[1]).tolist()  # NaN where no loss was finite
-        return dict(zip(self.sums, means, strict=True))
+        sums = torch.stack(list(self.losses.values()))
+        dist.all_reduce(sums)
+        means = (sums[:, 0] / sums[:, 1]).tolist()  # NaN where no loss was finite
+        return dict(zip(self.losses, means, strict=True))
+
+
+def take_step(
+    optimizer: torch.optim.AdamW,
+    scaler: torch.amp.GradScaler | None,
+    max_norm: float | None,
+    loss: Tensor,
+) -> HostCopy:
+    """Take an optimizer step, unless the loss or the gradient is not finite on some rank.
+
+    The device decides, and the host does not wait for it.
+
+    Args:
+        optimizer: a fused AdamW, which changes nothing where its ``found_inf`` is 1.
+        max_norm: to which the gradient is clipped; None: not at all.
+        loss: sum of the losses of the step's batches, not scaled.
+
+    Returns:
+        Three numbers, the same on all ranks: whether the gradient is finite, whether the loss is,
+        and the scale (1 without a scaler).
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    scale = torch.ones_like(loss)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+        scale = scaler.scale(scale)
+    if max_norm:
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    found = torch.stack([torch.isfinite(norm), torch.isfinite(loss), scale]).float()
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    optimizer.found_inf = 1 - found[0] * found[1]
+    optimizer.step()
+    if scaler is not None:
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return HostCopy(found)
 
 
 class TrainingEpoch:
-    """An epoch, or the rest of one.
-
-    Args:
-        runner: with the model, the loader, the optimizer and the settings.
-        progress: where to begin; updated as the epoch advances.
-    """
+    """An epoch, or the rest of one; updates ``progress`` as it advances."""
 
     def __init__(self, runner: RunnerUniAdapter, progress: EpochProgress):
         self._runner = runner
+        self._run_cfg = runner.config.run_cfg
         self._progress = progress
         self._loader = runner.train_loader
-        run = runner.config.run_cfg
-        self._updates = Updates(
-            partial(take_step, runner.optimizer, runner.scaler, run.max_grad_norm),
-            partial(runner.faults.skipped_step, self._loader.dataset),
-            run.max_skipped_steps,
-        )
         self._saved_at = progress.step
         self._started = time.perf_counter() - progress.seconds
+        # A step that the device may not have finished: what `take_step` returned, the number and
+        # the losses of its last batch, and the indices of its items.
+        self._pending: tuple[HostCopy, int, Mapping[str, Tensor], Sequence[int]] | None = None
         # of the batches whose gradients are accumulated
         self._loss = torch.zeros((), device=runner.device)
         self._indices: list[int] = []
 
     def run(self) -> dict[str, float]:
-        """Train; returns the epoch's line of ``log.txt``.
-
-        Raises:
-            FloatingPointError, DatasetError, Interrupted: see ``RunnerUniAdapter.train``.
-            AnotherRankFailed: if another rank raised a DatasetError.
-        """
+        """Train; returns the epoch's line of ``log.txt``. Raises as ``RunnerUniAdapter.train``."""
         runner, progress = self._runner, self._progress
         runner.model.train()
         self._loader.start(progress.epoch, progress.step)
@@ -132,11 +155,15 @@ class TrainingEpoch:
                 self._train_batch(step, batches)
                 bar.update()
                 if step % runner.log_freq == 0 or step + 1 == steps:
-                    counts, sums = progress.counts, progress.sums
-                    bar.set_postfix({k: f"{float(v / counts[k]):.3f}" for k, v in sums.items()})
-        self._updates.settle(progress)
-        self._note_time()
-        return self._statistics()
+                    bar.set_postfix({k: f"{v[0] / v[1]:.3f}" for k, v in progress.losses.items()})
+        self._settle()
+        return {
+            **progress.means(),
+            "lr": runner.optimizer.param_groups[0]["lr"],
+            "seconds": progress.seconds,
+            "unreadable": sum(gather(progress.unreadable)),
+            "skipped_steps": progress.skipped,
+        }
 
     def _train_batch(self, step: int, batches: Iterator[Batch]) -> None:
         runner, progress = self._runner, self._progress
@@ -145,8 +172,8 @@ class TrainingEpoch:
         first = step - step % accumulate
         window = min(accumulate, steps - first)
         updates = step + 1 == first + window
-        self._note_time()
         batch = self._next_batch(batches, may_save=step == first)
+        progress.unreadable += len(batch.unreadable)
         self._indices += batch.indices
         samples = apply_to_sample(lambda x: x.to(runner.device, non_blocking=True), batch.samples)
         samples.update(epoch=progress.epoch, iters=step, num_iters_per_epoch=steps)
@@ -160,44 +187,53 @@ class TrainingEpoch:
         progress.add(losses)
         progress.step = step + 1
         if updates:
-            self._updates.take(progress, self._loss, losses, self._indices)
+            max_norm = self._run_cfg.max_grad_norm
+            found = take_step(runner.optimizer, runner.scaler, max_norm, self._loss)
+            self._settle()  # the step before, which the device has finished by now
+            losses = {name: value.detach() for name, value in losses.items()}
+            self._pending = (found, step, losses, self._indices)
             self._loss, self._indices = torch.zeros_like(self._loss), []
-            self._note_time()
-            self._save_now_and_then()
-
-    def _note_time(self) -> None:
-        self._progress.seconds = time.perf_counter() - self._started
+        progress.seconds = time.perf_counter() - self._started
+        frequency = self._run_cfg.checkpoint_freq
+        if updates and progress.step < steps and 0 < frequency <= progress.step - self._saved_at:
+            self._save()
 
     def _next_batch(self, batches: Iterator[Batch], may_save: bool) -> Batch:
         """The next batch, unless some rank has to stop or cannot read its own: then all stop."""
-        runner, batch, failure, vote = self._runner, None, None, Vote.CONTINUE
+        watch, failure, vote = self._runner.watch, None, Vote.CONTINUE
         try:
             batch = next(batches)
-            self._count_unreadable(batch)
+            self._log_unreadable(batch)
+            if watch.requested and may_save:
+                vote = Vote.STOP
         except DatasetError as error:
-            # a signal to the whole process group may have ended the data workers first
-            interrupted = runner.watch.requested_within(1.0)
-            failure, vote = (None, Vote.STOP) if interrupted else (error, Vote.FAIL)
-        if vote is Vote.CONTINUE and runner.watch.requested and may_save:
-            vote = Vote.STOP
-        verdict = runner.votes.largest(vote)
+            failure = error
+            vote = Vote.STOP if watch.requested_within(1.0) else Vote.FAIL
+        verdict = largest(vote)
         if verdict == Vote.CONTINUE:
             return batch
         if may_save:
-            self._updates.settle(self._progress)
-            runner.save_latest(self._progress)
-        if failure is not None:
+            self._settle()
+            self._runner.save_latest(self._progress)
+        if vote == Vote.FAIL:
             raise failure
         if verdict == Vote.FAIL:
             raise AnotherRankFailed("Another rank cannot read its data.")
-        raise Interrupted(runner.watch.requested or "a signal to another rank")
+        raise Interrupted(watch.requested or "a signal to another rank")
 
-    def _count_unreadable(self, batch: Batch) -> None:
+    def _log_unreadable(self, batch: Batch) -> None:
         runner, progress = self._runner, self._progress
-        runner.faults.unreadable(batch.unreadable, progress.epoch, progress.step)
-        number = progress.unreadable + len(batch.unreadable)
-        threshold = runner.config.run_cfg.unreadable_threshold
+        for fault in batch.unreadable:
+            runner.faults.add(
+                UNREADABLE,
+                f"'{fault.file}' cannot be read and is replaced in its batch: {fault.reason}",
+                epoch=progress.epoch,
+                step=progress.step,
+                **asdict(fault),
+            )
+        threshold = self._run_cfg.unreadable_threshold
         items = len(self._loader) * self._loader.batch_size
+        number = progress.unreadable + len(batch.unreadable)
         if batch.unreadable and number > threshold * items:
             last = batch.unreadable[-1]
             raise DatasetError(
@@ -206,28 +242,40 @@ class TrainingEpoch:
                 f"({last.reason}). All are listed in {runner.output_dir}. Is the disk mounted? "
                 "uniadapter prepare check checks a folder."
             )
-        progress.unreadable = number
 
-    def _save_now_and_then(self) -> None:
-        frequency, progress = self._runner.config.run_cfg.checkpoint_freq, self._progress
-        due = frequency and progress.step - self._saved_at >= frequency
-        if not due or progress.step == len(self._loader):
+    def _save(self) -> None:
+        self._settle()
+        if self._progress.skipped_in_a_row == 0:  # else the weights may be the cause
+            self._saved_at = self._progress.step
+            self._runner.save_latest(self._progress)
+
+    def _settle(self) -> None:
+        """Count and log the last step if it was skipped."""
+        if self._pending is None:
             return
-        self._updates.settle(progress)
-        if progress.skipped_in_a_row:
-            return  # the weights may be the cause; the states on disk are better
-        self._saved_at = progress.step
-        self._runner.save_latest(progress)
-
-    def _statistics(self) -> dict[str, float]:
         progress = self._progress
-        faults = torch.tensor([progress.unreadable, progress.skipped], device=self._runner.device)
-        dist.all_reduce(faults)
-        unreadable, skipped = faults.tolist()
-        return {
-            **progress.means(),
-            "lr": self._runner.optimizer.param_groups[0]["lr"],
-            "seconds": progress.seconds,
-            "unreadable": unreadable,
-            "skipped_steps": skipped // get_world_size(),
-        }
+        (found, step, losses, indices), self._pending = self._pending, None
+        finite_gradient, finite_loss, scale = found.tolist()
+        if finite_gradient and finite_loss:
+            progress.skipped_in_a_row = 0
+            return
+        if finite_loss and scale > 1:
+            return  # the scale was too large for float16, and the scaler has lowered it
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        path = self._runner.faults.add(
+            SKIPPED_STEPS,
+            f"step {step} of epoch {progress.epoch + 1}: loss or gradient not finite, the step is "
+            "skipped",
+            epoch=progress.epoch,
+            step=step,
+            losses={name: str(float(value)) for name, value in losses.items()},
+            items=[describe_item(self._loader.dataset, index) for index in indices],
+        )
+        if progress.skipped_in_a_row >= self._run_cfg.max_skipped_steps:
+            raise FloatingPointError(
+                f"{progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+                f"finite (run.max_skipped_steps), the last at step {step} of epoch "
+                f"{progress.epoch + 1}. Their items are in {path}. Lower run.init_lr, set "
+                "run.max_grad_norm, or set run.amp to null."
+            )

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lavis.common.dist_utils import get_rank
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from lavis_uniadapter.datasets.reading import Unreadable, file_of, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,37 +26,8 @@ class FaultLog:
         self._folder = folder
         self._warnings = 0
 
-    def unreadable(self, faults: Iterable[Unreadable], epoch: int, step: int) -> None:
-        """Log training items that were replaced by others."""
-        for fault in faults:
-            self._log(
-                UNREADABLE,
-                {"epoch": epoch, "step": step, **asdict(fault)},
-                f"'{fault.file}' cannot be read and is replaced in its batch: {fault.reason}",
-            )
-
-    def skipped_step(
-        self,
-        dataset: Dataset,
-        epoch: int,
-        step: int,
-        losses: Mapping[str, Tensor],
-        indices: Iterable[int],
-    ) -> Path:
-        """Log a skipped step and the items of its batches; returns the file."""
-        items = []
-        for index in indices:
-            _, record = record_of(dataset, index)
-            identity = {k: record[k] for k in ("caption", "question_id", "image_id") if k in record}
-            items.append({"index": index, "file": file_of(dataset, index), **identity})
-        numbers = {name: str(float(value)) for name, value in losses.items()}
-        return self._log(
-            SKIPPED_STEPS,
-            {"epoch": epoch, "step": step, "losses": numbers, "items": items},
-            f"step {step} of epoch {epoch + 1}: loss or gradient not finite, the step is skipped",
-        )
-
-    def _log(self, name: str, line: Mapping[str, Any], message: str) -> Path:
+    def add(self, name: str, message: str, **line: Any) -> Path:
+        """Add a line to a file; returns its path."""
         rank = f".rank{get_rank()}" if get_rank() else ""
         path = self._folder / name.replace(".jsonl", f"{rank}.jsonl")
         with open(path, "a") as file:

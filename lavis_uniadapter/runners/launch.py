@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import lavis.runners  # noqa: F401  (registers LAVIS's runners)
-import numpy as np
 import torch
 from lavis.common.config import Config
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
@@ -26,6 +24,7 @@ from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import set_seed
 
 from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.atomic import write_json
@@ -40,49 +39,29 @@ from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
 from lavis_uniadapter.processors.decoding import VideoDecodeError
-from lavis_uniadapter.runners import precision, run_checkpoints, run_folders, stock_runners
-from lavis_uniadapter.runners.console import (
-    describe_start,
-    log_to_console,
-    log_to_file,
-    logger,
-    metrics_table,
-)
+from lavis_uniadapter.runners import console, precision, run_checkpoints, run_folders, stock_runners
+from lavis_uniadapter.runners.console import log_to_console, logger
 from lavis_uniadapter.runners.epoch import AnotherRankFailed
-from lavis_uniadapter.runners.resuming import choose_folder
 from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
-from lavis_uniadapter.tasks.prediction import PredictionTask
+from lavis_uniadapter.tasks.prediction import MeasuredTask
 from lavis_uniadapter.tasks.retrieval import UniAdapterRetrievalTask
 
-SPLIT_KINDS = ("train_splits", "valid_splits", "test_splits")
-# Errors whose message is all that a user needs; others keep their traceback.
-USER_ERRORS = (
-    ConfigError,
-    CheckpointError,
-    DatasetError,
-    VideoDecodeError,
-    FileExistsError,
-    FloatingPointError,
-    run_folders.FolderInUse,
-)
-# Errors of one rank alone; others are the same on every rank.
+# Errors whose message is all that a user needs; others keep their traceback. The first kind is of
+# one rank alone, the second is the same on every rank.
 RANK_ERRORS = (VideoDecodeError, DatasetError, FloatingPointError)
+USER_ERRORS = (
+    *RANK_ERRORS,
+    *(ConfigError, CheckpointError, FileExistsError, run_folders.FolderInUse),
+)
 # Seconds that a rank waits before it exits because of another one, which reports its error first.
 EXIT_DELAY = 10
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves.
-
-    Attributes:
-        output_dir: the run folder.
-        metrics: by test split, on the main process; None on the others.
-        runner: with the model.
-        seconds: wall-clock time, building included.
-    """
+    """What a run leaves; ``metrics`` are by test split, on the main process, None on the others."""
 
     output_dir: Path
     metrics: dict[str, dict[str, float]] | None
@@ -96,7 +75,6 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     Args:
         cfg_path: YAML file.
         options: ``section.key=value`` strings that override it.
-        evaluate: test only.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: before training, naming what is wrong.
@@ -111,9 +89,7 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     asked = config.to_dict()  # before LAVIS's builders and runners fill it in
     if is_stock(run_cfg):
         stock_runners.prepare(run_cfg)
-    folder, checkpoint = on_main_process(
-        choose_folder, asked, errors=(ConfigError, CheckpointError, run_folders.FolderInUse)
-    )
+    folder, checkpoint = on_main_process(run_folders.choose_folder, asked, errors=USER_ERRORS)
     if checkpoint is not None:
         run_cfg.resume_ckpt_path = str(checkpoint)
     with contextlib.ExitStack() as held:
@@ -126,8 +102,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
             (folder / run_folders.SUMMARY).unlink(missing_ok=True)
             if checkpoint is None:  # a resumed run has it
                 write_json(folder / run_folders.CONFIG, asked)
-        log_to_file(folder)
-        describe_start(runner, config)
+        console.log_to_file(folder)
+        console.describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
         seconds = time.perf_counter() - started
         _write_summary(runner, config, metrics, seconds)
@@ -137,19 +113,19 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
 def _build(config: Config, job_id: str) -> RunnerBase:
     """The runner, with everything that can be checked before it starts checked."""
     run_cfg = config.run_cfg
-    seed = run_cfg.seed
     runner_cls = registry.get_runner_class(run_cfg.runner)
     if is_stock(run_cfg):
-        runner_cls = stock_runners.recording(runner_cls)
+        runner_cls = stock_runners.returning_metrics(runner_cls)
     set_cache_root(run_cfg)
     # The same on every rank while the model is built; different when batches are drawn.
-    seed_everything(seed)
-    precision.set_matmul_precision(run_cfg.matmul_precision)
+    set_seed(run_cfg.seed)
+    torch.set_float32_matmul_precision(run_cfg.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = run_cfg.matmul_precision == "high"
     task, datasets = _build_datasets(config)
     model = task.build_model(config)
     # the last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, run_cfg.check_files)
-    seed_everything(seed + get_rank())
+    set_seed(run_cfg.seed + get_rank())
     runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if run_cfg.evaluate and run_cfg.get("resume_ckpt_path"):
         model.load_checkpoint(run_cfg.resume_ckpt_path)
@@ -160,25 +136,26 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
     task = setup_task(config)
     _check_allow_missing(config, task)
     run_cfg = config.run_cfg
-    kinds = ("test_splits",) if run_cfg.evaluate else SPLIT_KINDS
-    splits = {kind: list(run_cfg[kind]) for kind in kinds}
-    make_buildable(config.datasets_cfg, {name for names in splits.values() for name in names})
+    kinds = ("test_splits", *(() if run_cfg.evaluate else ("train_splits", "valid_splits")))
+    make_buildable(config.datasets_cfg, {split for kind in kinds for split in run_cfg[kind]})
     datasets = task.build_datasets(config)
-    available = sorted({split for by_split in datasets.values() for split in by_split})
-    check_splits(splits, available, task)
-    check_lavis_model(config, datasets)
+    available = {split for by_split in datasets.values() for split in by_split}
+    for kind in kinds:
+        for split in set(run_cfg[kind]) - available:
+            raise ConfigError(
+                f"run.{kind} names '{split}', and the datasets have "
+                f"{', '.join(sorted(available))}.{nearest(split, available)}"
+            )
+    if not run_cfg.evaluate:
+        _check_training_splits(run_cfg, task)
+    check_lavis_model(config)
     return task, datasets
 
 
 def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False) -> None:
-    """Check the configuration and every data file of a run, and log what it would use.
+    """Check the configuration and every data file of a ``run``, and log what it would use.
 
     Builds no model and writes no run folder.
-
-    Args:
-        cfg_path: YAML file.
-        options: ``section.key=value`` strings over it.
-        evaluate: check what an evaluation needs.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: as ``run`` raises them.
@@ -198,49 +175,28 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
     logger.info("The configuration and the data files are valid.")
 
 
-def check_splits(
-    splits: Mapping[str, Sequence[str]], available: Sequence[str], task: BaseTask
-) -> None:
-    """Check that a run's splits exist, and that validation measures something.
-
-    Args:
-        splits: by key of ``run:``; only ``test_splits`` if the run does not train.
-        available: the splits of the datasets.
-
-    Raises:
-        ConfigError: naming the split and what to set.
-    """
-    for kind, names in splits.items():
-        for split in names:
-            if split not in available:
-                raise ConfigError(
-                    f"run.{kind} names '{split}', and the datasets have {', '.join(available)}."
-                    f"{nearest(split, available)}"
-                )
-    if not splits.get("train_splits", True):
+def _check_training_splits(run_cfg: DictConfig, task: BaseTask) -> None:
+    if not run_cfg.train_splits:
         raise ConfigError("run.train_splits is empty, and run.evaluate is not True.")
-    unmeasured = splits.get("valid_splits", ())
-    if type(task) is VQATask:  # LAVIS's own
-        unmeasured = [split for split in unmeasured if split not in task.ques_files]
-    elif getattr(task, "report_metric", True):
-        unmeasured = ()
-    if unmeasured:
-        raise ConfigError(
-            f"run.valid_splits names '{unmeasured[0]}', of which run.task measures nothing (its "
-            "annotations have no question and annotation file in COCO's layout, or "
-            "run.report_metric is False), so it cannot select the best epoch. Set "
-            "run.valid_splits=[]."
-        )
+    measured = run_cfg.valid_splits if getattr(task, "report_metric", True) else ()
+    if type(task) is VQATask:  # LAVIS's own, which needs questions and annotations in COCO's layout
+        measured = task.ques_files
+    for split in run_cfg.valid_splits:
+        if split not in measured:
+            raise ConfigError(
+                f"run.valid_splits names '{split}', on which run.task measures nothing, so it "
+                "cannot select the best epoch. Set run.valid_splits=[]."
+            )
 
 
 def _check_allow_missing(config: Config, task: BaseTask) -> None:
     """Check that items that cannot be read can be scored as wrong."""
     names = [name for name, cfg in config.datasets_cfg.items() if cfg.get("allow_missing")]
-    model_cls = registry.get_model_class(config.model_cfg.arch)
-    scores_them = isinstance(task, PredictionTask) or (
-        isinstance(task, UniAdapterRetrievalTask) and not is_lavis_model(model_cls)
-    )
-    if names and (is_stock(config.run_cfg) or not scores_them):
+    scores_them = isinstance(task, MeasuredTask) and not is_stock(config.run_cfg)
+    if isinstance(task, UniAdapterRetrievalTask):
+        model_cls = registry.get_model_class(config.model_cfg.arch)
+        scores_them = scores_them and not is_lavis_model(model_cls)
+    if names and not scores_them:
         raise ConfigError(
             f"datasets.{names[0]}.allow_missing is True, and run.task '{config.run_cfg.task}' with "
             f"model.arch '{config.model_cfg.arch}' and this run.runner cannot score what is "
@@ -249,37 +205,34 @@ def _check_allow_missing(config: Config, task: BaseTask) -> None:
 
 
 def set_cache_root(run_cfg: DictConfig) -> None:
-    """Set where LAVIS looks for data with relative paths; its default is its authors' folder.
-
-    ``run.cache_root``, else the environment's ``LAVIS_CACHE_ROOT``, else ``./cache``.
-    """
+    """Set where LAVIS looks for data with relative paths; its default is its authors' folder."""
     root = run_cfg.cache_root or os.environ.get("LAVIS_CACHE_ROOT") or "cache"
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @main_process
 def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
-    """Write ``summary.json``, which marks a run as finished; see ``run_folders``."""
+    """Write ``summary.json``, which marks a run as finished; see ``run_folders.read``."""
+    run_cfg, folder = config.run_cfg, Path(runner.output_dir)
     # momentum encoders are copies of what is trained, and no part of a model's size
     momentum = momentum_parameters(runner._model)
     parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
-    trained = [] if config.run_cfg.evaluate else [p for p in parameters if p.requires_grad]
-    best = asdict(runner.best)
+    trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
+    score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
+    validated = [line for line in run_folders.logged(folder) if score in line]
+    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
+    found = [line.get("val_best_epoch") for line in validated]
+    of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
+    best = max(of_last, key=lambda line: line[score], default={})
     write_json(
-        Path(runner.output_dir) / run_folders.SUMMARY,
+        folder / run_folders.SUMMARY,
         {
             "arch": config.model_cfg.arch,
             "tuning": config.model_cfg.get("tuning"),
-            "task": config.run_cfg.task,
-            "seed": int(config.run_cfg.seed),
-            "device": str(config.run_cfg.device),
-            "precision": precision.describe(config.run_cfg),
+            "task": run_cfg.task,
+            "seed": run_cfg.seed,
+            "device": run_cfg.device,
+            "precision": precision.describe(run_cfg),
             "processes": get_world_size(),
             "parameters": {
                 "trained": sum(p.numel() for p in trained),
@@ -287,13 +240,25 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
             },
             "metrics": metrics,
             "best": {
-                "score": None if best["epoch"] is None else best["metric"],
-                "epoch": best["epoch"],
+                "score": best.get(score),
+                "epoch": next((v for k, v in best.items() if k.endswith("_epoch")), None),
             },
             "seconds": seconds,
-            "peak_bytes": run_folders.peak_bytes(torch.device(config.run_cfg.device)),
+            "peak_bytes": _peak_bytes(run_cfg.device),
         },
     )
+
+
+def _peak_bytes(device: str) -> int | None:
+    """Most memory that this process has used so far; on CUDA, of its device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
+    import resource  # which Windows does not have
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run_and_report(
@@ -302,7 +267,7 @@ def run_and_report(
     """``run``, and log the metrics. Keeps no reference to the run, so the process group can end."""
     result = run(cfg_path, options, evaluate)
     if result.metrics is not None:
-        logger.info("%s", metrics_table(result.metrics))
+        logger.info("%s", console.metrics_table(result.metrics))
         logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
 
 
@@ -312,25 +277,23 @@ def exit_status(work: Callable[[], object]) -> int:
     Messages go to the console, and errors that a user can fix are printed in one line.
     """
     log_to_console()
-    rank = int(os.environ.get("RANK", "0"))
-    status = 0
+    rank, status, message = int(os.environ.get("RANK", "0")), 0, None
     try:
         work()
+    except RANK_ERRORS as error:
+        status, message = 2, f"error: {f'rank {rank}: ' if rank else ''}{error}"
     except USER_ERRORS as error:
-        # Configurations fail alike on every rank; data and numbers on one.
-        if rank == 0 or isinstance(error, RANK_ERRORS):
-            tqdm.write(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        status = 2
+        status, message = 2, None if rank else f"error: {error}"
     except Interrupted as interrupted:
-        if rank == 0:
-            tqdm.write(str(interrupted), file=sys.stderr)
-        status = EXIT_INTERRUPTED
+        status, message = EXIT_INTERRUPTED, None if rank else str(interrupted)
     except AnotherRankFailed:
         time.sleep(EXIT_DELAY)
         status = 2
     except Exception:
         traceback.print_exc()
         status = 1
+    if message:
+        tqdm.write(message, file=sys.stderr)
     if status and get_world_size() > 1:
         # Others may wait in a collective, so this rank can't leave the group with them: it ends
         # at once, which torchrun notices.

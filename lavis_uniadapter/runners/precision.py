@@ -1,4 +1,4 @@
-"""Number formats of a run: what autocast computes in, and how exact matrix products are."""
+"""The number format of a run."""
 
 from __future__ import annotations
 
@@ -24,14 +24,8 @@ def choose_amp(requested: str | None, device: str) -> str | None:
     return "bf16" if native else None
 
 
-def set_matmul_precision(precision: str) -> None:
-    """Let float32 products and convolutions on CUDA round their inputs to TF32 (high), or not."""
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = precision == "high"
-
-
 def describe(run_cfg: Mapping[str, Any]) -> str:
-    """The number format of a run, for people and for comparisons."""
+    """The format's name, such as float32 or bf16."""
     amp = run_cfg.amp or "float32"
     tf32 = run_cfg.matmul_precision == "high" and run_cfg.device == "cuda"
     return f"{amp} (TF32)" if tf32 else amp

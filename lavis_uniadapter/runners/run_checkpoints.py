@@ -1,7 +1,7 @@
 """Checkpoint files of a run folder: written atomically, checked when read, the last two kept.
 
 The newest state is ``checkpoint_latest.pth``, the one before ``checkpoint_previous.pth``; whenever
-the run is killed, at least one of them is whole. Only tensors and plain containers are unpickled.
+the run is killed, at least one of them is whole.
 """
 
 from __future__ import annotations
@@ -27,33 +27,20 @@ PREVIOUS = "checkpoint_previous.pth"
 
 
 def write(content: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint."""
+    """Write a checkpoint; a latest one becomes the previous one."""
     with atomic(path) as temporary:
         torch.save(content, temporary)
-
-
-def write_latest(content: Mapping[str, Any], folder: Path) -> None:
-    """Write the newest state of a run; keep the one before beside it."""
-    with atomic(folder / LATEST) as temporary:
-        torch.save(content, temporary)
         flush(temporary)
-        if (folder / LATEST).is_file():
-            os.replace(folder / LATEST, folder / PREVIOUS)
+        if path.name == LATEST and path.is_file():
+            os.replace(path, path.with_name(PREVIOUS))
 
 
-def read(path: str | os.PathLike, checked: bool = True) -> dict[str, Any]:
-    """Read a checkpoint of this package's runner or of LAVIS's.
-
-    Args:
-        checked: compare every byte with the file's checksums first.
-
-    Raises:
-        CheckpointError: if there is none, or it is damaged.
-    """
+def read(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint of this runner or of LAVIS's; CheckpointError if it is damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"No checkpoint at '{path}' (run.resume_ckpt_path).")
     try:
-        if checked and zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):  # torch does not compare checksums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"'{damaged}' in it is damaged")
@@ -64,19 +51,14 @@ def read(path: str | os.PathLike, checked: bool = True) -> dict[str, Any]:
     return content
 
 
-def states(folder: Path, of_lavis: bool = False) -> list[Path]:
-    """The files of a run folder that the run can continue from, the newest first.
-
-    Args:
-        of_lavis: the run is one of LAVIS's runners, which save the best epoch or, without
-            validation, every epoch.
-    """
-    if of_lavis:
-        return sorted(folder.glob("checkpoint_*.pth"), key=lambda p: -p.stat().st_mtime)
-    return [folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()]
+def states(folder: Path) -> list[Path]:
+    """The files that a run can continue from, the newest first."""
+    ours = [folder / name for name in (LATEST, PREVIOUS) if (folder / name).is_file()]
+    # LAVIS's runners save the best epoch or, without validation, every epoch.
+    return ours or sorted(folder.glob("checkpoint_*.pth"), key=lambda p: -p.stat().st_mtime)
 
 
-def newest_whole(folder: Path, of_lavis: bool = False) -> Path | None:
+def newest_whole(folder: Path) -> Path | None:
     """The newest undamaged state of a run; None if the run saved none.
 
     A damaged file is renamed to ``<name>.torn``, so that the next save does not replace the good
@@ -86,7 +68,7 @@ def newest_whole(folder: Path, of_lavis: bool = False) -> Path | None:
         CheckpointError: if there are checkpoints, and all are damaged.
     """
     torn = []
-    for path in states(folder, of_lavis):
+    for path in states(folder):
         try:
             read(path)
         except CheckpointError as error:
@@ -99,7 +81,7 @@ def newest_whole(folder: Path, of_lavis: bool = False) -> Path | None:
     if torn:
         raise CheckpointError(
             f"No whole checkpoint is left in '{folder}' ({', '.join(p.name for p in torn)} are "
-            "damaged). Delete the folder, or start anew under another run.job_id."
+            "damaged). Delete the folder, or use another run.job_id."
         )
     return None
 

@@ -1,18 +1,20 @@
-"""Run folders: who works in one, and what a finished run left in it."""
+"""Run folders: a new one or that of a run to continue, and what a finished run left in it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
+
+from lavis_uniadapter.common.errors import ConfigError, name_some
+from lavis_uniadapter.runners import run_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ LOG = "log.txt"
 # What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
-# Where LAVIS's name or unit of a metric differs: its name, and how many of ours its one is.
+# LAVIS's names of metrics, and how many of our units one of LAVIS's is.
 LAVIS_METRICS = {
     "accuracy": ("agg_metrics", 1),
     "cider": ("CIDEr", 100),
@@ -31,72 +33,50 @@ LAVIS_METRICS = {
     "meteor": ("METEOR", 100),
     "rouge_l": ("ROUGE_L", 100),
 }
-# This task's accuracy, "acc", is a fraction; that of LAVIS's question answering is in percent.
+# This task's accuracy is a fraction; that of LAVIS's question answering is in percent.
 CLASSIFICATION = "multimodal_classification"
 # LAVIS names retrieval by what is found: images for a text, texts for an image.
 LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
 
-
-@dataclass
-class BestEpoch:
-    """The best epoch so far, by the first validation split.
-
-    Attributes:
-        metric: ``agg_metrics``, of which more is better.
-        value: the selection metric itself, where it has another name.
-        epoch: counted from 0; None before the first validation.
-    """
-
-    metric: float = float("-inf")
-    value: float | None = None
-    epoch: int | None = None
+# Keys of ``run:`` that may change when a run continues: they affect where it computes, not what.
+MAY_DIFFER = frozenset(
+    "resume resume_ckpt_path job_id num_workers device log_freq cache_root checkpoint_freq "
+    "data_timeout check_files unreadable_threshold max_skipped_steps feature_memory rerank_batch "
+    "batch_size_eval compile".split()
+)
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a comparison needs of a run; None where the folder does not tell.
+    """What a comparison reads of a run; None where the folder does not say.
 
     Attributes:
         metrics: of the test split.
-        best: the best validation score (``agg_metrics``, of which more is better).
-        seconds: of training and evaluation, earlier processes of the run included.
-        peak_bytes: most memory of the main process; on CUDA, of the device.
+        best: the highest ``agg_metrics`` of validation.
+        seconds: of training and evaluation, in all processes that worked on the run.
+        peak_bytes: most memory of the main process; on CUDA, of its device.
         outcomes: by metric, what each query contributes; see ``MeasuredTask.write``.
         precision: the number format, such as float32 or bf16.
     """
 
     seed: int | None
     metrics: Mapping[str, float]
-    best: float | None
-    trained_parameters: int | None
-    total_parameters: int | None
-    seconds: float | None
-    peak_bytes: int | None
+    best: float | None = None
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+    seconds: float | None = None
+    peak_bytes: int | None = None
     outcomes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     precision: str | None = None
 
     def metric(self, name: str) -> float | None:
-        """A metric of the test split, under our name or LAVIS's."""
+        """A metric of the test split, stored under our name or LAVIS's."""
         if name in self.metrics:
             return self.metrics[name]
         way, _, measure = name.partition("_")
-        directed = (f"{LAVIS_DIRECTIONS.get(way)}_{measure}", 1)
-        theirs, factor = LAVIS_METRICS.get(name, directed)
+        retrieval = (f"{LAVIS_DIRECTIONS.get(way)}_{measure}", 1)
+        theirs, factor = LAVIS_METRICS.get(name, retrieval)
         return factor * self.metrics[theirs] if theirs in self.metrics else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process has used so far; on CUDA, of its device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows does not have
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class FolderInUse(RuntimeError):
@@ -105,11 +85,7 @@ class FolderInUse(RuntimeError):
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Lock a folder for this process, until the end of the block or of the process.
-
-    Raises:
-        FolderInUse: if another process holds it.
-    """
+    """Lock a folder until the end of the block; FolderInUse if another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / LOCK, blocking=False).acquire()
@@ -119,95 +95,119 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
 
 
-def is_in_use(folder: Path) -> bool:
-    """Whether another process holds a folder."""
-    try:
-        with sole_user(folder):
-            return False
-    except FolderInUse:
-        return True
-
-
 def is_finished(folder: Path) -> bool:
     """Whether a run of this package has done all that its configuration asked for."""
     return (folder / SUMMARY).is_file()
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``log.txt``, without LAVIS's header and a line that a killed run cut."""
+    path = folder / LOG
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.startswith('{"') and line.endswith("}")]
+
+
+def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint in it to continue from (``run.resume: auto``).
+
+    The folder is named ``run.job_id``; else it is that of an unfinished run of the same
+    configuration, or a new one named by the time. ConfigError if a new run would overwrite another.
+    """
+    run = config["run"]
+    output_dir, folder = Path.cwd() / run["output_dir"], None
+    if run["job_id"]:
+        folder = output_dir / run["job_id"]
+    elif run.get("resume") and not run["evaluate"]:
+        folder = find_unfinished_run(output_dir, config)
+    if folder is None:
+        folder = output_dir / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        folder.mkdir(parents=True)
+        return folder, None
+    if run["evaluate"]:
+        return folder, None
+    with sole_user(folder):
+        checkpoint = run_checkpoints.newest_whole(folder)
+    if checkpoint is not None and not run.get("resume"):
+        raise ConfigError(
+            f"'{folder}' holds a run already. Set run.resume=auto to continue it; use another "
+            "run.job_id or delete the folder to start anew."
+        )
+    return folder, checkpoint
+
+
+def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | None:
+    """The newest folder below ``output_dir`` with an unfinished run of a configuration."""
+    folders = [path.parent for path in output_dir.glob(f"*/{CONFIG}")]
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        if is_finished(folder) or not run_checkpoints.states(folder):
+            continue
+        try:
+            with sole_user(folder):
+                noted = json.loads((folder / CONFIG).read_text())
+        except FolderInUse as error:
+            logger.info("%s It is left alone.", error)
+            continue
+        differences = _differences(noted, config)
+        if not differences:
+            return folder
+        logger.info(
+            "'%s' is unfinished and not this run: it has another %s.",
+            *(folder, name_some(differences, 3)),
+        )
+    return None
+
+
+def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that change what is computed."""
+    return [
+        f"{section}.{key}"
+        for section in ("datasets", "model", "run")
+        for key in sorted({*noted[section], *config[section]})
+        if noted[section].get(key) != config[section].get(key)
+        and not (section == "run" and key in MAY_DIFFER)
+    ]
+
+
 def read(folder: Path, split: str = "test") -> RunSummary:
-    """Read a run folder.
+    """Read a run folder of this package, or one of LAVIS's, which has only metrics.
 
     Raises:
         FileNotFoundError: if it holds no result of a finished run.
     """
-    if is_finished(folder):
-        return _read_summary(folder, split)
-    if not (folder / LAVIS_RESULTS).is_file():
-        raise FileNotFoundError(
-            f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
-            "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
-        )
-    metrics = _lavis_results(folder, split)
-    return RunSummary(None, metrics, None, _trained_by_lavis(folder), None, None, None)
-
-
-def _read_summary(folder: Path, split: str) -> RunSummary:
+    if not is_finished(folder):
+        return RunSummary(None, _read_lavis_metrics(folder, split))
     summary = json.loads((folder / SUMMARY).read_text())
     measured = (summary["metrics"] or {}).get(split, {})
     if summary.get("task") == CLASSIFICATION:
         measured = _in_percent(measured)
     outcomes = folder / "result" / OUTCOMES.format(split=split)
+    seconds = sum(v for line in logged(folder) for k, v in line.items() if k.endswith("_seconds"))
     return RunSummary(
         seed=summary.get("seed"),
         metrics=measured,
         best=summary["best"]["score"],
         trained_parameters=summary["parameters"]["trained"],
         total_parameters=summary["parameters"]["total"],
-        seconds=_logged_seconds(folder) or summary["seconds"],
+        seconds=seconds or summary["seconds"],
         peak_bytes=summary["peak_bytes"],
         outcomes=json.loads(outcomes.read_text()) if outcomes.is_file() else {},
         precision=summary.get("precision"),
     )
 
 
-def _lavis_results(folder: Path, split: str) -> dict[str, float]:
-    """The last result that a LAVIS task wrote."""
-    last = list(json_values((folder / LAVIS_RESULTS).read_text()))[-1]
-    if split in last:  # captioning and classification name the split
-        last = _in_percent(last[split])
-    return {k: v for k, v in last.items() if isinstance(v, int | float)}
+def _read_lavis_metrics(folder: Path, split: str) -> Mapping[str, Any]:
+    """The last line that a LAVIS task wrote."""
+    path = folder / LAVIS_RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
+            "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
+        )
+    last = json.loads(path.read_text().splitlines()[-1])
+    # captioning and classification name the split
+    return _in_percent(last[split]) if split in last else last
 
 
-def _in_percent(classification: dict[str, float]) -> dict[str, float]:
-    """What a classification task measured, with its accuracy in percent and under our name."""
-    if "acc" not in classification:
-        return classification
-    return {**classification, "accuracy": 100 * classification["acc"]}
-
-
-def _logged_seconds(folder: Path) -> float | None:
-    if not (folder / LOG).is_file():
-        return None
-    lines = json_values((folder / LOG).read_text())
-    return sum(v for line in lines for k, v in line.items() if k.endswith("_seconds"))
-
-
-def json_values(text: str) -> Iterator[dict[str, Any]]:
-    """JSON objects one after another, on one line or several."""
-    decoder, at = json.JSONDecoder(), 0
-    while text[at:].strip():
-        at += len(text[at:]) - len(text[at:].lstrip())
-        value, at = decoder.raw_decode(text, at)
-        yield value
-
-
-def _trained_by_lavis(folder: Path) -> int | None:
-    """Parameters that the optimizer in a LAVIS checkpoint has moments of."""
-    for path in sorted(folder.glob("checkpoint_*.pth")):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # not worth stopping a comparison for
-            logger.warning("'%s': trained parameters unknown, cannot be read: %s", path, error)
-            continue
-        moments = content["optimizer"]["state"].values()
-        return sum(state["exp_avg"].numel() for state in moments)
-    return None
+def _in_percent(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Metrics with the accuracy of a classification task in percent, under our name."""
+    return {**metrics, "accuracy": 100 * metrics["acc"]} if "acc" in metrics else metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
@@ -14,26 +13,23 @@ import torch
 import torch.distributed as dist
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process, main_process
 from lavis.common.registry import registry
-from lavis.datasets.data_utils import concat_datasets
 from lavis.runners.runner_base import RunnerBase
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lavis_uniadapter.common import lavis_versions
-from lavis_uniadapter.common.distributed import Votes
+from lavis_uniadapter.common.distributed import largest
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView
-from lavis_uniadapter.datasets.reading import EvaluationItems, ReadingMonitor, TrainingItems
+from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView, TrainingShard
+from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.datasets.sampling import TrainingShard
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
-from lavis_uniadapter.runners import run_checkpoints, training_state
+from lavis_uniadapter.runners import run_checkpoints, run_folders, training_state
 from lavis_uniadapter.runners.epoch import EpochProgress, TrainingEpoch
 from lavis_uniadapter.runners.faults import FaultLog
 from lavis_uniadapter.runners.precision import AMP_DTYPES
-from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST, PREVIOUS
-from lavis_uniadapter.runners.run_folders import LOG, BestEpoch
+from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.runners.signals import Interrupted, InterruptionWatch
 
 logger = logging.getLogger(__name__)
@@ -47,24 +43,20 @@ COMPILE_BACKEND = "inductor"
 class RunnerUniAdapter(RunnerBase):
     """Train, validate each epoch, keep the best, test it (``lavis.runners.RunnerBase``).
 
-    Beyond LAVIS's: CPU and gloo, output under the current folder, a progress bar, the loss divided
-    over accumulated batches, ``amp: bf16 | fp16 | null``, and the best epoch chosen by
-    ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the middle of an
-    epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or gradient is not
-    finite are skipped, counted and logged, up to a limit. The configuration is one that
-    ``load_config`` has completed.
-
-    Attributes:
-        best: the best epoch so far.
+    Beyond LAVIS's: CPU and gloo, bf16, the loss divided over accumulated batches, and the best
+    epoch by ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the
+    middle of an epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or
+    gradient is not finite are skipped, counted and logged, up to a limit. The configuration is one
+    that ``load_config`` has completed.
     """
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
         self.amp = cfg.run_cfg.amp
-        self.best = BestEpoch()
+        # the value of the selection metric, and agg_metrics, of which more is better
+        self.best = {"epoch": None, "value": None, "agg_metrics": float("-inf")}
         self.watch = InterruptionWatch()
         self.faults = FaultLog(self.output_dir)
-        self.votes = Votes()
 
     # --- set-up ---------------------------------------------------------------------------------
 
@@ -78,15 +70,10 @@ class RunnerUniAdapter(RunnerBase):
         registry.mapping["paths"]["result_dir"] = str(self.result_dir)
 
     @property
-    def use_distributed(self) -> bool:
-        return get_world_size() > 1
-
-    @property
     def model(self):
         """The model on its device, wrapped for distributed training if there is any."""
         if self._wrapped_model is None:
-            self._model = self._model.to(self.device)
-            self._wrapped_model = self._model
+            self._model = self._wrapped_model = self._model.to(self.device)
             if self.config.run_cfg.compile:
                 compile_visual_encoder(self._model)
             if self.use_distributed:
@@ -100,28 +87,20 @@ class RunnerUniAdapter(RunnerBase):
                 )
         return self._wrapped_model
 
-    def unwrap_dist_model(self, model):
-        return model.module if isinstance(model, DistributedDataParallel) else model
-
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over the trained parameters.
-
-        Weights decay as ``run.weight_decay_on`` says: ``matrices`` as in LAVIS, or ``all`` trained
-        tensors as in the authors' released code.
-        """
+        """AdamW; what decays is matrices, as in LAVIS, or all, as in the authors' released code."""
         if self._optimizer is None:
             run = self.config.run_cfg
-            parameters = self.unwrap_dist_model(self.model).parameters()
-            trained = [p for p in parameters if p.requires_grad]
+            trained = [p for p in self.model.parameters() if p.requires_grad]
             min_axes = 0 if run.weight_decay_on == "all" else 2  # of what decays
             groups = [
-                ([p for p in trained if p.ndim >= min_axes], float(run.weight_decay)),
+                ([p for p in trained if p.ndim >= min_axes], run.weight_decay),
                 ([p for p in trained if p.ndim < min_axes], 0.0),
             ]
             self._optimizer = torch.optim.AdamW(
                 [{"params": p, "weight_decay": decay} for p, decay in groups if p],
-                lr=float(run.init_lr),
+                lr=run.init_lr,
                 betas=(0.9, run.beta2),
                 fused=True,  # so that the device can skip a step
             )
@@ -133,66 +112,49 @@ class RunnerUniAdapter(RunnerBase):
             self._scaler = torch.amp.GradScaler(self.device.type)
         return self._scaler
 
-    def _autocast(self):
-        if self.amp is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=AMP_DTYPES[self.amp])
+    def _autocast(self) -> torch.autocast:
+        dtype = AMP_DTYPES.get(self.amp)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    @property
-    def dataloaders(self) -> dict[str, BatchLoader]:
-        """A loader for each split; items are sharded over ranks, and in training shuffled."""
-        if self._dataloaders is None:
-            sections, tolerant = self.config.datasets_cfg, set()
-            by_split: dict[str, list[Dataset]] = {}
-            for name, splits in self.datasets.items():
-                for split, dataset in splits.items():
-                    by_split.setdefault(split, []).append(dataset)
-                    if sections[name].get("allow_missing"):
-                        tolerant.add(split)
-            self.datasets = concat_datasets(by_split)
-            self._dataloaders = {
-                split: self._create_loader(dataset, split in self.train_splits, split in tolerant)
-                for split, dataset in self.datasets.items()
-            }
-        return self._dataloaders
+    def create_loaders(self, datasets, batch_sizes, is_trains, collate_fns, **_):
+        """A `BatchLoader` for each split; items are sharded over ranks, in training shuffled."""
+        splits = zip(datasets, batch_sizes, is_trains, collate_fns, strict=True)
+        return [self._create_loader(*split) for split in splits]
 
-    def _create_loader(self, dataset: Dataset, training: bool, allow_missing: bool) -> BatchLoader:
+    def _create_loader(self, dataset, batch_size, training, collate_fn) -> BatchLoader:
         if isinstance(dataset, list | tuple | IterableDataset):
             raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
-        run = self.config.run_cfg
-        batch_size = run.batch_size_train if training else run.batch_size_eval
-        monitor = ReadingMonitor(run.num_workers)
-        rank, world = get_rank(), get_world_size()
+        run, rank, world = self.config.run_cfg, get_rank(), get_world_size()
         if training:
-            items = TrainingItems(dataset, monitor, int(run.seed))
-            sampler = TrainingShard(dataset, rank, world, int(run.seed))
+            items = TrainingItems(dataset, run.num_workers, run.seed)
+            sampler = TrainingShard(dataset, rank, world, run.seed)
             if len(sampler) < batch_size:
                 raise ConfigError(
                     f"The training split gives each process {len(sampler)} items, fewer than "
                     f"run.batch_size_train {batch_size}. Make the batch smaller."
                 )
         else:
-            items = EvaluationItems(dataset, monitor, allow_missing)
-            # (DistributedSampler would repeat items to give every rank as many.)
-            first, step = (rank, world) if self._shards_evaluation() else (0, 1)
-            sampler = range(first, len(dataset), step)
+            sections = self.config.datasets_cfg.values()
+            allow_missing = any(section.get("allow_missing") for section in sections)
+            items = EvaluationItems(dataset, run.num_workers, allow_missing)
+            # LAVIS's own retrieval models score what their loader yields as if it were the gallery.
+            scores_its_loader = hasattr(self._model, "compute_sim_matrix") and not isinstance(
+                self._model, BlipUniAdapterRetrieval
+            )
+            if not self.use_dist_eval_sampler or scores_its_loader:
+                rank, world = 0, 1
+            # DistributedSampler would repeat items to give every rank as many.
+            sampler = range(rank, len(dataset), world)
         return BatchLoader(
             items,
             sampler,
             batch_size=batch_size,
             num_workers=run.num_workers,
-            collate_fn=getattr(dataset, "collater", None),
-            timeout=self.config.run_cfg.data_timeout,
+            collate_fn=collate_fn,
+            timeout=run.data_timeout,
             drop_last=training,
             pin_memory=self.cuda_enabled,
         )
-
-    def _shards_evaluation(self) -> bool:
-        # LAVIS's own retrieval models score what their loader yields as if it were the gallery
-        scores_its_loader = hasattr(self._model, "compute_sim_matrix") and not isinstance(
-            self._model, BlipUniAdapterRetrieval
-        )
-        return self.use_dist_eval_sampler and not scores_its_loader
 
     # --- training -------------------------------------------------------------------------------
 
@@ -208,62 +170,73 @@ class RunnerUniAdapter(RunnerBase):
             try:
                 return self._train()
             except DatasetError:
-                # a signal to the whole process group may have ended the data workers first
                 if not self.watch.requested_within(1.0):
                     raise
                 cause = self.watch.requested
             except Interrupted as interrupted:
                 cause = str(interrupted)
-        raise Interrupted(self._describe_interruption(cause))
+        latest = self.output_dir / LATEST
+        if not latest.is_file():
+            raise Interrupted(f"{cause}: the run was stopped before its first step was saved.")
+        raise Interrupted(
+            f"{cause}: the run was stopped before its end, and is saved in {latest}. The same "
+            "command with run.resume=auto continues it."
+        )
 
     def _train(self) -> dict[str, dict[str, float]] | None:
         progress = EpochProgress(epoch=0)
         if self.resume_ckpt_path is not None:
             progress = training_state.restore(self, self.resume_ckpt_path)
-            self._copy_best(Path(self.resume_ckpt_path).parent)
-        self._start_log(progress.epoch)
+        self._begin_log(progress.epoch)
         while progress.epoch < self.max_epoch:
             progress = self._train_and_validate(progress)
-        if self.watch.requested:
-            raise Interrupted(self.watch.requested)
         validates, last = bool(self.valid_splits), self.max_epoch - 1
         results = self.evaluate("best" if validates else last, skip_reload=not validates)
-        with self.watch.deferred():
-            if results and validates:  # the adapter that was tested, now with its test metrics
-                self._save_adapter(BEST_ADAPTER, self.best.epoch, results)
-            elif results:
-                self._save_adapter(LATEST_ADAPTER, last, results)
+        if results and validates:  # the adapter that was tested, now with its test metrics
+            self._save_adapter(BEST_ADAPTER, self.best["epoch"], results)
+        elif results:
+            self._save_adapter(LATEST_ADAPTER, last, results)
         return results
 
     def _train_and_validate(self, progress: EpochProgress) -> EpochProgress:
         """One epoch, or the rest of it; returns where the next one begins."""
         epoch, started = progress.epoch, time.perf_counter()
-        with self.watch.deferred():
-            stats = self.train_epoch(progress)
-            stops = self.votes.largest(int(self.watch.requested is not None))
-            if self.valid_splits or stops:
-                self.save_latest(progress)  # so that an interruption costs the validation alone
-            if stops:
-                raise Interrupted(self.watch.requested or "a signal to another rank")
+        stats = self.train_epoch(progress)
+        stops = largest(int(self.watch.requested is not None))
+        if self.valid_splits or stops:
+            self.save_latest(progress)  # so that an interruption costs the validation alone
+        if stops:
+            raise Interrupted(self.watch.requested or "a signal to another rank")
         logs = {split: self.eval_epoch(split, cur_epoch=epoch) for split in self.valid_splits}
-        with self.watch.deferred():
-            self.log_stats({**stats, "epoch": epoch}, "train")
-            logs = {split: log for split, log in logs.items() if log is not None}
-            for split, log in logs.items():
-                self.log_stats({**log, "epoch": epoch}, split)
-            first_log = next(iter(logs.values()), None)
-            is_best = first_log is not None and first_log["agg_metrics"] > self.best.metric
-            if is_best:
-                metric, value = first_log["agg_metrics"], first_log[self._metric_name]
-                self.best = BestEpoch(metric, value, epoch)
-            progress = EpochProgress(epoch + 1, skipped_in_a_row=progress.skipped_in_a_row)
-            self._save_epoch(progress, is_best)
-            self._announce_epoch(epoch, stats, first_log, is_best, time.perf_counter() - started)
-            dist.barrier()
+        progress = EpochProgress(epoch + 1, skipped_in_a_row=progress.skipped_in_a_row)
+        self._end_epoch(progress, stats, logs, time.perf_counter() - started)
+        dist.barrier()
         return progress
 
+    def _end_epoch(self, progress: EpochProgress, stats: dict, logs: dict, seconds: float) -> None:
+        """Log an epoch and save it; ``logs`` are of the validation splits (main process)."""
+        epoch, metric, is_best = progress.epoch - 1, self._metric_name, False
+        self.log_stats({**stats, "epoch": epoch}, "train")
+        text = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
+        for split, log in logs.items() if is_main_process() else ():
+            self.log_stats({**log, "epoch": epoch}, split)
+            text += f", {split} {metric} {log[metric]:.2f}"
+            if split == self.valid_splits[0] and log["agg_metrics"] > self.best["agg_metrics"]:
+                scores = {"value": log[metric], "agg_metrics": log["agg_metrics"]}
+                self.best, is_best = {"epoch": epoch, **scores}, True
+                text += " (best so far)"
+        content = training_state.collect(self, progress)
+        if content is not None:
+            # The best one first: a state must not refer to a best one that is not on disk yet.
+            if is_best:
+                run_checkpoints.write(content, self.output_dir / BEST)
+                self._save_adapter(BEST_ADAPTER, epoch)
+            run_checkpoints.write(content, self.output_dir / LATEST)
+            self._save_adapter(LATEST_ADAPTER, epoch)
+        if is_main_process():
+            logger.info("epoch %d/%d: %s (%.0f s)", epoch + 1, self.max_epoch, text, seconds)
+
     def train_epoch(self, progress: EpochProgress) -> dict[str, float]:
-        """Train an epoch, or the rest of it; returns its line of ``log.txt``."""
         return TrainingEpoch(self, progress).run()
 
     def losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
@@ -275,7 +248,7 @@ class RunnerUniAdapter(RunnerBase):
 
     def evaluate(self, cur_epoch="best", skip_reload=False):
         if self.evaluate_only:
-            self._start_log(0)
+            self._begin_log(0)
         results = {}
         for split in self.test_splits:
             started = time.perf_counter()
@@ -291,12 +264,13 @@ class RunnerUniAdapter(RunnerBase):
         loader = self.dataloaders[split_name]
         model = self.unwrap_dist_model(self.model)
         if not skip_reload and cur_epoch == "best":
-            model = self._reload_best_model(model)
+            path = self.output_dir / BEST
+            training_state.load_model_state(model, run_checkpoints.read(path)["model"], path)
         model.eval()
         self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
         if not getattr(self.task, "reads_batches", False):  # LAVIS's own
             loader = SamplesView(loader)
-        with self._autocast():
+        with self.watch.raising(), self._autocast():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
         if results is None:
             return None
@@ -304,36 +278,12 @@ class RunnerUniAdapter(RunnerBase):
             val_result=results, split_name=split_name, epoch=cur_epoch
         )
 
-    def _reload_best_model(self, model):
-        path = self.output_dir / BEST
-        content = run_checkpoints.read(path, checked=False)
-        training_state.load_model_state(model, content["model"], path)
-        if content["epoch"] != self.best.epoch:
-            logger.warning(
-                "'%s' is of epoch %d, and epoch %s was the best.",
-                *(path, content["epoch"], self.best.epoch),
-            )
-        return model
-
     # --- checkpoints ----------------------------------------------------------------------------
 
     def save_latest(self, progress: EpochProgress) -> None:
-        """Write the newest state; every rank must call it."""
         content = training_state.collect(self, progress)
         if content is not None:
-            run_checkpoints.write_latest(content, self.output_dir)
-
-    def _save_epoch(self, progress: EpochProgress, is_best: bool) -> None:
-        """Write the state after an epoch, the best beside it, and their adapters."""
-        content = training_state.collect(self, progress)
-        if content is None:
-            return
-        # The best one first: a state must not refer to a best one that is not on disk yet.
-        if is_best:
-            run_checkpoints.write(content, self.output_dir / BEST)
-            self._save_adapter(BEST_ADAPTER, progress.epoch - 1)
-        run_checkpoints.write_latest(content, self.output_dir)
-        self._save_adapter(LATEST_ADAPTER, progress.epoch - 1)
+            run_checkpoints.write(content, self.output_dir / LATEST)
 
     def _save_adapter(self, name: str, epoch: int, results: dict | None = None) -> None:
         """Write the adapter, if the model has one, with the metrics that are known of it."""
@@ -342,23 +292,10 @@ class RunnerUniAdapter(RunnerBase):
             return
         metrics = {"epoch": epoch}
         if name == BEST_ADAPTER:
-            metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best.value
+            metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best["value"]
         for split, values in (results or {}).items():
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            metrics.update({f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"})
+            metrics |= {f"{split}_{k}": v for k, v in values.items() if k != "agg_metrics"}
         self._model.save_adapter(self.output_dir / name, metrics)
-
-    @main_process
-    def _copy_best(self, folder: Path) -> None:
-        """Copy the best epoch of a resumed run from its folder: this run may not improve on it."""
-        if folder.resolve() == self.output_dir.resolve():
-            return
-        if (folder / BEST).is_file():
-            shutil.copy2(folder / BEST, self.output_dir)
-        if (folder / BEST_ADAPTER).is_dir():
-            shutil.copytree(
-                folder / BEST_ADAPTER, self.output_dir / BEST_ADAPTER, dirs_exist_ok=True
-            )
 
     # --- log ------------------------------------------------------------------------------------
 
@@ -367,50 +304,27 @@ class RunnerUniAdapter(RunnerBase):
         return getattr(self.task, "selection_metric", "agg_metrics")
 
     @main_process
-    def _announce_epoch(self, epoch, stats, val_log, is_best, seconds) -> None:
-        parts = [f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss")]
-        if val_log is not None:
-            name = self._metric_name
-            parts.append(f"{self.valid_splits[0]} {name} {val_log[name]:.2f}")
-        best = " (best so far)" if is_best else ""
-        logger.info(
-            "epoch %d/%d: %s%s (%.0f s)",
-            *(epoch + 1, self.max_epoch, ", ".join(parts), best, seconds),
-        )
+    def _begin_log(self, epoch: int) -> None:
+        """Begin ``log.txt``; a run that resumes at an epoch keeps the lines of those before it.
 
-    @main_process
-    def log_stats(self, stats, split_name) -> None:
-        """Add a JSON line to ``log.txt``, keys prefixed by the split as in LAVIS."""
-        line = {f"{split_name}_{key}": value for key, value in stats.items()}
-        with open(self.output_dir / LOG, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    @main_process
-    def _start_log(self, epoch: int) -> None:
-        """Begin ``log.txt``; a resumed run keeps the lines of the epochs before this one."""
-        path = self.output_dir / LOG
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = []
-        for line in lines if self.resume_ckpt_path is not None else ():
-            epochs = [v for k, v in json.loads(line).items() if k.endswith("_epoch")]
-            if epochs and epochs[0] < epoch:
-                kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-    def _describe_interruption(self, cause: str) -> str:
-        saved = [name for name in (LATEST, PREVIOUS) if (self.output_dir / name).is_file()]
-        if not saved:
-            return f"{cause}: the run was stopped before its first step was saved."
-        return (
-            f"{cause}: the run was stopped before its end, and is saved in "
-            f"{self.output_dir / saved[0]}. The same command with run.resume=auto continues it."
-        )
+        It also keeps the best epoch, on which it may not improve.
+        """
+        kept: list[str] = []
+        if self.resume_ckpt_path is not None and not self.evaluate_only:
+            source = Path(self.resume_ckpt_path).resolve().parent
+            for line in run_folders.logged(source):
+                if any(key.endswith("_epoch") and value < epoch for key, value in line.items()):
+                    kept.append(json.dumps(line) + "\n")
+            if source != self.output_dir.resolve() and (source / BEST).is_file():
+                shutil.copy2(source / BEST, self.output_dir)
+                if (source / BEST_ADAPTER).is_dir():
+                    there = self.output_dir / BEST_ADAPTER
+                    shutil.copytree(source / BEST_ADAPTER, there, dirs_exist_ok=True)
+        (self.output_dir / run_folders.LOG).write_text("".join(kept))
 
 
 def compile_visual_encoder(model: torch.nn.Module) -> None:
     """Let ``torch.compile`` fuse what lies between the matrix products of each ViT block.
-
-    State-dict names stay as they are.
 
     Raises:
         ConfigError: for a model without ViT blocks.

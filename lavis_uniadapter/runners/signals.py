@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 # sysexits.h: a temporary failure, try again. Schedulers' requeue rules can tell it from an error.
 EXIT_INTERRUPTED = 75
@@ -18,10 +19,9 @@ class Interrupted(Exception):
 
 
 class InterruptionWatch:
-    """Raises `Interrupted` at a signal, or notes it where the run can save its state first.
+    """Notes a signal, so that the run can save its state; a second SIGINT raises KeyboardInterrupt.
 
-    As a context manager it replaces the handlers of the signals. A second SIGINT raises
-    KeyboardInterrupt.
+    As a context manager it replaces the handlers of the signals.
 
     Attributes:
         requested: name of the first signal that arrived, or None.
@@ -29,8 +29,8 @@ class InterruptionWatch:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._deferring = 0
-        self._before: dict[signal.Signals, object] = {}
+        self._raises = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptionWatch:
         if threading.current_thread() is threading.main_thread():
@@ -40,27 +40,27 @@ class InterruptionWatch:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
 
     def _handle(self, number: int, frame: object) -> None:
-        again = self.requested is not None
-        self.requested = self.requested or signal.Signals(number).name
-        if again and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._deferring:
+        self.requested = self.requested or signal.Signals(number).name
+        if self._raises:
             raise Interrupted(self.requested)
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only noted in ``requested``."""
-        self._deferring += 1
+    def raising(self) -> Iterator[None]:
+        """Inside, a signal raises `Interrupted`, also one that arrived before."""
+        self._raises = True
         try:
+            if self.requested:
+                raise Interrupted(self.requested)
             yield
         finally:
-            self._deferring -= 1
+            self._raises = False
 
     def requested_within(self, seconds: float) -> bool:
-        """Wait for a signal: one to a whole process group may end the data workers first."""
+        """Wait for a signal: one to the whole process group may end the data workers first."""
         until = time.monotonic() + seconds
         while self.requested is None and time.monotonic() < until:
             time.sleep(0.05)

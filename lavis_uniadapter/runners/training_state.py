@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size
+from lavis.datasets.data_utils import apply_to_sample
 from torch import Tensor, nn
 
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
@@ -19,7 +20,6 @@ from lavis_uniadapter.common.distributed import gather_to_main
 from lavis_uniadapter.common.errors import CheckpointError
 from lavis_uniadapter.runners import run_checkpoints
 from lavis_uniadapter.runners.epoch import EpochProgress
-from lavis_uniadapter.runners.run_folders import BestEpoch
 
 if TYPE_CHECKING:
     from lavis_uniadapter.runners.runner import RunnerUniAdapter
@@ -28,20 +28,17 @@ logger = logging.getLogger(__name__)
 
 
 def collect(runner: RunnerUniAdapter, progress: EpochProgress) -> dict[str, Any] | None:
-    """The state of a run, on the main process; None on the others. Every rank must call it.
-
-    None there too if the weights are not finite.
-    """
-    ranks = gather_to_main({"rng": rng_state(runner.device), "progress": _to_cpu(asdict(progress))})
+    """The state of a run, on the main process; None if a weight is not finite. Every rank calls."""
+    mine = {"rng": _rng_state(runner.device), "progress": asdict(progress)}
+    ranks = gather_to_main(apply_to_sample(Tensor.cpu, mine))
     if ranks is None:
         return None
     model = runner.unwrap_dist_model(runner.model)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
         logger.warning("The weights are not finite; the states on disk are kept as they are.")
         return None
-    # what training does not change is not saved: all that is frozen, but for momentum encoders
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    unchanged = frozen - momentum_parameters(model)
+    # Training changes averages too, which are frozen parameters in LAVIS's own models.
+    unchanged = _frozen(model) - momentum_parameters(model)
     return {
         "model": {k: v for k, v in model.state_dict().items() if k not in unchanged},
         "optimizer": runner.optimizer.state_dict(),
@@ -50,27 +47,22 @@ def collect(runner: RunnerUniAdapter, progress: EpochProgress) -> dict[str, Any]
         # LAVIS's meaning: the last epoch that is done
         "epoch": progress.epoch - 1,
         "steps_per_epoch": len(runner.train_loader),
-        "best": asdict(runner.best),
+        "best": runner.best,
         "ranks": ranks,
     }
 
 
 def restore(runner: RunnerUniAdapter, path: str | Path) -> EpochProgress:
-    """Load a state: weights, averages, queues, optimizer, scaler, random numbers, best epoch.
+    """Load a state; returns how far this rank is.
 
-    Checkpoints of LAVIS's runner, which lack some of it, are accepted.
-
-    Returns:
-        How far this rank is.
+    Checkpoints of LAVIS's runner are accepted, which lack random numbers and the best epoch.
 
     Raises:
         CheckpointError: if the file is damaged, or of a run that this one cannot continue.
     """
     content = run_checkpoints.read(path)
-    theirs, ours = (
-        section.get("model", {}).get("tuning")
-        for section in (content.get("config") or {}, runner.config.to_dict())
-    )
+    ours = runner.config.model_cfg.get("tuning")
+    theirs = (content.get("config") or {}).get("model", {}).get("tuning")
     if theirs != ours:
         raise CheckpointError(
             f"'{path}' is of a run with model.tuning '{theirs}', and this one has '{ours}'. Set "
@@ -83,7 +75,7 @@ def restore(runner: RunnerUniAdapter, path: str | Path) -> EpochProgress:
     runner.optimizer.load_state_dict(content["optimizer"])
     if runner.scaler and content.get("scaler"):
         runner.scaler.load_state_dict(content["scaler"])
-    runner.best = BestEpoch(**content.get("best") or {})
+    runner.best = content.get("best", runner.best)
     where = f"step {progress.step} of epoch" if progress.step else "epoch"
     logger.info("Resumed from %s: %s %d follows.", path, where, progress.epoch + 1)
     return progress
@@ -102,36 +94,31 @@ def _restore_rank(runner, content: Mapping[str, Any], path: str | Path) -> Epoch
         )
     if len(ranks) != world:
         logger.warning(
-            "'%s' has the random numbers of %d process(es), not of %d: they start anew.",
+            "'%s' has the random numbers of %d process(es), not of %d: new ones are used.",
             *(path, len(ranks), world),
         )
         return EpochProgress(content["epoch"] + 1)
     state = ranks[get_rank()]
+    _restore_rng(state["rng"], runner.device)
     progress = EpochProgress(**state["progress"])
-    for tensors in (progress.sums, progress.counts):
-        tensors.update({k: v.to(runner.device) for k, v in tensors.items()})
-    restore_rng(state["rng"], runner.device)
+    progress.losses = apply_to_sample(lambda x: x.to(runner.device), progress.losses)
     return progress
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load what a runner saved of a model.
-
-    Raises:
-        CheckpointError: if anything but frozen parameters is missing, unexpected or misshapen.
-    """
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    """Load what a runner saved of a model, from which only frozen parameters may be missing."""
+    frozen = _frozen(model)
     own = {k: v for k, v in model.state_dict().items() if k not in frozen or k in state}
     if problems := describe_mismatch(own, state):
         raise CheckpointError(f"'{source}' does not fit {type(model).__name__}: {problems}.")
     model.load_state_dict(state, strict=False)
-    # LAVIS's own models have momentum encoders, which its runner does not save.
-    if missing := momentum_parameters(model).difference(state):
+    if momentum_parameters(model).difference(state):  # which LAVIS's runner does not save
         model.copy_params()
-        logger.warning(
-            "'%s' holds no momentum encoders (%d tensors): they start from the model.",
-            *(source, len(missing)),
-        )
+        logger.warning("'%s' holds no momentum encoders: they start from the model.", source)
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def momentum_parameters(model: nn.Module) -> set[str]:
@@ -140,14 +127,7 @@ def momentum_parameters(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in momentum}
 
 
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _to_cpu(v) for k, v in value.items()}
-    return value.cpu() if torch.is_tensor(value) else value
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators of this process, as tensors and plain containers."""
+def _rng_state(device: torch.device) -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -157,8 +137,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    """Set all generators of this process to what `rng_state` returned."""
+def _restore_rng(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -16,14 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lavis_uniadapter.common.schema.processors import VideoEval
-from lavis_uniadapter.datasets.reading import READ_ERRORS, ReadingMonitor
-from lavis_uniadapter.processors.decoding import (
-    VideoDecodeError,
-    decord_errors,
-    file_problem,
-    open_video,
-    read_frames,
-)
+from lavis_uniadapter.datasets.reading import READ_ERRORS
+from lavis_uniadapter.processors.decoding import decode_errors, open_video, read_frames
 from lavis_uniadapter.processors.images import read_image
 from lavis_uniadapter.search.segments import Segment, cut, is_video
 
@@ -76,15 +70,13 @@ def read_segments(
     if not is_video(path):
         yield [Segment()], image_clip(read_image(path), size)
         return
-    if problem := file_problem(path):
-        raise VideoDecodeError(f"Cannot decode video '{path}': {problem}.", problem)
-    with decord_errors(path):
+    with decode_errors(path):
         reader = open_video(path, size)
         timestamps = reader.get_frame_timestamp(np.arange(len(reader)))
     segments = cut(timestamps, window, visual.n_frms)
     for start in range(0, len(segments), _AT_ONCE):
         some = segments[start : start + _AT_ONCE]
-        with decord_errors(path):
+        with decode_errors(path):
             frames = read_frames(reader, [index for segment in some for index in segment.frames])
         yield some, frames.unflatten(0, (len(some), -1))
 
@@ -98,9 +90,7 @@ def read_segment(path: str | os.PathLike, segment: Segment, visual: VideoEval) -
     path = str(path)
     if not segment.frames:
         return image_clip(read_image(path), visual.image_size)
-    if problem := file_problem(path):
-        raise VideoDecodeError(f"Cannot decode video '{path}': {problem}.", problem)
-    with decord_errors(path):
+    with decode_errors(path):
         return read_frames(open_video(path, visual.image_size), segment.frames)[None]
 
 
@@ -124,7 +114,7 @@ class MediaFiles(IterableDataset):
     Args:
         files: a file whose content has its known hash is not decoded.
         window, visual: see ``read_segments``.
-        monitor: notes what is being read.
+        reading: (workers,) shared; the number of the file that each worker reads, or -1.
     """
 
     def __init__(
@@ -132,17 +122,18 @@ class MediaFiles(IterableDataset):
         files: Sequence[FileToRead],
         window: float,
         visual: VideoEval,
-        monitor: ReadingMonitor,
+        reading: Tensor,
     ):
         self._files, self._window, self._visual = files, window, visual
-        self._monitor = monitor
+        self._reading = reading
 
     def __iter__(self) -> Iterator[Part]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in range(first, len(self._files), step):
-            with self._monitor.reading(number):
-                yield from self._read(number)
+            self._reading[first] = number
+            yield from self._read(number)
+        self._reading[first] = -1
 
     def _read(self, number: int) -> Iterator[Part]:
         file, first = self._files[number], 0
@@ -169,8 +160,8 @@ def read_parts(
     left = list(range(len(files)))
     while left:
         numbers = list(left)
-        monitor = ReadingMonitor(workers)
-        dataset = MediaFiles([files[n] for n in numbers], window, visual, monitor)
+        reading = torch.full((max(workers, 1),), -1).share_memory_()
+        dataset = MediaFiles([files[n] for n in numbers], window, visual, reading)
         try:
             for part in _load(dataset, min(workers, len(numbers)), timeout):
                 number = numbers[part.file]
@@ -179,7 +170,7 @@ def read_parts(
                     left.remove(number)
             return
         except RuntimeError as error:
-            suspects = [numbers[index] for index, _ in monitor.in_progress()]
+            suspects = [numbers[index] for index in reading.tolist() if index >= 0]
             if not suspects:
                 raise
             if numbers == suspects:

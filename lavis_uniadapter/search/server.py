@@ -27,7 +27,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
-from lavis_uniadapter.processors.decoding import decord_errors, open_video, read_frames
+from lavis_uniadapter.processors.decoding import decode_errors, open_video, read_frames
 from lavis_uniadapter.processors.images import ImageError, read_image
 from lavis_uniadapter.search.answering import Answerer
 from lavis_uniadapter.search.index import Index
@@ -236,7 +236,7 @@ def _line(stage: Any, started: float) -> str:
 
 def _thumbnail(path: Path, stored: StoredSegment, number: int) -> bytes:
     if stored.segment.frames:
-        with decord_errors(str(path)):
+        with decode_errors(str(path)):
             reader = open_video(str(path), -1)  # not scaled
             pixels = read_frames(reader, [stored.segment.frames[number]])[0]
         picture = Image.fromarray(pixels.numpy())

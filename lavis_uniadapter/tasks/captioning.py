@@ -15,8 +15,6 @@ from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation.caption_metrics import METRICS, caption_metrics, has_java
 from lavis_uniadapter.tasks.prediction import PredictionTask, visual_kind
 
-CAPTION_DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
-
 
 @registry.register_task("uniadapter_captioning")
 class UniAdapterCaptionTask(PredictionTask):
@@ -24,12 +22,13 @@ class UniAdapterCaptionTask(PredictionTask):
 
     LAVIS's ``captioning`` downloads COCO's files and scores against them, whatever the dataset.
 
-    Settings (``run:``): ``num_beams`` (3), ``max_len`` (30) and ``min_len`` (5) in tokens;
-    ``report_metric`` (True): False for a split without references, whose captions are written but
-    not scored; ``selection_metric`` (cider).
+    Settings (``run:``): ``num_beams``, ``max_len``, ``min_len``; ``selection_metric`` (cider); and
+    ``report_metric: False`` for splits without references, whose captions are written only.
     """
 
     NAME, METHOD, MODEL = "uniadapter_captioning", "generate", "blip_uniadapter_caption"
+    DATASETS = (CaptionDataset, CaptionEvalDataset, VideoCaptionEvalDataset)
+    OTHER_DATASETS = "not one of LAVIS's caption datasets. Choose another run.task."
     WRONG_PREDICTION = {"caption": ""}
 
     def __init__(self, run_cfg):
@@ -45,18 +44,12 @@ class UniAdapterCaptionTask(PredictionTask):
         """LAVIS's datasets; for evaluation, one record per visual input, with all its captions.
 
         Raises:
-            ConfigError: for a dataset that is not one of LAVIS's for captioning, or if training
-                captions do not begin with the model's prompt.
+            ConfigError: if training captions do not begin with the model's prompt.
             DatasetError: if a record of an evaluation split has no caption to score against.
         """
         datasets = super().build_datasets(cfg)
         for name, splits in datasets.items():
             for split, dataset in splits.items():
-                if not isinstance(dataset, CAPTION_DATASETS):
-                    raise ConfigError(
-                        f"run.task is uniadapter_captioning, and '{name}', {split} is a "
-                        f"{type(dataset).__name__}, which is not one of LAVIS's caption datasets."
-                    )
                 if split == "train":
                     _check_prompt(dataset, cfg.model_cfg.get("prompt") or "", name)
                 else:
@@ -91,8 +84,7 @@ class UniAdapterCaptionTask(PredictionTask):
         return [{"image_id": i, "caption": c} for i, c in zip(ids, captions, strict=True)]
 
     def describe(self, record):
-        file = record.get("video", record.get("image"))
-        return {"file": file, "references": record["caption"]}
+        return {"references": record["caption"]}
 
     def metrics(self, items):
         if not self.report_metric:

@@ -29,23 +29,16 @@ logger = logging.getLogger(__name__)
 # Key of the reason in an item, and of the number of items among the metrics.
 UNREADABLE = "unreadable"
 
-Outcomes = Mapping[str, Sequence[Sequence[float]]]
-
 
 class MeasuredTask(BaseTask, ABC):
-    """A task that writes metrics to the run's folder, one of which selects the best epoch.
+    """A task that writes metrics to the run's folder, one of which selects the best epoch."""
 
-    Attributes:
-        NAME: in LAVIS's registry.
-        METHOD: of the models that can run the task.
-        MODEL: such a model of this package.
-        LOWER_IS_BETTER: endings of the metrics that are best when they are low.
-    """
-
-    NAME: str
-    METHOD: str
-    MODEL: str
-    LOWER_IS_BETTER: tuple[str, ...] = ()
+    NAME: str  # in LAVIS's registry
+    METHOD: str  # of the models that can run the task
+    MODEL: str  # such a model of this package
+    DATASETS: tuple[type, ...] = (Dataset,)  # that the task can read
+    OTHER_DATASETS: str  # what the others are
+    LOWER_IS_BETTER: tuple[str, ...] = ()  # endings of metrics
     reads_batches = True  # of runner_uniadapter's loaders; LAVIS's tasks read samples
 
     def __init__(self, run_cfg: Mapping[str, Any]):
@@ -56,11 +49,7 @@ class MeasuredTask(BaseTask, ABC):
 
     @classmethod
     def setup_task(cls, cfg):
-        """Build from a configuration.
-
-        Raises:
-            ConfigError: if the model or a setting does not fit the task.
-        """
+        """Build from a configuration; ConfigError if the model or a setting does not fit."""
         if not cls.fits(registry.get_model_class(cfg.model_cfg.arch)):
             raise ConfigError(
                 f"run.task is {cfg.run_cfg.task}, and model.arch '{cfg.model_cfg.arch}' has no "
@@ -73,52 +62,60 @@ class MeasuredTask(BaseTask, ABC):
     def fits(cls, model_cls: type) -> bool:
         return hasattr(model_cls, cls.METHOD)
 
+    def build_datasets(self, cfg):
+        """LAVIS's datasets, by name and split; ConfigError for one that the task cannot read."""
+        datasets = super().build_datasets(cfg)
+        for name, splits in datasets.items():
+            for dataset in splits.values():
+                if not isinstance(dataset, self.DATASETS):
+                    raise ConfigError(
+                        f"run.task is {self.NAME}, and the dataset '{name}' is a "
+                        f"{type(dataset).__name__}, {self.OTHER_DATASETS}"
+                    )
+        return datasets
+
     def check_selection_metric(self, known: Sequence[str]) -> None:
         """Raise ConfigError unless ``run.selection_metric`` is one of the task's metrics."""
-        metric = self.selection_metric
-        if metric not in known:
+        if self.selection_metric not in known:
             raise ConfigError(
-                f"run.selection_metric is '{metric}'.{nearest(str(metric), known)} "
-                f"Known: {', '.join(known)}."
+                f"run.selection_metric is '{self.selection_metric}'."
+                f"{nearest(str(self.selection_metric), known)} Known: {', '.join(known)}."
             )
-
-    def summary(self, metrics: Mapping[str, float], unreadable: int) -> dict[str, float]:
-        """Metrics with ``agg_metrics``, which LAVIS maximises, and the number of unreadable items.
-
-        Without the selection metric, ``agg_metrics`` is 0.
-        """
-        selected = metrics.get(self.selection_metric, 0.0)
-        lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
-        summary = {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
-        return summary | ({UNREADABLE: unreadable} if unreadable else {})
 
     def write(
         self,
-        metrics: dict[str, float],
-        outcomes: Outcomes,
-        unreadable: Sequence[Mapping[str, Any]],
         split_name: str,
         epoch: int | str,
+        metrics: Mapping[str, float],
+        outcomes: Mapping[str, Sequence[Sequence[float]]],
+        unreadable: Sequence[Mapping[str, Any]],
     ) -> dict[str, float]:
-        """Write what a split gave to the run's ``result`` folder; returns the metrics.
+        """Write what was measured on a split to the run's ``result`` folder.
 
         Args:
             outcomes: by metric, what each query or item contributes to it, as one list of values
-                per kind of query; the metric is the mean of the lists' means. Comparisons of runs
-                pair them.
+                per kind of query; the metric is the mean of the lists' means.
             unreadable: ``index``, ``file`` and ``reason`` of what was scored as wrong.
+
+        Returns:
+            The metrics, with ``agg_metrics``, which LAVIS maximises (0 without the selection
+            metric), and the number of unreadable items, if any.
         """
-        write_result(f"metrics_{split_name}_epoch_{epoch}.json", metrics)
-        # To the root logger: LAVIS writes it to the log file, not to the console.
-        logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
-        if outcomes:
-            write_result(run_folders.OUTCOMES.format(split=split_name), outcomes)
+        selected = metrics.get(self.selection_metric, 0.0)
+        lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
+        metrics = {**metrics, "agg_metrics": 1 / selected if lower_is_better else selected}
         if unreadable:
+            metrics[UNREADABLE] = len(unreadable)
             path = write_result(f"unreadable_{split_name}.json", unreadable)
             logger.warning(
                 "%s: %d unreadable items are scored as wrong (allow_missing): %s",
                 *(split_name, len(unreadable), path),
             )
+        write_result(f"metrics_{split_name}_epoch_{epoch}.json", metrics)
+        # To the root logger: LAVIS writes it to the log file, not to the console.
+        logging.info("%s, epoch %s: %s", split_name, epoch, json.dumps(metrics))
+        if outcomes:
+            write_result(run_folders.OUTCOMES.format(split=split_name), outcomes)
         return metrics
 
 
@@ -126,71 +123,63 @@ class PredictionTask(MeasuredTask):
     """Predicts for every item of a split, gathers over ranks, and scores once.
 
     LAVIS's tasks exchange predictions through files and detect repetitions by ``question_id`` or
-    ``image_id``, which need not be numbers. Here a prediction belongs to a record of the dataset's
-    ``annotation``, and every record must have one. Predictions are written before they are scored.
-
-    A subclass implements ``predict``, ``describe`` and ``metrics``. Its ``WRONG_PREDICTION`` stands
-    for the prediction of an unreadable item (``allow_missing``).
+    ``image_id``, which need not be numbers. Here each record of the dataset's ``annotation`` has
+    one prediction. Predictions are written before they are scored.
     """
 
-    WRONG_PREDICTION: Mapping[str, Any]
+    WRONG_PREDICTION: Mapping[str, Any]  # for an unreadable item (``allow_missing``)
 
     @abstractmethod
     def predict(self, model, samples: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
-        """A prediction for each item of a batch, under the names that it is written under."""
+        """A prediction for each item of a batch, as it is written."""
 
     @abstractmethod
     def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written of a record of the annotation, beside its prediction."""
+        """What is written of a record of the annotation, beside ``file`` and prediction."""
 
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Metrics of a split."""
 
-    def outcomes(self, items: Sequence[Mapping[str, Any]]) -> Outcomes:
+    def outcomes(self, items: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
         """What each item contributes to metrics that are means over items; see ``write``."""
         return {}
 
     def evaluation(self, model, data_loader, **kwargs) -> list[dict[str, Any]] | None:
-        """All items of a split with their predictions, on the main process; None on the others.
-
-        Raises:
-            RuntimeError: if an item was not predicted.
-        """
+        """All items of a split with their predictions, on the main process; None on the others."""
         predictions: dict[int, dict[str, Any]] = {}
-        found: dict[int, Unreadable] = {}
+        unreadable: dict[int, Unreadable] = {}
         progress = tqdm(data_loader, "predicting", leave=False, disable=not is_main_process())
-        for samples in samples_of(progress, found):
+        for samples in samples_of(progress, unreadable):
             samples = apply_to_sample(lambda x: x.to(model.device, non_blocking=True), samples)
             indices = map(int, samples["instance_id"])
             predictions.update(zip(indices, self.predict(model, samples), strict=True))
-        shares = gather_to_main((predictions, found))
-        if shares is None:
-            return None
-        records = data_loader.dataset.annotation
-        predictions = {index: item for share, _ in shares for index, item in share.items()}
-        unreadable = {index: fault for _, share in shares for index, fault in share.items()}
-        if missing := set(range(len(records))).difference(predictions):
-            raise RuntimeError(
-                f"{len(missing)} of {len(records)} items were not predicted, the first being "
-                f"{records[min(missing)]}. The evaluation sampler must cover the split."
-            )
         for index, fault in unreadable.items():
             predictions[index] |= {**self.WRONG_PREDICTION, UNREADABLE: fault.reason}
-        return [{**self.describe(r), **predictions[i]} for i, r in enumerate(records)]
+        shares = gather_to_main(predictions)
+        if shares is None:
+            return None
+        predictions = {index: item for share in shares for index, item in share.items()}
+        records = data_loader.dataset.annotation
+        return [
+            {
+                "file": record.get("video", record.get("image")),
+                **self.describe(record),
+                **predictions[index],
+            }
+            for index, record in enumerate(records)
+        ]
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write predictions, then metrics, to the run's ``result`` folder; returns the metrics."""
-        if val_result is None:
-            return None
         write_result(f"{split_name}_epoch_{epoch}.json", val_result)
         unreadable = [
             {"index": index, "file": item["file"], "reason": item[UNREADABLE]}
             for index, item in enumerate(val_result)
             if UNREADABLE in item
         ]
-        metrics = self.summary(self.metrics(val_result), len(unreadable))
-        return self.write(metrics, self.outcomes(val_result), unreadable, split_name, epoch)
+        metrics, outcomes = self.metrics(val_result), self.outcomes(val_result)
+        return self.write(split_name, epoch, metrics, outcomes, unreadable)
 
 
 def write_result(name: str, content: Any) -> Path:

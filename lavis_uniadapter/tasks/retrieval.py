@@ -36,11 +36,7 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
     NAME, LOWER_IS_BETTER = "uniadapter_retrieval", RANKS
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets.
-
-        Raises:
-            ConfigError: if the selection metric is not among the metrics of these datasets.
-        """
+        """LAVIS's datasets; ConfigError if they do not have the selection metric."""
         datasets = super().build_datasets(cfg)
         first = next(iter(next(iter(datasets.values())).values()))
         self.check_selection_metric(metric_names(visual_kind(first)))
@@ -52,15 +48,14 @@ class UniAdapterRetrievalTask(MeasuredTask, RetrievalTask):
             scores = lavis_similarities(model, SamplesView(data_loader), self.cfg)
             unreadable: Mapping[int, Unreadable] = {}
         else:
-            *scores, unreadable = score_gallery(model, data_loader, **self.settings.two_stage)
+            *scores, unreadable = score_gallery(model, data_loader, self.settings)
         if not is_main_process():
             return None
         data = data_loader.dataset
         ranks = retrieval_ranks(*scores, data.txt2img, data.img2txt, visual_kind(data))
-        metrics = self.summary(retrieval_metrics(ranks), len(unreadable))
         faults = [asdict(fault) for _, fault in sorted(unreadable.items())]
-        return metrics, retrieval_outcomes(ranks), faults
+        return retrieval_metrics(ranks), retrieval_outcomes(ranks), faults
 
     def after_evaluation(self, val_result, split_name, epoch, **kwargs):
         """Write metrics and outcomes to the run's ``result`` folder; returns the metrics."""
-        return val_result and self.write(*val_result, split_name, epoch)
+        return self.write(split_name, epoch, *val_result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,18 +38,14 @@ class VideoQATask(PredictionTask):
     are classes, and is scored on all. LAVIS's ``alpro_qa``, a classifier, is trained and tested on
     the same classes; training questions whose answer is not a class are left out.
 
-    Settings (``run:``), as in LAVIS's ``vqa``: ``inference_method`` (rank | generate),
-    ``num_ans_candidates``, ``num_beams``, ``max_len``, ``min_len``; and ``selection_metric``
-    (accuracy).
+    Settings (``run:``) are those of LAVIS's ``vqa``, and ``selection_metric`` (accuracy).
     """
 
     NAME, METHOD, MODEL = "video_qa", "predict_answers", "blip_uniadapter_vqa"
+    DATASETS = (MultimodalClassificationDataset,)
+    OTHER_DATASETS = "without answer classes. For COCO's and Visual Genome's set run.task: vqa."
     WRONG_PREDICTION = {"prediction": ""}
     num_classes: int | None = None  # of a classifier
-
-    def __init__(self, run_cfg):
-        super().__init__(run_cfg)
-        self.check_selection_metric(METRICS)
 
     @classmethod
     def fits(cls, model_cls):
@@ -59,32 +55,33 @@ class VideoQATask(PredictionTask):
         """LAVIS's datasets, with class labels for every answer in them.
 
         Raises:
-            ConfigError: for a dataset that has no class labels, or a validation split without
-                questions of the type that the selection metric is about.
+            ConfigError: for a selection metric that the first validation split does not have.
         """
         datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
-        every = [(name, d) for name, splits in datasets.items() for d in splits.values()]
-        for name, dataset in every:
-            if not isinstance(dataset, MultimodalClassificationDataset):
-                raise ConfigError(
-                    f"run.task is video_qa, and the dataset '{name}' is a "
-                    f"{type(dataset).__name__}, which has no answer classes. For COCO's and "
-                    "Visual Genome's questions set run.task: vqa."
-                )
+        every = [dataset for splits in datasets.values() for dataset in splits.values()]
+        for dataset in every:
             for answer in sorted(dataset.class_labels, key=dataset.class_labels.get):
                 labels.setdefault(answer, len(labels))
         self.answer_list = list(labels)
         if issubclass(registry.get_model_class(cfg.model_cfg.arch), AlproQA):
             self.num_classes = cfg.model_cfg.num_classes
             self._prepare_for_classifier(datasets)
-        for _, dataset in every:
+        for dataset in every:
             for record in dataset.annotation:
                 labels.setdefault(record["answer"], len(labels))
-        for _, dataset in every:
+        for dataset in every:
             dataset.class_labels = labels
         self._answers = list(labels)
-        self._check_question_types(datasets, cfg.run_cfg.get("valid_splits") or ())
+        selecting, *_ = cfg.run_cfg.get("valid_splits") or [None]
+        validated = [splits[selecting] for splits in datasets.values() if selecting in splits]
+        asked = {question_type(r["question"]) for d in validated for r in d.annotation}
+        self.check_selection_metric(METRICS)
+        if asked and self.selection_metric.removeprefix("accuracy_") not in {"accuracy", *asked}:
+            raise ConfigError(
+                f"run.selection_metric is '{self.selection_metric}', and the split '{selecting}' "
+                "has no question of that type. Use accuracy."
+            )
         return datasets
 
     def _prepare_for_classifier(self, datasets) -> None:
@@ -98,25 +95,14 @@ class VideoQATask(PredictionTask):
         for name, splits in datasets.items():
             if (train := splits.get("train")) is None:
                 continue
-            number = len(train)
-            train.annotation = [r for r in train.annotation if r["answer"] in train.class_labels]
+            every = train.annotation
+            train.annotation = [r for r in every if r["answer"] in train.class_labels]
             train._add_instance_ids()
-            if len(train) < number:
+            if left_out := len(every) - len(train):
                 logger.warning(
                     "%s, train: %d of %d questions left out: their answers are not classes.",
-                    *(name, number - len(train), number),
+                    *(name, left_out, len(every)),
                 )
-
-    def _check_question_types(self, datasets, valid_splits: Iterable[str]) -> None:
-        kind = self.selection_metric.removeprefix("accuracy").removeprefix("_")
-        for name, splits in datasets.items():
-            for split in set(valid_splits).intersection(splits if kind else ()):
-                questions = (record["question"] for record in splits[split].annotation)
-                if kind not in map(question_type, questions):
-                    raise ConfigError(
-                        f"run.selection_metric is '{self.selection_metric}', and {name}, {split} "
-                        f"has no question of that type. Use accuracy."
-                    )
 
     def train_step(self, model, samples: Mapping[str, Any]):
         """Loss of a batch of LAVIS's ``VideoQADataset``: one answer per question, of weight 1."""
@@ -145,7 +131,6 @@ class VideoQATask(PredictionTask):
     def describe(self, record):
         return {
             "question_id": record["question_id"],
-            "file": record.get("video", record.get("image")),
             "question": record["question"],
             "question_type": question_type(record["question"]),
             "answer": record["answer"],

@@ -1,7 +1,6 @@
 """The demo: a small BLIP, trained on stills and frozen, adapts to video by UniAdapter.
 
-Trains a small BLIP, all weights, on stills; evaluates it on clips as it is; freezes it, adapts it
-by UniAdapter and evaluates it again. It uses the same runner, tasks and recipes as real runs.
+It uses the same runner, tasks and recipes as real runs.
 """
 
 from __future__ import annotations
@@ -9,12 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 
 from lavis_uniadapter.checkpoints import adapter_files
 from lavis_uniadapter.common.atomic import write_json
@@ -22,9 +23,7 @@ from lavis_uniadapter.evaluation.answer_metrics import answer_metrics, majority_
 from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
-from lavis_uniadapter.runners.signals import Interrupted
 from lavis_uniadapter.tools import recipes
-from lavis_uniadapter.tools.figures import Cell, plot_clips, plot_curves
 
 # By task: the recipes that train on stills and adapt to clips, and the metrics shown.
 STAGES = {
@@ -38,6 +37,7 @@ METRICS = {
     "caption": ["cider", "bleu_4", "rouge_l"],
 }
 QUERIES_SHOWN, TOP, CLIPS_SHOWN = 8, 5, 6
+Cell = tuple[Tensor, str, bool]  # a clip, the text above it, and whether it is framed
 
 
 def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ()) -> dict:
@@ -46,71 +46,51 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
     Args:
         task: one of ``STAGES``.
         seed: of the weights and of the order of training.
-        output_dir: folder of the demo's runs.
-        options: ``section.key=value`` for every stage, e.g. shorter epochs for a test.
+        options: ``section.key=value`` for every stage.
     """
     started = time.perf_counter()
     say = launch.logger.info
-    common = [f"run.seed={seed}", f"run.output_dir={output_dir}", *options]
+
+    def run(stage: str, recipe: str, *more: str, evaluate: bool = False) -> launch.RunResult:
+        job_id = f"{task}-{stage}-seed{seed}"
+        common = [f"run.seed={seed}", f"run.output_dir={output_dir}", f"run.job_id={job_id}"]
+        earlier = Path(output_dir) / job_id
+        if (earlier / run_folders.CONFIG).is_file():
+            shutil.rmtree(earlier)
+        return launch.run(recipes.runs()[recipe], [*common, *options, *more], evaluate)
+
     stills_recipe, clips_recipe = STAGES[task]
-
     say("\n1/3  Train a small BLIP, all weights, on stills (%s).", task)
-    no_test = [*common, "run.test_splits=[]"]
-    stills = _train(stills_recipe, no_test, output_dir, f"{task}-stills-seed{seed}")
-    common.append(f"model.pretrained={stills.output_dir / BEST}")
-
+    stills = run("stills", stills_recipe, "run.test_splits=[]")
+    base = f"model.pretrained={stills.output_dir / BEST}"
     say("\n2/3  Evaluate it on clips as it is (zero-shot).")
-    plain_blip = ["model.tuning=full", f"run.job_id={task}-zero-shot-seed{seed}"]
-    zero_shot = launch.run(recipes.runs()[clips_recipe], [*common, *plain_blip], evaluate=True)
-
+    zero_shot = run("zero-shot", clips_recipe, base, "model.tuning=full", evaluate=True)
     say("\n3/3  Freeze it and adapt it to the clips by UniAdapter.")
-    adapted = _train(clips_recipe, common, output_dir, f"{task}-clips-seed{seed}")
+    adapted = run("clips", clips_recipe, base)
 
-    folder = adapted.output_dir
-    counts = _model(adapted).parameter_counts()
+    folder, counts = adapted.output_dir, adapted.runner._model.parameter_counts()
+    seconds = {"stills": stills.seconds, "zero-shot": zero_shot.seconds}
+    seconds |= {"adapting": adapted.seconds, "all": time.perf_counter() - started}
     report = {
         "task": task,
         "seed": seed,
         "metrics": {
             **_baseline(task, adapted),
-            "before (zero-shot)": zero_shot.metrics["test"],
-            "after adapting": adapted.metrics["test"],
+            "before (zero-shot)": (zero_shot.metrics or {})["test"],
+            "after adapting": (adapted.metrics or {})["test"],
         },
         "test_items": len(adapted.runner.datasets["test"]),
         "trained_parameters": counts["trainable"],
         "backbone_parameters": counts["backbone"],
         "adapter_megabytes": (folder / BEST_ADAPTER / adapter_files.TENSORS).stat().st_size / 1e6,
-        "seconds": {
-            "stills": stills.seconds,
-            "zero-shot": zero_shot.seconds,
-            "adapting": adapted.seconds,
-            "all": time.perf_counter() - started,
-        },
+        "seconds": seconds,
     }
     write_json(folder / "demo.json", report)
-    plot_curves(folder / run_folders.LOG, METRICS[task][:1], folder / "curves.png")
-    draw = _draw_matches if task == "retrieval" else _draw_descriptions
-    draw(adapted, folder / "clips.png")
+    draw = _matches if task == "retrieval" else _descriptions
+    draw_clips(list(draw(adapted)), folder / "clips.png")
     say("\n%s", table(report))
-    say("\npictures: %s\n          %s", folder / "curves.png", folder / "clips.png")
-    say("adapter:  %s", folder / BEST_ADAPTER)
+    say("\npicture: %s\nadapter: %s", folder / "clips.png", folder / BEST_ADAPTER)
     return report
-
-
-def _train(recipe: str, options: Sequence[str], output_dir: str, job_id: str) -> launch.RunResult:
-    """Train one stage anew; an earlier demo's run of that stage is deleted."""
-    before = Path(output_dir) / job_id
-    if (before / run_folders.CONFIG).is_file():
-        shutil.rmtree(before)
-    try:
-        return launch.run(recipes.runs()[recipe], [*options, f"run.job_id={job_id}"])
-    except Interrupted as interrupted:
-        signal_name = str(interrupted).split(":")[0]
-        raise Interrupted(f"{signal_name}: the demo ended. The same command starts anew.") from None
-
-
-def _model(result: launch.RunResult):
-    return result.runner.unwrap_dist_model(result.runner.model)
 
 
 def _items(result: launch.RunResult) -> list[dict]:
@@ -141,26 +121,18 @@ def chance(gallery: int) -> dict[str, float]:
 
 def table(report: Mapping) -> str:
     """The demo's closing table."""
-    metrics = METRICS[report["task"]]
-    widths = [max(len(name), 6) + 3 for name in metrics]
-    columns = list(zip(metrics, widths, strict=True))
-    lines = [" " * 18 + "".join(f"{name:>{width}}" for name, width in columns)]
+    columns = {name: max(len(name), 6) + 3 for name in METRICS[report["task"]]}
+    lines = [" " * 18 + "".join(f"{name:>{width}}" for name, width in columns.items())]
     for label, values in report["metrics"].items():
-        cells = "".join(f"{values[name]:>{width}.1f}" for name, width in columns)
+        cells = "".join(f"{values[name]:>{width}.1f}" for name, width in columns.items())
         lines.append(f"{label:18}{cells}")
     trained, backbone = report["trained_parameters"], report["backbone_parameters"]
     seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{report['test_items']} test items, with combinations of colour, shape and place that "
-            "no training item has",
-            f"trained parameters {trained:,} beside a frozen backbone of {backbone:,} "
-            f"({100 * trained / backbone:.1f}%)",
-            f"saved adapter {report['adapter_megabytes']:.2f} MB",
-            f"seconds: {seconds}",
-        ]
+    return "\n".join(lines) + (
+        f"\n\n{report['test_items']} test items, with combinations of colour, shape and place that "
+        f"no training item has\ntrained parameters {trained:,} beside a frozen backbone of "
+        f"{backbone:,} ({trained / backbone:.1%})\nsaved adapter "
+        f"{report['adapter_megabytes']:.2f} MB\nseconds: {seconds}"
     )
 
 
@@ -168,39 +140,50 @@ def _clip(dataset, index: int) -> Tensor:
     return dataset.vis_processor.denormalise(dataset[index]["video"])
 
 
-def _draw_matches(result: launch.RunResult, picture: Path) -> None:
-    """The best five clips for test queries spread evenly over the split."""
+def _matches(result: launch.RunResult) -> Iterator[list[Cell]]:
+    """The best five clips for test queries spread evenly over the split; the right one framed."""
     dataset = result.runner.datasets["test"]
     loader = DataLoader(dataset, batch_size=32, collate_fn=dataset.collater)
-    _, scores = _model(result).compute_sim_matrix(loader, result.runner.config.run_cfg)
+    _, scores = result.runner._model.compute_sim_matrix(loader, result.runner.config.run_cfg)
     number = min(QUERIES_SHOWN, len(dataset.text))
-    rows = []
-    for text in np.linspace(0, len(dataset.text) - 1, number).round().astype(int).tolist():
-        best = np.argsort(-scores[text], kind="stable")[:TOP].tolist()
-        right = dataset.txt2img[text]
-        row = [Cell(_clip(dataset, index), framed=index == right) for index in best]
-        row[0].text = dataset.text[text]
-        rows.append(row)
-    plot_clips(rows, picture, "Test queries and their best five clips; the right one is framed")
+    for query in np.linspace(0, len(dataset.text) - 1, number).round().astype(int).tolist():
+        best = np.argsort(-scores[query], kind="stable")[:TOP].tolist()
+        texts = [dataset.text[query]] + [""] * (len(best) - 1)
+        right = dataset.txt2img[query]
+        yield [(_clip(dataset, i), text, i == right) for i, text in zip(best, texts, strict=True)]
 
 
-def _draw_descriptions(result: launch.RunResult, picture: Path) -> None:
+def _descriptions(result: launch.RunResult) -> Iterator[list[Cell]]:
     """Test clips spread evenly over the split, with their captions or answers."""
     dataset = result.runner.datasets["test"]
     indices = {record["video"]: i for i, record in enumerate(dataset.annotation)}
-    step = max(1, len(indices) // CLIPS_SHOWN)
-    said: dict[str, list[str]] = {}
+    said: dict[str, list[str]] = {file: [] for file in indices}
     for item in _items(result):
-        said.setdefault(item["file"], []).append(
-            f"“{item['caption']}”" if "caption" in item else _answer(item)
-        )
-    cells = [
-        Cell(_clip(dataset, indices[file]), "\n".join(said[file]))
-        for file in list(indices)[::step][:CLIPS_SHOWN]
-    ]
-    plot_clips([cells[i : i + 3] for i in range(0, len(cells), 3)], picture, "Test clips")
+        text = item.get("caption")
+        if text is None:
+            truth = "" if item["correct"] else f"  (correct: {item['answer']})"
+            text = f"{item['question']}  {item['prediction']}{truth}"
+        said[item["file"]].append(text)
+    shown = list(indices)[:: max(1, len(indices) // CLIPS_SHOWN)][:CLIPS_SHOWN]
+    cells = [(_clip(dataset, indices[file]), "\n".join(said[file]), False) for file in shown]
+    yield from (cells[i : i + 3] for i in range(0, len(cells), 3))
 
 
-def _answer(item: Mapping) -> str:
-    truth = "" if item["correct"] else f"  (correct: {item['answer']})"
-    return f"{item['question']}  {item['prediction']}{truth}"
+def draw_clips(rows: Sequence[Sequence[Cell]], picture: Path) -> None:
+    """A sheet of (3, frames, H, W) clips with values in 0..1, each as its frames in two rows."""
+    lines = max(text.count("\n") for _, text, _ in rows[0])
+    columns = max(map(len, rows))
+    figure = Figure((2.4 * columns, (1.6 + 0.1 * lines) * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("none")
+    for row, cells in zip(grid, rows, strict=True):
+        for axes, (clip, text, framed) in zip(row, cells, strict=False):
+            frames = clip.clamp(0, 1).transpose(0, 1)
+            sheet = make_grid(frames, nrow=(len(frames) + 1) // 2, padding=0)
+            axes.imshow(sheet.permute(1, 2, 0))
+            axes.set_title(text, loc="left", fontsize=9)
+            if framed:
+                axes.spines[:].set(color="tab:green", linewidth=5)
+    figure.savefig(picture, dpi=130)

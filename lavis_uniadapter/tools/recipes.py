@@ -10,14 +10,15 @@ from pathlib import Path
 import yaml
 
 from lavis_uniadapter.common.errors import ConfigError, nearest
+from lavis_uniadapter.common.schema import MODELS
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def folder() -> Path:
-    """``projects/``: inside an installed package, beside it in a checkout."""
-    inside = PACKAGE / "projects"
-    return inside if inside.is_dir() else PACKAGE.parent / "projects"
+def _by_name(subfolder: str) -> dict[str, Path]:
+    inside = PACKAGE / "projects"  # of an installed package; in a checkout it is beside it
+    root = inside if inside.is_dir() else PACKAGE.parent / "projects"
+    return {path.stem: path for path in sorted((root / subfolder).glob("*.yaml"))}
 
 
 def runs() -> dict[str, Path]:
@@ -28,10 +29,6 @@ def runs() -> dict[str, Path]:
 def comparisons() -> dict[str, Path]:
     """What ``compare`` takes, by name."""
     return _by_name("uniadapter/compare")
-
-
-def _by_name(subfolder: str) -> dict[str, Path]:
-    return {path.stem: path for path in sorted((folder() / subfolder).glob("*.yaml"))}
 
 
 def find(name: str, known: Mapping[str, Path]) -> Path:
@@ -81,11 +78,7 @@ def description(path: Path) -> str:
 
 def model_types() -> dict[str, list[str]]:
     """The values of ``model.model_type`` of each of this package's ``model.arch``."""
-    types: dict[str, list[str]] = {}
-    for path in sorted((PACKAGE / "configs/models").glob("blip_uniadapter_*_*.yaml")):
-        *arch, model_type = path.stem.split("_", 3)
-        types.setdefault("_".join(arch), []).append(model_type)
-    return types
+    return {arch: list(section.files()) for arch, section in MODELS.items()}
 
 
 def datasets(files: Mapping[str, Path]) -> dict[str, list[str]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 from lavis.common.registry import registry
+from lavis.models.vit import VisionTransformerEncoder
 from omegaconf import OmegaConf
 from small_models import (
+    CAPTION,
     MODELS,
     RETRIEVAL,
     VIT,
@@ -20,15 +20,14 @@ from small_models import (
     behaviour,
     outputs,
     perturb,
+    skip_init,
     train_steps,
 )
-from torch import nn
 
-from lavis_uniadapter.adapters.geometry import BackboneGeometry
+from lavis_uniadapter.adapters.bank import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
-from lavis_uniadapter.backbone import attach
+from lavis_uniadapter.backbone import attach, build_visual_encoder
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema.methods import AdapterConfig
 
 BLIP_BASE = BackboneGeometry(768, 12, 768, 12, {"text_encoder": 768})
@@ -59,7 +58,8 @@ def test_parameter_count_of_the_paper(bottleneck, expected):
     assert sum(p.numel() for p in adapter_set.layer_parameters()) == expected
 
 
-def test_blip_base_built_for_real(build_model):
+def test_blip_base_built_for_real(build_model, monkeypatch):
+    skip_init(monkeypatch)
     model = build_model(
         vit_type="base",
         vit=None,
@@ -83,26 +83,16 @@ def test_vit_large_shares_nothing_between_widths():
     assert adapter_set.layer("text", 12) is None
     assert set(adapter_set.layer("visual", 0).up) == {"visual"}
     assert set(adapter_set.layer("text", 0).up) == {"textual", "cross_modal"}
-    assert adapter_set.key_value["text_encoder"].key.down.in_features == 1024
-    assert adapter_set.key_value["text_encoder"].key.up.out_features == 768
+    assert adapter_set.key_value["text_encoder"]["key"].down.in_features == 1024
+    assert adapter_set.key_value["text_encoder"]["key"].up.out_features == 768
 
 
-def test_vit_large_trains_and_its_adapter_loads(build_small, tmp_path):
-    """24 layers of 1024 beside 12 of 768, on one patch a frame."""
-    config = json.loads((PACKAGE_ROOT / "configs/models/shapes_med_config.json").read_text())
-    config.update(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
-    (tmp_path / "med.json").write_text(json.dumps({**config, "num_hidden_layers": 12}))
-    how = {"vit_type": "large", "vit": None, "image_size": 16}
-    how.update(med_config_path=str(tmp_path / "med.json"), drop_path_rate=0.0)
-    with quick_init():
-        model = build_small(RETRIEVAL, **how)
-    assert model.visual_encoder.pos_embed.shape == (1, 2, 1024)
-    gradients = train_steps(model, batch(RETRIEVAL, image_size=16), number=1)
-    for name, gradient in gradients.items():
-        assert gradient is not None and torch.isfinite(gradient).all(), name
+def test_vit_of_another_width_and_depth_round_trips(build_small, tmp_path):
+    model = build_small(RETRIEVAL, vit={**VIT, "width": 48, "depth": 3})
+    train_steps(model, batch(RETRIEVAL), number=1)
     adapter_set = model.adapters["default"]
-    assert adapter_set.layer("visual", 23).down["shared"].weight.shape == (8, 1024)
-    assert adapter_set.layer("text", 11).down["shared"].weight.shape == (8, 768)
+    assert adapter_set.layer("visual", 2).down["shared"].weight.shape == (8, 48)
+    assert adapter_set.layer("text", 1).down["shared"].weight.shape == (8, 32)
     tuned = {k: v.clone() for k, v in adapter_set.state_dict().items()}
     model.save_adapter(tmp_path / "adapter")
     perturb(adapter_set)
@@ -110,19 +100,16 @@ def test_vit_large_trains_and_its_adapter_loads(build_small, tmp_path):
     assert_same(tuned, adapter_set.state_dict())
 
 
-@contextmanager
-def quick_init():
-    """Inside, large random matrices are drawn quickly (truncated normals take minutes)."""
-    import lavis.models.vit as vit
-
-    def draw(tensor, mean=0.0, std=1.0, **kwargs):
-        with torch.no_grad():
-            return tensor.uniform_(-std, std)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "trunc_normal_", draw)
-        patch.setattr(nn.init, "trunc_normal_", draw)
-        yield
+def test_large_is_lavis_own_large_vit(monkeypatch):
+    skip_init(monkeypatch)
+    ours = build_visual_encoder("large", 32)
+    theirs = VisionTransformerEncoder.from_config({"vit_type": "large", "image_size": 32})
+    shapes, expected = (
+        {k: v.shape for k, v in encoder.state_dict().items()} for encoder in (ours, theirs)
+    )
+    assert shapes == expected
+    assert ours.blocks[-1].drop_path.drop_prob == theirs.blocks[-1].drop_path.drop_prob > 0
+    assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
 
 
 def test_numbers_of_parameters_of_ablations(build_small):
@@ -162,8 +149,9 @@ def test_frame_aware_attention_is_all_that_a_fresh_model_adds(build_model, video
     assert_same(enabled, blip)
 
 
-@pytest.mark.parametrize("share", ["none", "down", "up", "all"])
-@pytest.mark.parametrize("bottleneck", [128, 512])
+@pytest.mark.parametrize(
+    ("share", "bottleneck"), [("none", 128), ("down", 512), ("up", 128), ("all", 128)]
+)
 @pytest.mark.parametrize("text_mode", [True, False], ids=["retrieval", "vqa"])
 def test_released_init_draws_what_the_authors_start_from(share, bottleneck, text_mode):
     """Mean, standard deviation and largest value of every tensor, at BLIP base's width."""
@@ -241,10 +229,9 @@ def test_every_branch_sends_gradient_to_the_shared_down_projection(
 
 def test_down_projection_is_one_tensor_for_vision_and_text(build_model):
     model = build_model()
-    for block, layer in zip(
-        model.visual_encoder.blocks, model.text_encoder.encoder.layer, strict=True
-    ):
-        assert block.adapter().down["shared"] is layer.adapter().down["shared"]
+    adapter_set = model.adapters["default"]
+    for index in range(2):
+        assert adapter_set.layer("visual", index) is adapter_set.layer("text", index)
     names = [name for name in model.state_dict() if "down.shared.weight" in name]
     assert len(names) == len({model.state_dict()[n].data_ptr() for n in names})
     assert all(name.startswith("adapters.") for name in names)
@@ -294,15 +281,17 @@ def test_activation_checkpointing_gives_equal_gradients(
 
 # --- ablations ----------------------------------------------------------------------------------
 
-# of the text encoder's width and of another; less deep and deeper
-PLACES = [(arch, vit) for arch in MODELS for vit in ({}, {"width": 48})]
-PLACES += [(RETRIEVAL, {"depth": 1}), (VQA, {"depth": 3})]
+# A ViT of the text encoder's width or of another, as deep, less deep or deeper. Every ablation is
+# trained where text is encoded alone, and where it never is.
+CASES = [(arch, vit, "none") for arch in MODELS for vit in ({}, {"width": 48})]
+CASES += [(RETRIEVAL, {"depth": 1}, "none"), (VQA, {"depth": 3}, "none")]
+CASES += [(RETRIEVAL, {}, name) for name in ABLATIONS]
+CASES += [(CAPTION, {"width": 48, "depth": 3}, name) for name in ABLATIONS]
 
 
-@pytest.mark.parametrize("ablation", [{}, *ABLATIONS.values()], ids=["none", *ABLATIONS])
-@pytest.mark.parametrize(("arch", "vit"), PLACES, ids=str)
+@pytest.mark.parametrize(("arch", "vit", "ablation"), CASES, ids=str)
 def test_ablations_train_all_that_they_declare(build_small, arch, ablation, vit):
-    model = build_small(arch, adapter=ablation, vit={**VIT, **vit})
+    model = build_small(arch, adapter=ABLATIONS.get(ablation, {}), vit={**VIT, **vit})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     gradients = train_steps(model, batch(arch))
     assert gradients and [name for name, g in gradients.items() if g is None] == []

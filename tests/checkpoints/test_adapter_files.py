@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -46,12 +47,14 @@ def test_saving_replaces_an_adapter_and_nothing_else(build_model, tmp_path):
     model.save_adapter(tmp_path / "adapter", {"epoch": 1})
     model.save_adapter(tmp_path / "adapter", {"epoch": 2})
     assert '"epoch": 2' in (tmp_path / "adapter" / CONFIG).read_text()
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "thesis.tex").write_text("years")
-    for folder in (tmp_path / "work", tmp_path / "work" / "thesis.tex"):
-        with pytest.raises(ConfigError, match="thesis.tex"):
+    mine = tmp_path / "work" / CARD
+    mine.parent.mkdir()
+    mine.write_text("years of work")
+    for folder in (mine.parent, mine):
+        with pytest.raises(ConfigError, match=f"'{folder}' is a file, or a folder whose {CARD}"):
             model.save_adapter(folder)
-    assert (tmp_path / "work" / "thesis.tex").read_text() == "years"
+    assert mine.read_text() == "years of work"
+    assert [*mine.parent.iterdir()] == [mine]
 
 
 # --- what is refused ----------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def test_folder_of_another_version_is_named(build_model, tmp_path):
 @pytest.mark.parametrize(
     "tuning, overrides, expected",
     [
-        ("uniadapter", {"tuning": "linear"}, "'uniadapter'"),
+        ("uniadapter", {"tuning": "linear"}, r"tuning: uniadapter \(model: linear\)"),
         ("uniadapter", {"adapter": {"bottleneck": 4}}, "bottleneck: 8"),
         ("uniadapter", {"adapter": {"kv_bottleneck": 0}}, "kv_bottleneck: 4"),
         ("lora", {"tuning": "lora", "lora": {"rank": 3}}, "rank: 4"),
@@ -177,7 +180,7 @@ def test_adapter_fits_a_base_whose_random_heads_differ(build_model, tmp_path):
 def test_another_prompt_is_logged(build_small, tmp_path, caplog):
     build_small(CAPTION, prompt="there is ").save_adapter(tmp_path / "adapter")
     build_small(CAPTION, prompt="a ").load_adapter(tmp_path / "adapter")
-    assert "was trained with prompt 'there is ', and the model has 'a '" in caplog.text
+    assert re.search("trained with .*'there is '.*, and the model has .*'a '", caplog.text)
 
 
 def test_loading_unpickles_nothing(build_model, tmp_path, monkeypatch):
@@ -210,8 +213,8 @@ def test_model_card_shows_what_it_is_and_code_that_works(
     trained = sum(p.numel() for p in model.trainable_parameters().values())
     for expected in (
         f"# {tuning} adapter for {RETRIEVAL}",
-        f"| parameters | {trained:,} |",
-        "| test_t2v_r1 | 12.5 |",
+        f"Parameters: {trained:,}\n",
+        "Measured: test_t2v_r1 12.5\n",
         model.base_fingerprint,
     ):
         assert expected in card
@@ -226,10 +229,3 @@ def test_model_card_shows_what_it_is_and_code_that_works(
     names: dict = {}
     exec(code.replace("# config.pretrained", f"{base}# config.pretrained"), names)
     assert_same(behaviour(model), behaviour(names["model"]))
-
-
-def test_a_file_is_not_replaced_by_an_adapter(build_model, tmp_path):
-    (tmp_path / "adapter.safetensors").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="is a file, and an adapter is a folder"):
-        build_model().save_adapter(tmp_path / "adapter.safetensors")
-    assert (tmp_path / "adapter.safetensors").read_bytes() == b"mine"

@@ -24,24 +24,6 @@ MODERN_SET = {
     **{"transformers": "4.55.4", "timm": "1.0.31", "numpy": "2.4.6"},
     "opencv-python-headless": "5.0.0.93",
 }
-REQUIREMENTS = {
-    "lavis-uniadapter": ["torch", "transformers<4.57", "numpy<2", 'pytest; extra == "test"'],
-    "transformers": ["huggingface_hub<1.0,>=0.34.0"],
-    "torchvision": ["torch==2.14.1"],
-}
-
-
-def consult(first_on_path: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **variables}
-    folders = [str(ROOT)] if first_on_path is None else [str(first_on_path), str(ROOT)]
-    environment["PYTHONPATH"] = os.pathsep.join(folders)
-    return subprocess.run(
-        [sys.executable, "-m", "uniadapter_cli.doctor"],
-        cwd=first_on_path or ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def line_of(check: str, output: str) -> tuple[str, str]:
@@ -54,47 +36,43 @@ def line_of(check: str, output: str) -> tuple[str, str]:
 
 def test_a_healthy_environment(tmp_path):
     """In which no tokenizer has been fetched yet."""
-    done = consult(HF_HOME=str(tmp_path), TRANSFORMERS_CACHE=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "uniadapter_cli", "doctor"],
+        env={
+            **{**os.environ, "PYTHONPATH": str(ROOT)},
+            **{"HF_HOME": str(tmp_path), "TRANSFORMERS_CACHE": str(tmp_path)},
+        },
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr
     assert "\n0 problem(s)" in done.stdout
-    checks = "Python dependencies torch LAVIS lavis_uniadapter video".split()
+    checks = "dependencies torch LAVIS video".split()
     for check in checks:
         assert line_of(check, done.stdout)[0].startswith("ok "), done.stdout
-    assert "blip_uniadapter_retrieval" in line_of("lavis_uniadapter", done.stdout)[0]
+    assert "blip_uniadapter_retrieval" in line_of("LAVIS", done.stdout)[0]
     found, fix = line_of("tokenizer", done.stdout)
     assert found.startswith("warning ") and "BertTokenizer.from_pretrained(" in fix
-    for check in ("Java", "C++ compiler", "disk, data", "disk, weights", "shared memory"):
+    for check in ("Java", "disk, data", "disk, weights", "shared memory"):
         assert re.match("ok |warning ", line_of(check, done.stdout)[0])
 
 
 @pytest.mark.parametrize(
-    "files, check, culprit, fix",
+    "content, culprit, fix",
     [
-        # another file of the name hides what is installed
-        ({"decord.py": "raise ImportError('no codec')"}, "LAVIS", "no codec", "decord.py hides"),
-        ({"lavis/__init__.py": "1 / 0"}, "LAVIS", "ZeroDivisionError", "lavis/__init__.py hides"),
-        (
-            {"iopath.py": "raise ModuleNotFoundError(\"No module named 'iopath'\", name='iopath')"},
-            *("LAVIS", "No module named 'iopath'", "pip install iopath"),
-        ),
-        ({"torch.py": "raise OSError('libcudart.so')"}, "torch", "libcudart.so", "torch.py hides"),
-        ({"torch.py": "import os; os.abort()"}, "torch", "SIGABRT", "constraints/lavis.txt"),
+        ("import nothing_of_this_name", "No module named", "install nothing_of_this_name"),
+        ("raise OSError('libcudart.so')", "torch.py", "rename that file"),
+        ("import os; os.abort()", "SIGABRT", "constraints/lavis.txt"),
     ],
-    ids=["decord", "lavis", "iopath", "torch", "crash"],
+    ids=["missing", "broken", "crash"],
 )
-def test_a_broken_module_is_named_with_its_fix(tmp_path, files, check, culprit, fix):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content + "\n")
-    done = consult(tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stdout + done.stderr and not done.stderr
-    found, how = line_of(check, done.stdout)
-    assert found.startswith("problem ") and culprit in found, done.stdout
-    assert fix in how, done.stdout
-    assert line_of("shared memory", done.stdout), "it must go on to the end"
+def test_a_broken_module_is_named_with_its_fix(tmp_path, monkeypatch, content, culprit, fix):
+    (tmp_path / "torch.py").write_text(content + "\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    (finding,) = doctor.check_imports()
+    assert (finding.level, finding.check) == ("problem", "torch")
+    assert culprit in finding.found and fix in finding.fix
 
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "{}", line 3, in <module>\n{}\n'
@@ -107,10 +85,7 @@ MISSING = "ModuleNotFoundError: No module named '{}'"
         ("x/site-packages/lavis/a.py", MISSING.format("cv2"), "install opencv-python-headless"),
         ("x/lavis_uniadapter/a.py", MISSING.format("lavis.models"), "salesforce-lavis==1.0.2"),
         ("x/site-packages/transformers/a.py", "ImportError: x", "constraints/modern.txt"),
-        ("x/site-packages/decord/_ffi.py", "OSError: x", "install decord --force-reinstall"),
-        ("x/dist-packages/decord/__init__.py", "OSError: x", "install decord --force-reinstall"),
-        ("elsewhere/decord/__init__.py", "OSError: x", "decord/__init__.py hides the installed"),
-        ("elsewhere/unknown.py", "OSError: x", "constraints/lavis.txt"),
+        ("elsewhere/decord/__init__.py", "OSError: x", "rename that file"),
     ],
 )
 def test_fixes(file, error, fix):
@@ -122,67 +97,38 @@ def test_fixes(file, error, fix):
 # --- versions -----------------------------------------------------------------------------------
 
 
-def check(versions, python=(3, 11)):
-    return [
-        *doctor.check_sets(python, versions),
-        *doctor.check_requirements(REQUIREMENTS, versions),
-    ]
-
-
-@pytest.mark.parametrize("python", [(3, 10), (3, 11)])
 @pytest.mark.parametrize("kind, versions", [("lavis", LAVIS_SET), ("modern", MODERN_SET)])
-def test_tested_sets_have_no_problem(python, kind, versions):
-    versions = {**versions, "huggingface-hub": "0.36.2"}
-    findings = check(versions, python)
-    assert {f.level for f in findings} == {"ok"}
-    assert any(f"'{kind}'" in f.found for f in findings)
-
-
-@pytest.mark.parametrize(
-    "changes, found, fix",
-    [
-        ({"transformers": "4.57.0"}, "4.57.0, and lavis-uniadapter needs", "transformers<4.57"),
-        ({"huggingface-hub": "1.0.1"}, "1.0.1, and transformers needs", "huggingface_hub<1.0"),
-        ({"transformers": "4.26.1"}, "built for NumPy 1: transformers 4.26.1", "numpy<2"),
-        ({"transformers": "4.40.2"}, "built for NumPy 1: transformers 4.40.2", "numpy<2"),
-        ({"opencv-python-headless": "4.5.5.64"}, "opencv-python-headless 4.5.5.64", "numpy<2"),
-        ({"torch": "2.2.2"}, "built for NumPy 1: torch 2.2.2", "numpy<2"),
-        ({"torch": "2.15.0"}, "2.15.0, and torchvision needs torch==2.14.1", "torch==2.14.1"),
-        ({"torch": None}, "missing, and lavis-uniadapter needs torch", "pip install 'torch'"),
-    ],
-)
-def test_bad_combinations(changes, found, fix):
-    versions = {k: v for k, v in {**MODERN_SET, **changes}.items() if v is not None}
-    problems = [f for f in check(versions) if f.level == "problem"]
-    assert any(found in f.found and fix in f.fix for f in problems), problems
-
-
-@pytest.mark.parametrize(
-    "versions, python, level",
-    [
-        (MODERN_SET, (3, 9), "problem"),
-        (MODERN_SET, (3, 14), "problem"),
-        (LAVIS_SET, (3, 12), "problem"),
-        (MODERN_SET, (3, 12), "ok"),
-        (MODERN_SET, (3, 13), "ok"),
-    ],
-)
-def test_pythons(versions, python, level):
-    (finding,) = (f for f in check(versions, python) if f.check == "Python")
-    assert finding.level == level and bool(finding.fix) == (level != "ok")
+def test_tested_sets_are_recognised(kind, versions):
+    finding = doctor.check_versions(versions)
+    assert finding.level == "ok" and f"'{kind}'" in finding.found
 
 
 def test_an_untested_set_is_a_warning():
-    findings = check({**LAVIS_SET, "transformers": "4.33.2"})
-    assert {f.level for f in findings} == {"ok", "warning"}
+    finding = doctor.check_versions({**LAVIS_SET, "transformers": "4.33.2"})
+    assert finding.level == "warning" and "constraints/modern.txt" in finding.fix
 
 
-@pytest.mark.parametrize(
-    "version, expected",
-    [("2.14.1+cu130", (2, 14, 1)), ("4.5.5.64", (4, 5, 5)), ("2.15.0a0", (2, 15, 0)), ("", ())],
-)
-def test_release(version, expected):
-    assert doctor.release(version) == expected
+PIP_SAYS = """\
+lavis-uniadapter 0.2.0 has requirement transformers<4.57, but you have transformers 4.57.0.
+lavis-uniadapter 0.2.0 has requirement numpy<2; python_version < "3.12", but you have numpy 2.4.6.
+lavis-uniadapter 0.2.0 requires opencv-python-headless, which is not installed.
+lavis-uniadapter 0.2.0 requires salesforce-lavis, which is not installed.
+salesforce-lavis 1.0.2 has requirement timm==0.4.12, but you have timm 1.0.31.
+torchvision 0.29.1 has requirement torch==2.14.1, but you have torch 2.15.0.
+transformers 4.55 has requirement huggingface-hub<1.0,>=0.34.0, but you have huggingface-hub 1.0.
+"""
+
+
+def test_requirements_that_are_not_met_are_problems():
+    fixes = [
+        finding.fix.removeprefix(doctor.PIP) for finding in doctor.check_requirements(PIP_SAYS)
+    ]
+    assert fixes == [
+        " 'transformers<4.57'",
+        " --no-deps salesforce-lavis==1.0.2",
+        " 'torch==2.14.1'",
+        " 'huggingface-hub<1.0,>=0.34.0'",
+    ]
 
 
 # --- the machine --------------------------------------------------------------------------------
@@ -195,4 +141,4 @@ def test_little_space_and_missing_programs_are_warnings(monkeypatch, tmp_path):
     assert {finding.level for finding in findings.values()} == {"warning"}
     assert "run.cache_root" in findings["disk, data"].fix
     assert "--shm-size" in findings["shared memory"].fix
-    assert "install g++" in findings["C++ compiler"].fix
+    assert "default-jre" in findings["Java"].fix

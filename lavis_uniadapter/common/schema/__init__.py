@@ -1,7 +1,6 @@
 """The configuration: one pydantic model for each section, which owns its keys.
 
-Types, ranges, defaults, error messages and ``docs/configuration.md`` all come from here. Nothing in
-this package imports torch or LAVIS, so a wrong configuration is refused in well under a second.
+Nothing here imports torch or LAVIS, so a wrong configuration is refused in under a second.
 """
 
 from lavis_uniadapter.common.schema.data import DatasetSection, read_dataset

@@ -10,6 +10,8 @@ from lavis_uniadapter.common.schema.processors import PROCESSORS
 from lavis_uniadapter.common.schema.section import Section, Text, Texts, option
 from lavis_uniadapter.common.schema.shapes import GENERATED
 
+DataType = Literal["images", "videos", "features"]
+
 
 class Source(Section):
     """Files of annotations, or a folder of images, videos or features."""
@@ -49,9 +51,7 @@ class DatasetSection(Section):
     """A dataset, by the name of its builder."""
 
     type: str = option("default", "Which of the builder's configurations to take.")
-    data_type: Literal["images", "videos", "features"] | None = option(
-        None, "What a record shows; the `custom_…` datasets need it."
-    )
+    data_type: DataType | None = option(None, "What a record shows; needed by `custom_…`.")
     build_info: BuildInfo | None = option(None, "Where it lies; over the builder's own values.")
     vis_processor: Processors | None = option(None, "What is done with images or videos.")
     text_processor: Processors | None = option(None, "What is done with texts.")

@@ -1,26 +1,27 @@
-"""Write ``docs/configuration.md``: ``python -m lavis_uniadapter.common.schema.document``."""
+"""Update ``docs/configuration.md``: ``python -m lavis_uniadapter.common.schema.document``.
+
+What precedes the page's first table is written by hand.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lavis_uniadapter.common.schema import data, methods, model, processors, run, shapes
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
-from lavis_uniadapter.common.schema.section import Section, wanted
+from lavis_uniadapter.common.schema.section import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs/configuration.md"
-INTRODUCTION = """# Configuration
-
-A run is described by a YAML file with the sections `model`, `datasets` and `run`. Options on the
-command line, `section.key=value`, win over the file; the file wins over the model type's and the
-dataset's own defaults, and those win over the defaults below. Unknown keys are errors. A value may
-refer to another one of the file or of this package's model types, as in `${model.image_size}`.
-
-LAVIS's own models have their own keys under `model`, which are not checked here. LAVIS's processors
-have the options of their constructors.
-
-This page is generated: `python -m lavis_uniadapter.common.schema.document`.
-"""
+LIMITS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of",
+}
 SECTIONS: list[tuple[str, type[Section]]] = [
     ("`run`", run.RunSection),
     ("`model`: all architectures", model.ModelSection),
@@ -40,36 +41,37 @@ SECTIONS: list[tuple[str, type[Section]]] = [
 
 
 def render() -> str:
-    """The page, a table for each section."""
-    return "\n".join([INTRODUCTION, *(_table(title, section) for title, section in SECTIONS)])
+    """The page: its introduction, and a table for each section."""
+    introduction, *_ = PAGE.read_text(encoding="utf-8").partition("\n## ")
+    return "\n".join([introduction, *(_table(title, section) for title, section in SECTIONS)])
 
 
 def _table(title: str, section: type[Section]) -> str:
     lines = [f"## {title}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
-    keys = list(section.model_fields)
-    if section in model.MODELS.values():
-        keys = [key for key in keys if key in section.__annotations__]
-    for key in keys:
-        field = section.model_fields[key]
-        description = field.description or model.ModelSection.model_fields[key].description or ""
-        default = "required" if field.is_required() else f"`{_as_yaml(field.get_default())}`"
-        if isinstance(field.default, Section):
-            default = "see below"
-        readers = [mark for mark in field.metadata if isinstance(mark, run.ReadBy)]
-        note = f" Read by `{'`, `'.join(readers[0].runners)}` only." if readers else ""
-        meaning = " ".join(description.replace("``", "`").split()) + note
-        lines.append(
-            f"| `{key}` | {wanted(field.annotation, field.metadata)} | {default} | {meaning} |"
-        )
+    schema = section.model_json_schema()["properties"]
+    own = section.__annotations__ if section in model.MODELS.values() else schema
+    for key, field in section.model_fields.items():
+        if key not in own:
+            continue
+        description = field.description or model.ModelSection.model_fields[key].description
+        default = schema[key].get("default")
+        shown = "see below" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+        shown = "required" if field.is_required() else shown
+        readers = run.READ_BY.get(key) if section is run.RunSection else None
+        note = f" Read by `{'`, `'.join(readers)}` only." if readers else ""
+        lines.append(f"| `{key}` | {_value(schema[key])} | {shown} | {description}{note} |")
     return "\n".join(lines) + "\n"
 
 
-def _as_yaml(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_as_yaml, value))}]"
-    return "null" if value is None else '""' if value == "" else str(value)
+def _value(schema: Mapping[str, Any]) -> str:
+    """What a value must be, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(map(_value, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return ", ".join(map(str, schema.get("enum") or [schema["const"]]))
+    limits = [f"{sign} {schema[key]}" for key, sign in LIMITS.items() if key in schema]
+    return f"{schema.get('type', 'object')} {', '.join(limits)}".strip()
 
 
 if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(render(), encoding="utf-8")

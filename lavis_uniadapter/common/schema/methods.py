@@ -11,6 +11,8 @@ from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.section import Count, Dropout, Positive, Section, Size, option
 
 Role = Literal["query", "key", "value", "attention_output", "ffn_in", "ffn_out"]
+Roles = Annotated[tuple[Role, ...], Field(strict=False, min_length=1)]
+Init = Literal["released", "identity"]
 
 
 class MethodConfig(Section):
@@ -34,9 +36,7 @@ class BottleneckConfig(MethodConfig):
     bottleneck: Size = option(128, "Width r of the down-projection.")
     scale: Positive = option(0.1, "Factor s on the output of every branch.")
     dropout: Dropout = option(0.0, "Probability of dropping a bottleneck unit in training.")
-    init: Literal["released", "identity"] = option(
-        "released", "`released` starts near BLIP, as the authors do; `identity` as BLIP."
-    )
+    init: Init = option("released", "`released`: near BLIP, as the authors; `identity`: as BLIP.")
     visual: bool = option(True, "Adapt the visual encoder.")
     textual: bool = option(True, "Adapt the text encoder.")
     cross_modal: bool = option(True, "Adapt the cross-modal encoder.")
@@ -61,9 +61,7 @@ class LoraConfig(MethodConfig):
     rank: Size = option(8, "Rank r; the change of a matrix is `alpha / r · up · down`.")
     alpha: Positive = option(16.0, "Numerator of the scale.")
     dropout: Dropout = option(0.0, "Probability of dropping an input in training.")
-    targets: Annotated[tuple[Role, ...], Field(strict=False, min_length=1)] = option(
-        ("query", "value"), "The matrices to change."
-    )
+    targets: Roles = option(("query", "value"), "The matrices to change.")
 
     @field_validator("targets")
     @classmethod
@@ -84,8 +82,7 @@ METHODS: dict[str, type[MethodConfig]] = {
 def reject_unread_keys(given: Mapping[str, Any], tuning: str) -> None:
     """Refuse keys of a user's ``model:`` section that belong to another method.
 
-    The defaults of a model type have the sections of all methods, so this checks what the user
-    wrote, before defaults are merged.
+    It takes what the user wrote, as the defaults of a model type have the sections of all methods.
 
     Raises:
         ConfigError: naming the first such key.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lavis_uniadapter.common.schema.methods import (
-    METHODS,
-    AdapterConfig,
-    LoraConfig,
-    MethodConfig,
-)
+from lavis_uniadapter.common.schema.methods import METHODS, AdapterConfig, LoraConfig, MethodConfig
 from lavis_uniadapter.common.schema.section import (
     Amount,
     Count,
@@ -38,9 +34,7 @@ class VitSection(Section):
     num_heads: Size = option(..., "Attention heads; their number divides `width`.")
     patch_size: Size = option(..., "Side of a patch in pixels; it divides `image_size`.")
     mlp_ratio: Positive = option(..., "Width of the FFN over `width`.")
-    pos_embed_std: Positive | None = option(
-        None, "Standard deviation of the initial positional embedding; null: LAVIS's 0.02."
-    )
+    pos_embed_std: Positive | None = option(None, "Of the initial positions; null: LAVIS's 0.02.")
 
 
 class ModelSection(Section):
@@ -73,11 +67,7 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.vit_type == "custom") != (self.vit is not None):
-            raise ValueError(
-                f"vit_type is '{self.vit_type}', and model.vit is "
-                f"{'null' if self.vit is None else 'given'}. Give model.vit with vit_type: custom, "
-                "and only then."
-            )
+            raise ValueError("vit must be given with vit_type: custom, and only then.")
         patch_size = 16 if self.vit is None else self.vit.patch_size
         if self.image_size % patch_size:
             raise ValueError(
@@ -87,12 +77,15 @@ class ModelSection(Section):
             raise ValueError(
                 f"vit.width {self.vit.width} is not a multiple of num_heads {self.vit.num_heads}."
             )
-        if self.load_finetuned and self.finetuned is None:
-            raise ValueError("load_finetuned is True, and model.finetuned names no file.")
+        finetuned = self.finetuned or ""
+        if self.load_finetuned and "://" not in finetuned and not os.path.isfile(finetuned):
+            raise ValueError(f"finetuned is {self.finetuned!r}; load_finetuned needs a file there.")
+        if self.adapter_ckpt is not None and not os.path.isdir(self.adapter_ckpt):
+            raise ValueError(f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder.")
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(
-                "adapter.frame_aware is True. Frame-aware attention weighs frames by contrastive "
-                f"features, and '{self.arch}' has none. Set it to False."
+                "adapter.frame_aware is True, and only retrieval models have the features that it "
+                "weighs frames by. Set it to False."
             )
         return self
 

@@ -7,11 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lavis_uniadapter.common.schema.section import Section, Share, Size, Wanted, option
+from lavis_uniadapter.common.schema.section import Section, Share, Size, option
 
-Colour = Annotated[
-    tuple[float, float, float], Field(strict=False), Wanted("a list of three numbers")
-]
+Area = Annotated[float, Field(gt=0, le=1)]
+Colour = Annotated[tuple[float, float, float], Field(strict=False)]
 
 
 class VideoEval(Section):
@@ -33,10 +32,8 @@ class VideoTrain(VideoEval):
     name: Literal["blip_video_train"] = option(  # type: ignore[assignment]
         "blip_video_train", "Name of the processor."
     )
-    min_scale: Annotated[float, Field(gt=0, le=1)] = option(
-        0.5, "Smallest area of the random crop, as a share of the frame's."
-    )
-    max_scale: Annotated[float, Field(gt=0, le=1)] = option(1.0, "Largest area of the crop.")
+    min_scale: Area = option(0.5, "Smallest area of the random crop, as a share of the frame's.")
+    max_scale: Area = option(1.0, "Largest area of the crop.")
     flip_prob: Share = option(0.5, "Probability of a horizontal flip.")
     randaug_ops: Annotated[int, Field(ge=0, le=10)] = option(2, "Number of RandAugment operations.")
     randaug_magnitude: Annotated[float, Field(ge=0, le=10)] = option(5.0, "Their strength.")

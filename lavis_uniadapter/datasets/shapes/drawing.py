@@ -9,13 +9,7 @@ import cv2
 import numpy as np
 
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
-from lavis_uniadapter.datasets.shapes.contents import (
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Content,
-    pick,
-)
+from lavis_uniadapter.datasets.shapes.contents import POSITIONS, SHAPES, SIZES, Content, pick
 
 RGB = {
     "red": (215, 30, 35),
@@ -60,17 +54,6 @@ OUTLINES = {
 # Radii, centres and jitter are fractions of the image's side.
 RADII = {"small": 0.1, "large": 0.19}
 JITTER = 0.04
-CENTRES = {
-    "left": (0.25, 0.5),
-    "right": (0.75, 0.5),
-    "top": (0.5, 0.25),
-    "bottom": (0.5, 0.75),
-    "centre": (0.5, 0.5),
-    "top left": (0.25, 0.25),
-    "top right": (0.75, 0.25),
-    "bottom left": (0.25, 0.75),
-    "bottom right": (0.75, 0.75),
-}
 
 
 def draw_still(options: Stills, content: Content, rng: np.random.Generator) -> np.ndarray:
@@ -78,11 +61,10 @@ def draw_still(options: Stills, content: Content, rng: np.random.Generator) -> n
     side = options.image_size
     # dark to light
     tone = rng.uniform(40.0, 240.0) + rng.uniform(-8.0, 8.0, 3)
-    picture = np.tile(tone, (side, side, 1))
+    ground = np.tile(tone, (side, side, 1))
     mask = _object_mask(rng, side, content.shape, content.position, content.size)
-    picture = _paint(picture, mask, _jittered_colour(rng, content.colour))
-    picture += rng.normal(0.0, options.noise, picture.shape)
-    return _to_bytes(picture)
+    picture = _paint(ground, mask, _jittered_colour(rng, content.colour))
+    return _to_bytes(picture + rng.normal(0.0, options.noise, picture.shape))
 
 
 def draw_clip(
@@ -94,7 +76,11 @@ def draw_clip(
         uint8 (num_frames, image_size, image_size, 3).
     """
     side = options.image_size
-    frames = np.repeat(_blotched_ground(rng, side)[None], options.num_frames, axis=0)
+    tone = rng.uniform(40.0, 80.0) + rng.uniform(-8.0, 8.0, 3)
+    blotches = cv2.resize(
+        rng.normal(0.0, 22.0, (8, 8)), (side, side), interpolation=cv2.INTER_CUBIC
+    )
+    frames = np.repeat((tone + blotches[:, :, None])[None], options.num_frames, axis=0)
     for _ in range(options.distractors):
         shape, position, size = (pick(rng, tuple(kind)) for kind in (SHAPES, POSITIONS, SIZES))
         mask = _object_mask(rng, side, shape, position, size)
@@ -111,28 +97,6 @@ def draw_clip(
     return _to_bytes(frames + rng.normal(0.0, options.noise, (*frames.shape[:3], 1)))
 
 
-def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Encode RGB frames, uint8 (frames, height, width, 3)."""
-    height, width = frames.shape[1:3]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
-    if not writer.isOpened():
-        raise RuntimeError(
-            f"OpenCV cannot write {path}: it needs FFmpeg's mpeg4 encoder, which the wheels of "
-            "opencv-python and opencv-python-headless bring along"
-        )
-    for frame in frames:
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()
-
-
-def _blotched_ground(rng: np.random.Generator, side: int) -> np.ndarray:
-    tone = rng.uniform(40.0, 80.0) + rng.uniform(-8.0, 8.0, 3)
-    blotches = cv2.resize(
-        rng.normal(0.0, 22.0, (8, 8)), (side, side), interpolation=cv2.INTER_CUBIC
-    )
-    return tone + blotches[:, :, None]
-
-
 def _jittered_colour(rng: np.random.Generator, colour: str) -> np.ndarray:
     return np.array(RGB[colour]) + rng.uniform(-8.0, 8.0, 3)
 
@@ -140,19 +104,16 @@ def _jittered_colour(rng: np.random.Generator, colour: str) -> np.ndarray:
 def _object_mask(
     rng: np.random.Generator, side: int, shape: str, position: str, size: str
 ) -> np.ndarray:
-    """How far an object covers each pixel: floats in 0..1 of shape (side, side).
-
-    The centre is jittered around the position's.
-    """
-    supersampling = 4  # drawn larger and averaged down for smooth edges
-    centre = np.array(CENTRES[position]) + rng.uniform(-JITTER, JITTER, 2)
-    canvas = np.zeros((side * supersampling, side * supersampling), np.uint8)
-    scale = side * supersampling
+    """How far an object, somewhere near its position, covers each pixel: 0..1, (side, side)."""
+    x = 0.25 if "left" in position else 0.75 if "right" in position else 0.5
+    y = 0.25 if "top" in position else 0.75 if "bottom" in position else 0.5
+    centre = np.array([x, y]) + rng.uniform(-JITTER, JITTER, 2)
+    scale = 4 * side  # drawn larger and averaged down for smooth edges
     outlines = [
         np.rint((centre + RADII[size] * outline) * scale).astype(np.int32)
         for outline in OUTLINES[shape]
     ]
-    cv2.fillPoly(canvas, outlines, 255)
+    canvas = cv2.fillPoly(np.zeros((scale, scale), np.uint8), outlines, 255)
     return cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA) / 255.0
 
 
@@ -162,3 +123,14 @@ def _paint(picture: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndar
 
 def _to_bytes(picture: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def write_mp4(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Encode RGB frames, uint8 (frames, height, width, 3)."""
+    height, width = frames.shape[1:3]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
+    if not writer.isOpened():
+        raise RuntimeError(f"OpenCV cannot write {path}: it needs FFmpeg's mpeg4 encoder.")
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()

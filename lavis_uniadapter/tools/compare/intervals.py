@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """A metric of one line less that of another: its mean and the ends of its interval."""
 
     mean: float
@@ -34,33 +33,31 @@ def paired_difference(
         None if a run has no outcomes of the metric, or they are of other queries.
     """
     pairs = [
-        (one, other)
+        (one.outcomes.get(metric, ()), other.outcomes.get(metric, ()))
         for one in runs
         for other in reference
         if 1 in (len(runs), len(reference)) or one.seed == other.seed is not None
     ]
-    outcomes = [(one.outcomes.get(metric), other.outcomes.get(metric)) for one, other in pairs]
-    if not outcomes or any(one is None or other is None for one, other in outcomes):
+    lengths = {tuple(map(len, outcomes)) for pair in pairs for outcomes in pair}
+    if len(lengths) != 1 or not (kinds := lengths.pop()):
         return None
-    if any(list(map(len, one)) != list(map(len, other)) for one, other in outcomes):
-        return None
-    kinds = [
-        np.stack([np.subtract(one[kind], other[kind]) for one, other in outcomes])
-        for kind in range(len(outcomes[0][0]))
+    # of each kind of query, (seeds, queries) differences
+    differences = [
+        np.stack([np.subtract(one[kind], other[kind]) for one, other in pairs])
+        for kind in range(len(kinds))
     ]
-    return _bootstrap(kinds)
-
-
-def _bootstrap(kinds: Sequence[np.ndarray]) -> Difference:
-    """Interval of the mean over kinds of the means of (seeds, queries) differences."""
     rng = np.random.default_rng(0)
-    seeds = len(kinds[0])
-    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+    seed_weights = _resampling_weights(rng, len(pairs))
     resampled = np.zeros(RESAMPLES)
-    for differences in kinds:
-        queries = differences.shape[1]
-        query_weights = rng.multinomial(queries, np.full(queries, 1 / queries), RESAMPLES) / queries
-        resampled += ((seed_weights @ differences) * query_weights).sum(axis=1) / len(kinds)
+    for each in differences:
+        query_weights = _resampling_weights(rng, each.shape[1])
+        resampled += ((seed_weights @ each) * query_weights).sum(axis=1) / len(differences)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Difference(float(np.mean([d.mean() for d in kinds])), float(low), float(high))
+    mean = np.mean([each.mean() for each in differences])
+    return Difference(float(mean), float(low), float(high))
+
+
+def _resampling_weights(rng: np.random.Generator, number: int) -> np.ndarray:
+    """(resamples, number) shares of each item in samples drawn with replacement."""
+    return rng.multinomial(number, np.full(number, 1 / number), RESAMPLES) / number

@@ -2,75 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+from rich import progress
+from rich.console import Console, RenderableType
 
 from lavis_uniadapter.runners import run_folders
 
 
-class Progress:
-    """A table of the running runs on a terminal, renewed every second; elsewhere nothing.
+class RunsProgress(progress.Progress):
+    """A line for each running run, on a terminal; elsewhere nothing.
 
-    Args:
-        console: where it is drawn.
+    A task's description is the name of its run folder below ``folder``.
     """
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, folder: Path, console: Console | None = None):
         console = console or Console()
-        self._started: dict[Path, float] = {}
-        self._counts: Counter[str] = Counter()
-        self._live = Live(get_renderable=self.table, console=console, refresh_per_second=1)
-        self._visible = console.is_terminal
+        super().__init__(
+            progress.TextColumn("{task.description}"),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("epochs"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            refresh_per_second=1,
+            speed_estimate_period=1e9,  # seconds; all epochs count
+        )
+        self._folder = folder
 
-    def __enter__(self) -> Progress:
-        if self._visible:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def start(self, folder: Path) -> None:
-        """Note that a run has started."""
-        self._started[folder] = time.time()
-
-    def end(self, folder: Path, failed: bool) -> None:
-        """Note that a run has ended, whether or not it had started here."""
-        self._started.pop(folder, None)
-        self._counts["failed" if failed else "finished"] += 1
-
-    def table(self) -> Table:
-        """A row for each running run."""
-        counts = ", ".join(f"{number} {state}" for state, number in self._counts.items())
-        table = Table("run", "epoch", "elapsed", "time left", caption=counts or None)
-        for folder, started in list(self._started.items()):
-            epochs, total, seconds = logged(folder)
-            elapsed = time.time() - started
-            left = "" if not epochs or not total else _minutes(seconds / epochs * (total - epochs))
-            table.add_row(folder.name, f"{epochs}/{total or '?'}", _minutes(elapsed), left)
-        return table
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The lines, with the epochs that the runs have logged by now."""
+        for task in self.tasks:
+            done, total = logged_epochs(self._folder / task.description)
+            self.update(task.id, completed=done, total=total)
+        return super().get_renderables()
 
 
-def logged(folder: Path) -> tuple[int, int | None, float]:
-    """Epochs done, epochs in all (None while unknown), and seconds so far, by a run's files."""
-    epochs, total, seconds = 0, None, 0.0
+def logged_epochs(folder: Path) -> tuple[int, int | None]:
+    """Epochs done, and in all (None while unknown), by a run's files."""
     config, log = folder / run_folders.CONFIG, folder / run_folders.LOG
-    if config.is_file():
-        total = json.loads(config.read_text())["run"].get("max_epoch")
-    # of LAVIS's runners too, whose log begins with the configuration; the last line may be cut
-    with contextlib.suppress(ValueError):
-        for values in run_folders.json_values(log.read_text() if log.is_file() else ""):
-            epochs += "train_epoch" in values
-            seconds += sum(value for key, value in values.items() if key.endswith("_seconds"))
-    return epochs, total, seconds
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+    total = json.loads(config.read_text())["run"].get("max_epoch") if config.is_file() else None
+    return log.read_text().count('"train_epoch"') if log.is_file() else 0, total

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.tools.compare.intervals import paired_difference
 from lavis_uniadapter.tools.compare.running import Line
-from lavis_uniadapter.tools.figures import plot_comparison
 
 
 def rows_of(
@@ -25,77 +27,72 @@ def rows_of(
         reference: name of the line that differences are taken from.
     """
     rows = []
-    reference_runs = next((line.runs for line in lines if line.name == reference), [])
+    others = next((line.runs for line in lines if line.name == reference), [])
     for line in lines:
-        row: dict[str, Any] = {"method": line.name, "seeds": len(line.runs)}
-        row["learning rate"] = line.learning_rate
-        row["at edge of grid"] = line.at_edge
-        first = line.runs[0] if line.runs else None
-        row["trained parameters"] = first.trained_parameters if first else None
-        row["total parameters"] = first.total_parameters if first else None
+        runs = line.runs
+        row: dict[str, Any] = {
+            "method": line.name,
+            "seeds": len(runs),
+            "learning rate": line.learning_rate,
+            "at edge of grid": line.at_edge,
+            "trained parameters": runs[0].trained_parameters if runs else None,
+            "total parameters": runs[0].total_parameters if runs else None,
+        }
         for name in metrics:
-            values = [value for run in line.runs if (value := run.metric(name)) is not None]
-            row[name] = statistics.fmean(values) if values else None
-            row[f"{name} std"] = statistics.stdev(values) if len(values) > 1 else None
-            difference = None
-            if line.name != reference:
-                difference = paired_difference(line.runs, reference_runs, name)
+            values = [run.metric(name) for run in runs]
+            row[name] = _average(statistics.fmean, values)
+            row[f"{name} std"] = _average(statistics.stdev, values, at_least=2)
+            compared = None if line.name == reference else paired_difference(runs, others, name)
             for part in ("mean", "low", "high"):
-                row[f"{name} difference {part}"] = difference and getattr(difference, part)
-        for name, values in (
-            ("seconds", [run.seconds for run in line.runs]),
-            ("peak bytes", [run.peak_bytes for run in line.runs]),
-        ):
-            known = [value for value in values if value is not None]
-            row[name] = statistics.fmean(known) if known else None
-        row["precision"] = ", ".join(sorted({run.precision for run in line.runs if run.precision}))
+                row[f"{name} difference {part}"] = compared and getattr(compared, part)
+        row["seconds"] = _average(statistics.fmean, [run.seconds for run in runs])
+        row["peak bytes"] = _average(statistics.fmean, [run.peak_bytes for run in runs])
+        row["precision"] = ", ".join(sorted({run.precision for run in runs if run.precision}))
         row["failures"] = "; ".join(line.failures)
         rows.append(row)
     return rows
 
 
+def _average(
+    of: Callable[[list[float]], float], values: Sequence[float | None], at_least: int = 1
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return of(known) if len(known) >= at_least else None
+
+
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], reference: str | None = None
 ) -> str:
-    compared = f"{metrics[0]} - {reference}'s [95%]"
-    has_differences = any(row[f"{metrics[0]} difference mean"] is not None for row in rows)
+    """The rows as a table, and below it what needs attention."""
+    parts = [f"{metrics[0]} difference {part}" for part in ("mean", "low", "high")]
+    compared = any(row[parts[0]] is not None for row in rows)
     header = ["method", "learning rate", "trained", "share", *metrics]
-    header += [*([compared] if has_differences else []), "seeds", "min", "peak GB"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    header += [f"{metrics[0]} - {reference}'s [95%]"] if compared else []
+    table = [[*header, "seeds", "min", "peak GB", "precision"], ["---"] * (len(header) + 4)]
     for row in rows:
         trained, total = row["trained parameters"], row["total parameters"]
-        rate = row["learning rate"]
         cells = [
             row["method"],
-            "" if rate is None else f"{rate:g}" + ("*" if row["at edge of grid"] else ""),
-            "" if trained is None else f"{trained:,}",
-            f"{100 * trained / total:.2f}%" if trained is not None and total else "",
-            *(_mean_and_deviation(row[name], row[f"{name} std"]) for name in metrics),
-            *([_interval(row, metrics[0])] if has_differences else []),
-            str(row["seeds"]),
-            "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}",
-            "" if row["peak bytes"] is None else f"{row['peak bytes'] / 1e9:.2f}",
+            _cell("{:g}", row["learning rate"]) + "*" * row["at edge of grid"],
+            _cell("{:,}", trained),
+            _cell("{:.2%}", trained / total if total else None),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells += [_cell("{:.1f}", row[m]) + _cell(" ± {:.1f}", row[f"{m} std"]) for m in metrics]
+        if compared:
+            cells.append(_cell("{:+.1f} [{:+.1f}, {:+.1f}]", *(row[part] for part in parts)))
+        cells.append(str(row["seeds"]))
+        cells.append(_cell("{:.1f}", row["seconds"] and row["seconds"] / 60))
+        cells.append(_cell("{:.2f}", row["peak bytes"] and row["peak bytes"] / 1e9))
+        table.append([*cells, row["precision"]])
+    notes = ["| " + " | ".join(cells) + " |" for cells in table]
     if any(row["at edge of grid"] for row in rows):
-        lines += ["", "\\* the best learning rate is the smallest or largest that was tried"]
-    known = [(row["method"], row["precision"]) for row in rows if row["precision"]]
-    if len({one for _, precision in known for one in precision.split(", ")}) > 1:
-        each = "; ".join(f"{method} in {precision}" for method, precision in known)
-        lines += ["", f"Not all runs computed in the same precision: {each}."]
+        notes += ["", "\\* the best learning rate is the smallest or largest that was tried"]
     failures = [f"- {row['method']}: {row['failures']}" for row in rows if row["failures"]]
-    return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
+    return "\n".join(notes + (["", "Failed:", "", *failures] if failures else []))
 
 
-def _mean_and_deviation(mean: float | None, deviation: float | None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
-
-
-def _interval(row: Mapping[str, Any], metric: str) -> str:
-    mean, low, high = (row[f"{metric} difference {part}"] for part in ("mean", "low", "high"))
-    return "" if mean is None else f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _cell(template: str, *values: float | None) -> str:
+    return "" if None in values else template.format(*values)
 
 
 def write_report(
@@ -111,15 +108,31 @@ def write_report(
         writer.writeheader()
         writer.writerows(rows)
     write_json(folder / "comparison.json", rows)
-    first = metrics[0]
-    points = {
-        row["method"]: (row["trained parameters"], row[first], row[f"{first} std"] or 0.0)
-        for row in rows
-        if row[first] is not None and row["trained parameters"] is not None
-    }
-    if points:
-        plot_comparison(points, first, folder / "comparison.png")
+    _plot(rows, metrics[0], folder / "comparison.png")
     return table
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], metric: str, picture: Path) -> None:
+    """A metric against trained parameters, a point a method; a line, if it trains nothing."""
+    figure = Figure((7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    drawn: Counter[float] = Counter()
+    for index, row in enumerate(rows):
+        name, parameters, mean = row["method"], row["trained parameters"], row[metric]
+        if parameters == 0 and mean is not None:
+            axes.axhline(mean, color="grey", linestyle=":", label=name)
+        elif parameters and mean is not None:
+            # side by side, where methods train as many
+            x = parameters * 1.025 ** drawn[parameters]
+            drawn[parameters] += 1
+            style = f"C{index % 10}{'osD^vP*X<>'[index // 10 % 10]}"
+            axes.errorbar(x, mean, row[f"{metric} std"] or 0, fmt=style, capsize=3, label=name)
+    title = "mean ± standard deviation over seeds"
+    axes.set(xlabel="trained parameters", ylabel=metric, xscale="log", title=title)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(picture, dpi=130)
 
 
 def added_lines(added: Sequence[str]) -> list[Line]:

@@ -9,21 +9,28 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lavis_uniadapter.common.atomic import write_json
+from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
 from lavis_uniadapter.runners import run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST
-from lavis_uniadapter.tools.compare.plan import Entry, Plan, slug
-from lavis_uniadapter.tools.compare.progress import Progress
+from lavis_uniadapter.runners.run_folders import RunSummary
+from lavis_uniadapter.tools.compare.plan import slug
+from lavis_uniadapter.tools.compare.progress import RunsProgress
 
 logger = logging.getLogger("lavis_uniadapter")
 
 REQUEST = "request.json"
 CONSOLE = "console.log"
+
+
+class RunFailed(RuntimeError):
+    """A run of a comparison did not finish; says which, and why."""
 
 
 @dataclass
@@ -33,159 +40,135 @@ class Line:
     name: str
     learning_rate: float | None = None
     at_edge: bool = False
-    runs: list[run_folders.RunSummary] = field(default_factory=list)
+    runs: list[RunSummary] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+
+
+# A line, the end of the run's folder name, and options over those of the line's entry.
+Job = tuple[Line, str, tuple[str, ...]]
 
 
 class Comparison:
     """Runs a plan; runs that have finished before are not repeated.
 
     Args:
-        plan: what to run.
+        plan: what to run, from ``read_plan``.
         jobs: runs at a time; processor threads are divided among them.
         processes: of each run, by torchrun; 1: a plain process.
     """
 
-    def __init__(self, plan: Plan, jobs: int = 1, processes: int = 1):
+    def __init__(self, plan: PlanFile, jobs: int = 1, processes: int = 1):
         self.plan = plan
+        self.folder = Path(plan.output_dir)
         self.jobs = jobs
         self.processes = processes
-        self._progress = Progress()
+        self._progress = RunsProgress(self.folder)
         self._children: set[subprocess.Popen] = set()
+        # What every run starts from, if the plan has a base: an option, and the file's hash.
+        self._start: tuple[str, ...] = ()
         self._base_identity: str | None = None
 
     def run(self) -> list[Line]:
         """All runs of the plan; a failed one is a failure of its line, and the others continue.
 
         Raises:
-            RuntimeError: if the base, from which all start, cannot be trained, or another
-                comparison works in the same folder.
+            RunFailed: if the base, from which all start, cannot be trained.
+            FolderInUse: if another comparison works in the same folder.
         """
-        try:
-            with run_folders.sole_user(self.plan.output_dir), self._progress:
-                return self._run_all()
-        except run_folders.FolderInUse:
-            raise RuntimeError(
-                f"Another comparison works in '{self.plan.output_dir}'. Wait for it, end it, or "
-                "choose another --output-dir."
-            ) from None
-
-    def _run_all(self) -> list[Line]:
-        lines = {entry.name: Line(entry.name) for entry in self.plan.entries}
-        with ThreadPoolExecutor(self.jobs) as pool:
+        lines = [Line(name) for name in self.plan.runs]
+        pool = ThreadPoolExecutor(self.jobs)
+        with run_folders.sole_user(self.folder), self._progress, pool:
             try:
-                pretrained = self._train_base(pool)
-                self._tune(pool, lines, pretrained)
-                self._measure(pool, lines, pretrained)
+                if self.plan.base:
+                    self._run(self.plan.base, "base")
+                    weights = (self.folder / "base" / BEST).resolve()
+                    self._start = (f"model.pretrained={weights}",)
+                    self._base_identity = hashlib.sha256(weights.read_bytes()).hexdigest()
+                self._tune(pool, lines)
+                self._measure(pool, lines)
             except BaseException:  # Ctrl-C among them
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in list(self._children):
                     child.send_signal(signal.SIGTERM)
                 raise
-        return list(lines.values())
+        return lines
 
-    def _train_base(self, pool) -> tuple[str, ...]:
-        """Train what all runs start from, if the plan has a base; the option that names it."""
-        base = self.plan.base
-        if base is None:
-            return ()
-        folder = self.plan.output_dir / "base"
-        seed = _seed_of(base.options)
-        if failure := pool.submit(self._run, base, folder, seed, beside=1).result():
-            raise RuntimeError(f"The base could not be trained: {failure}")
-        self._base_identity = hashlib.sha256((folder / BEST).read_bytes()).hexdigest()
-        return (f"model.pretrained={(folder / BEST).resolve()}",)
-
-    def _tune(self, pool, lines: dict[str, Line], common: tuple[str, ...]) -> None:
+    def _tune(self, pool: Executor, lines: Sequence[Line]) -> None:
         """Give each line the learning rate whose run is best on validation."""
         seed = self.plan.tuning_seed
-        attempts = []
-        for entry in self.plan.entries:
-            for rate in entry.learning_rates if len(entry.learning_rates) > 1 else ():
-                folder = self._folder(entry, f"lr{rate:g}-seed{seed}")
-                options = (*common, f"run.init_lr={rate}", "run.test_splits=[]")
-                options += self.plan.tuning_options
-                future = pool.submit(self._run, entry, folder, seed, options)
-                attempts.append((entry.name, rate, folder, future))
-        scores: dict[str, dict[float, float]] = {}
-        for name, rate, folder, future in attempts:
-            failure = future.result()
-            best = None if failure else run_folders.read(folder).best
-            if best is None:
-                failure = failure or "nothing was validated, set run.valid_splits"
-                lines[name].failures.append(f"learning rate {rate:g}: {failure}")
-            else:
-                scores.setdefault(name, {})[rate] = best
-        for entry in self.plan.entries:
-            line, rates = lines[entry.name], entry.learning_rates
-            if len(rates) == 1:
-                line.learning_rate = rates[0]
-            elif entry.name in scores:
-                line.learning_rate = max(scores[entry.name], key=scores[entry.name].get)
-                line.at_edge = line.learning_rate in (min(rates), max(rates))
-        for entry in self.plan.entries:
-            if entry.learning_rate_of:
-                source = lines[entry.learning_rate_of]
-                lines[entry.name].learning_rate = source.learning_rate
-                lines[entry.name].at_edge = source.at_edge
-
-    def _measure(self, pool, lines: dict[str, Line], common: tuple[str, ...]) -> None:
-        futures = []
-        for entry in self.plan.entries:
-            line = lines[entry.name]
-            wants_rate = entry.learning_rates or entry.learning_rate_of
-            if wants_rate and line.learning_rate is None:
+        common = ("run.test_splits=[]", *self.plan.tuning_options, f"run.seed={seed}")
+        rates = {name: entry.learning_rates or () for name, entry in self.plan.runs.items()}
+        tried = [(line, r) for line in lines if len(rates[line.name]) > 1 for r in rates[line.name]]
+        jobs = [(line, f"lr{r:g}-seed{seed}", (f"run.init_lr={r}", *common)) for line, r in tried]
+        scores: dict[str, dict[float, float]] = {line.name: {} for line in lines}
+        for (line, rate), summary in zip(tried, self._results(pool, jobs), strict=True):
+            if summary and summary.best is not None:
+                scores[line.name][rate] = summary.best
+            elif summary:
+                line.failures.append("nothing was validated; set run.valid_splits")
+        for line in lines:
+            source = self.plan.runs[line.name].learning_rate_of or line.name
+            if len(rates[source]) == 1:
+                line.learning_rate = rates[source][0]
+            elif scored := scores[source]:
+                line.learning_rate = max(scored, key=scored.__getitem__)
+                line.at_edge = line.learning_rate in (min(rates[source]), max(rates[source]))
+            elif rates[source]:
                 line.failures.append("no learning rate could be chosen")
+
+    def _measure(self, pool: Executor, lines: Sequence[Line]) -> None:
+        jobs: list[Job] = []
+        for line in lines:
+            entry, rate = self.plan.runs[line.name], line.learning_rate
+            options = () if rate is None else (f"run.init_lr={rate}",)
+            if entry.evaluate:
+                jobs.append((line, "test", ()))
+            elif options or not (entry.learning_rates or entry.learning_rate_of):
+                for seed in self.plan.seeds:
+                    jobs.append((line, f"seed{seed}", (*options, f"run.seed={seed}")))
+        for (line, *_), summary in zip(jobs, self._results(pool, jobs), strict=True):
+            if summary is None:
                 continue
-            rate = () if line.learning_rate is None else (f"run.init_lr={line.learning_rate}",)
-            seeds = (_seed_of(entry.options),) if entry.evaluate else self.plan.seeds
-            for seed in seeds:
-                folder = self._folder(entry, f"seed{seed}")
-                future = pool.submit(self._run, entry, folder, seed, (*common, *rate))
-                futures.append((line, folder, future))
-        for line, folder, future in futures:
-            if failure := future.result():
-                line.failures.append(failure)
-                continue
-            summary = run_folders.read(folder)
             line.runs.append(summary)
-            for name in self.plan.metrics:
-                if summary.metric(name) is None:
+            for metric in self.plan.metrics:
+                if summary.metric(metric) is None:
                     known = ", ".join(summary.metrics) or "none"
-                    line.failures.append(f"{folder.name} has no metric '{name}', only {known}")
+                    line.failures.append(f"there is no metric '{metric}', only {known}")
 
-    def _folder(self, entry: Entry, suffix: str) -> Path:
-        return self.plan.output_dir / f"{slug(entry.name)}-{suffix}"
+    def _results(self, pool: Executor, jobs: Sequence[Job]) -> Iterator[RunSummary | None]:
+        """What each run left; None, and a failure of its line, for one that failed."""
+        attempts = [
+            pool.submit(self._run, self.plan.runs[line.name], f"{slug(line.name)}-{end}", options)
+            for line, end, options in jobs
+        ]
+        for (line, *_), attempt in zip(jobs, attempts, strict=True):
+            try:
+                yield attempt.result()
+            except RunFailed as failure:
+                line.failures.append(str(failure))
+                yield None
 
-    def _run(
-        self,
-        entry: Entry,
-        folder: Path,
-        seed: int,
-        options: tuple[str, ...] = (),
-        beside: int | None = None,
-    ) -> str | None:
-        """Run one configuration in its folder, or resume it; what went wrong, or None.
-
-        Args:
-            beside: how many runs share the processor, this one included; None: ``jobs``.
-        """
-        options = (*entry.options, *options, f"run.seed={seed}")
-        failure = self._claim(entry, folder, options)
-        if failure is None and run_folders.is_finished(folder):
-            logger.info("%s: finished before", folder.name)
-        elif failure is None:
+    def _run(self, entry: RunEntry, name: str, options: tuple[str, ...] = ()) -> RunSummary:
+        """Run one configuration in the folder ``name``, or resume it, and read what it left."""
+        folder = self.folder / name
+        options = (*entry.options, *self._start, *options)
+        self._claim(entry, folder, options)
+        if run_folders.is_finished(folder):
+            logger.info("%s: finished before", name)
+        else:
             resumes = _has_checkpoint(folder) and not entry.evaluate
-            logger.info("%s: %s", folder.name, "resumes" if resumes else "starts")
-            self._progress.start(folder)
-            failure = self._execute(self._command(entry, folder, options), folder, beside)
-        self._progress.end(folder, failed=failure is not None)
-        return failure
+            logger.info("%s: %s", name, "resumes" if resumes else "starts")
+            shown = self._progress.add_task(name, total=None)
+            try:
+                self._execute(entry, folder, options)
+            finally:
+                self._progress.remove_task(shown)
+        return run_folders.read(folder)
 
-    def _claim(self, entry: Entry, folder: Path, options: Sequence[str]) -> str | None:
-        """Note in a folder what is run there; why that cannot be, or None."""
-        request = {
-            "cfg": entry.cfg_path.read_text(),
+    def _claim(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
+        """Write down in a folder what is run there, unless it has a run of something else."""
+        request: dict[str, Any] = {
+            "cfg": Path(str(entry.cfg_path)).read_text(),
             "options": list(options),
             "evaluate": entry.evaluate,
             "processes": self.processes,
@@ -194,14 +177,11 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         holds_something = run_folders.is_finished(folder) or _has_checkpoint(folder)
         if holds_something and json.loads((folder / REQUEST).read_text()) != request:
-            return (
-                f"'{folder}' holds a run of another configuration. Delete it, or choose another "
-                "--output-dir."
-            )
+            raise RunFailed(f"'{folder}' holds a run of another configuration; delete that folder.")
         write_json(folder / REQUEST, request)
-        return None
 
-    def _command(self, entry: Entry, folder: Path, options: Sequence[str]) -> list[str]:
+    def _execute(self, entry: RunEntry, folder: Path, options: Sequence[str]) -> None:
+        """Run a process to its end; its output goes to a file."""
         command = [sys.executable, "-m"]
         if self.processes > 1:
             command += ["torch.distributed.run", "--standalone"]
@@ -209,34 +189,21 @@ class Comparison:
         command += ["uniadapter_cli", "evaluate" if entry.evaluate else "train"]
         command += [str(entry.cfg_path), *options]
         command += [f"run.output_dir={folder.parent.resolve()}", f"run.job_id={folder.name}"]
-        return command + ([] if entry.evaluate else ["run.resume=auto"])
-
-    def _execute(self, command: list[str], folder: Path, beside: int | None) -> str | None:
-        """Wait for a run's process; what went wrong, or None."""
+        command += [] if entry.evaluate else ["run.resume=auto"]
+        variables = environment(self.processes * (1 if entry is self.plan.base else self.jobs))
         with open(folder / CONSOLE, "ab") as console:
             start = console.tell()
-            child = subprocess.Popen(
-                command,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=environment((beside or self.jobs) * self.processes),
-            )
+            child = subprocess.Popen(command, env=variables, stdout=console, stderr=console)
             self._children.add(child)
             status = child.wait()
             self._children.discard(child)
         if status == 0 and run_folders.is_finished(folder):
-            summary = run_folders.read(folder)
-            found = [(name, summary.metric(name)) for name in self.plan.metrics]
-            shown = ", ".join(f"{name} {value:.2f}" for name, value in found if value is not None)
-            logger.info("%s: done%s", folder.name, f", {shown}" if shown else "")
-            return None
-        with open(folder / CONSOLE, "rb") as console:
-            console.seek(start)
-            said = console.read().decode(errors="replace").strip().splitlines()
-        last = said[-1] if said else "no message"
-        reason = next((text for text in said if text.startswith("error: ")), last)
+            logger.info("%s: done", folder.name)
+            return
+        said = (folder / CONSOLE).read_bytes()[start:].decode(errors="replace").strip().splitlines()
+        reason = next((text for text in said if text.startswith("error: ")), [*said, ""][-1])
         logger.info("%s: FAILED (exit %s), see %s", folder.name, status, folder / CONSOLE)
-        return f"{folder.name}: exit {status}: {reason}"
+        raise RunFailed(f"{folder.name}: exit {status}: {reason}")
 
 
 def environment(processes: int) -> dict[str, str]:
@@ -252,8 +219,3 @@ def environment(processes: int) -> dict[str, str]:
 
 def _has_checkpoint(folder: Path) -> bool:
     return any(folder.glob("checkpoint_*.pth"))
-
-
-def _seed_of(options: Sequence[str]) -> int:
-    given = [o.removeprefix("run.seed=") for o in options if o.startswith("run.seed=")]
-    return int(given[-1]) if given else 42

@@ -1,4 +1,1 @@
-"""Convert the published files of a benchmark to LAVIS's annotations, and videos to frames.
-
-``uniadapter prepare --help`` lists the commands.
-"""
+"""Prepare data: LAVIS's annotations from published files, extracted frames, a check of files."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.records import DatasetError, listing
@@ -21,85 +20,54 @@ from lavis_uniadapter.processors.extracted_frames import (
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    """Add the command ``frames``."""
-    parser = commands.add_parser(
-        "frames",
-        help="extract frames of any videos, to train faster",
-        description="Write frames of every video in a folder as <video>.frames.zip, which is read "
-        "wherever the video is asked for. Existing archives are kept, so a stopped run continues.",
-    )
-    parser.add_argument("--videos", type=Path, metavar="DIR", required=True, help="the videos")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to write (default: beside the videos)"
-    )
-    parser.add_argument(
-        "--frames",
-        type=int,
-        default=64,
-        metavar="N",
-        help="evenly spaced frames of each video; all of them if it has fewer (default 64)",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=224,
-        metavar="PIXELS",
-        help="their height and width, the model's image_size (default 224)",
-    )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> str:
-    """Extract the frames; returns the report.
+def extract(args: argparse.Namespace) -> int:
+    """Extract the frames of all videos that do not have them yet, and print a report.
 
     Raises:
-        ConfigError: an impossible number, or frames of another number or size exist.
+        ConfigError: there are archives of another number or size of frames.
         DatasetError: there are no videos, or some cannot be decoded; the others are written.
     """
-    for name in ("frames", "image_size", "threads"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1.")
-    if not args.videos.is_dir():
-        raise DatasetError(f"There is no folder {args.videos}; correct --videos.")
-    videos = sorted(
-        path
-        for path in args.videos.rglob("*")
-        if path.suffix.lower() in VIDEO_EXTENSIONS and path.is_file()
-    )
-    if not videos:
-        raise DatasetError(f"{args.videos} holds no videos; correct --videos.")
     output = args.output or args.videos
     targets = {
         path: output / path.relative_to(args.videos).with_name(path.name + EXTRACTED_SUFFIX)
-        for path in videos
+        for path in sorted(args.videos.rglob("*"))
+        if path.suffix.lower() in VIDEO_EXTENSIONS and path.is_file()
     }
-    done = {target for target in targets.values() if target.is_file()}
-    for target in sorted(done):
-        _check_existing(target, args)
-    todo = [pair for pair in targets.items() if pair[1] not in done]
-    with ThreadPoolExecutor(args.threads) as pool:
-        outcomes = pool.map(lambda pair: _extract(*pair, args.frames, args.image_size), todo)
-        failures = [why for why in tqdm(outcomes, total=len(todo), desc="extracting") if why]
-    written = len(todo) - len(failures)
+    if not targets:
+        raise DatasetError(f"{args.videos} holds no videos; correct --videos.")
+    todo = {
+        video: target
+        for video, target in targets.items()
+        if not _is_extracted(target, args.frames, args.image_size)
+    }
+    reasons = thread_map(
+        lambda video, target: _extract(video, target, args.frames, args.image_size),
+        todo.keys(),
+        todo.values(),
+        max_workers=args.threads,
+        desc="extracting",
+    )
+    failures = [reason for reason in reasons if reason]
     size = sum(path.stat().st_size for path in targets.values() if path.is_file()) / 1e6
     report = (
-        f"{written} videos extracted, {len(done)} were there already; {size:,.0f} MB in {output}"
+        f"{len(todo) - len(failures)} videos extracted, {len(targets) - len(todo)} were there "
+        f"already; {size:,.0f} MB in {output}"
     )
     if failures:
         raise DatasetError(f"{report}\n- {len(failures)} cannot be decoded:{listing(failures)}")
-    if args.output is None:
-        return report
-    return f"{report}\nnext: set build_info.videos.storage to {os.path.abspath(output)}"
+    print(report)
+    if args.output is not None:
+        print(f"next: set build_info.videos.storage to {os.path.abspath(output)}")
+    return 0
 
 
 def _extract(video: Path, target: Path, number: int, image_size: int) -> str | None:
     """Extract one video; says why if it cannot be."""
-    counted = []
+    total = 0
 
     def choose(num_frames: int) -> Sequence[int]:
-        counted.append(num_frames)
+        nonlocal total
+        total = num_frames
         return sample_frame_indices(num_frames, min(number, num_frames))
 
     try:
@@ -107,19 +75,19 @@ def _extract(video: Path, target: Path, number: int, image_size: int) -> str | N
     except VideoDecodeError as error:
         return str(error)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_extracted_frames(str(target), frames, counted[0])
+    write_extracted_frames(str(target), frames, total)
     return None
 
 
-def _check_existing(path: Path, args: argparse.Namespace) -> None:
+def _is_extracted(target: Path, number: int, image_size: int) -> bool:
     try:
-        about = read_about(str(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); delete it.") from error
-    wanted = min(args.frames, about["source_frames"])
-    if about["num_frames"] != wanted or about["image_size"] != args.image_size:
+        about = read_about(str(target))
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return False
+    found = about["num_frames"], about["image_size"]
+    if found != (min(number, about["source_frames"]), image_size):
         raise ConfigError(
-            f"{path} holds {about['num_frames']} frames of {about['image_size']} px, not what "
-            f"--frames {args.frames} --image-size {args.image_size} give. Delete those of other "
-            "sizes, or name another --output."
+            f"{target} holds {found[0]} frames of {found[1]} px. Name another --output, or delete "
+            "such archives."
         )
+    return True

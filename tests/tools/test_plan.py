@@ -1,0 +1,48 @@
+"""Comparison files: what is refused, and those of ``projects/``."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_runs import TRAIN
+
+from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common.config import load_config
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.tools.compare.plan import read_plan
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"runs": None}, "runs is missing"),
+        ({"metrics": []}, r"metrics is \[\]; it must not be empty"),
+        ({"seed": [1]}, "Did you mean 'seeds'"),
+        ({"cfg_path": "no.yaml"}, "no.yaml"),
+        ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),
+        ({"runs": {"a": {"learning_rate_of": "b"}}}, "'b' of 'a' is no run"),
+        ({"runs": {"a b": {}, "a-b": {}}}, "same folder"),
+        ({"runs": {"a": {"evaluate": True}, "b": {"learning_rate_of": "a"}}}, "'a' of 'b'"),
+        ({"runs": ["a"]}, "runs is"),
+        ({"runs": {1: {}}}, "runs.1: the name 1 is a number"),
+        ({"seeds": 3}, "seeds is 3"),
+        ({"metrics": "t2v_r1"}, "metrics is 't2v_r1'"),
+        ({"base": "x.yaml"}, "base is 'x.yaml'"),
+        ({"runs": {"a": {"options": "x=1"}}}, "options is 'x=1'"),
+        ({"reference": "liner"}, "'liner' is no run. Did you mean 'linear'"),
+    ],
+)
+def test_impossible_plan_is_named(plan_file, changes, expected):
+    with pytest.raises(ConfigError, match=expected):
+        read_plan(plan_file(**changes))
+
+
+COMPARISONS = sorted((TRAIN.parent / "compare").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_compares_every_method_by_a_configuration_that_runs(path):
+    plan = read_plan(path)
+    models = [load_config(entry.cfg_path, entry.options).model_cfg for entry in plan.runs.values()]
+    tunings = {model.tuning for model in models if "tuning" in model}  # LAVIS's own have none
+    if path.stem != "shapes_init":
+        assert tunings == set(TUNING_METHODS)
