@@ -30,7 +30,7 @@ from lavis_uniadapter.search.indexing import compare, update
 from lavis_uniadapter.search.manifest import Manifest
 from lavis_uniadapter.search.store import NumPyStore
 
-SEGMENTS, DIM, TOP = 1_000_000, 256, 100
+SEGMENTS, PART, DIM, TOP = 1_000_000, 50_000, 256, 100
 CLIPS, CANDIDATES, FILES = 24, 32, 10_000
 
 
@@ -54,25 +54,27 @@ def store(device: str, repeats: int) -> dict[str, Any]:
         before = _resident()
         opened = NumPyStore(Path(folder), DIM)
         generator = torch.Generator().manual_seed(0)
-        for start in range(0, SEGMENTS, 50_000):
-            some = F.normalize(torch.randn(50_000, DIM, generator=generator), dim=1)
-            opened.add(range(start, start + 50_000), some)
+        for start in range(0, SEGMENTS, PART):
+            opened.add(range(start, start + PART), _originals(generator))
         queries = F.normalize(torch.randn(repeats + 2, DIM, generator=generator), dim=1)
         found = [opened.search(query, TOP)[0] for query in queries]
         taken = [measuring.seconds(lambda q=q: opened.search(q, TOP), "cpu") for q in queries]
         memory = _resident() - before
-        vectors = np.memmap(Path(folder) / "vectors.f16", np.float16, "r", shape=(SEGMENTS, DIM))
-        same = 0
-        for query, ids in zip(queries, found, strict=True):
-            parts = (torch.from_numpy(np.array(part)) for part in np.array_split(vectors, 20))
-            exact = torch.cat([part.float() @ query for part in parts])
-            same += len(set(ids) & set(exact.topk(TOP).indices.tolist()))
+        generator.manual_seed(0)  # the same vectors again, in float32
+        exact = torch.cat([_originals(generator) @ queries.T for _ in range(SEGMENTS // PART)])
+        best = exact.T.topk(TOP).indices.tolist()
+        same = sum(len({*ids} & {*b}) for ids, b in zip(found, best, strict=True))
     return {
         "segments": SEGMENTS,
         "seconds": sorted(taken)[len(taken) // 2],
         "memory_gb": memory / 1e9,
         "same_as_float32": same / (TOP * len(queries)),
     }
+
+
+def _originals(generator: torch.Generator) -> torch.Tensor:
+    """The next vectors, unit and in float32."""
+    return F.normalize(torch.randn(PART, DIM, generator=generator), dim=1)
 
 
 def _engine(device: str) -> Engine:

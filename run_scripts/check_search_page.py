@@ -12,7 +12,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-PORT = 8643
 QUERY = "a large yellow triangle appears at the bottom right"
 
 
@@ -22,28 +21,29 @@ def main(index: Path) -> None:
     if not (chromium and driver):
         sys.exit("error: --check needs chromium and chromedriver (Debian: chromium-driver).")
     command = [sys.executable, "-m", "uniadapter_cli", "search", "serve", "--index", str(index)]
-    with subprocess.Popen([*command, "--port", str(PORT)], stdout=subprocess.PIPE) as server:
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
         try:
-            while b"serving" not in (line := server.stdout.readline()):
+            while "serving" not in (line := server.stdout.readline()):
                 if not line:
                     sys.exit("error: the server did not start.")
+            address = line.split(" at ")[1].split()[0]
             options = webdriver.ChromeOptions()
             options.binary_location = chromium
             for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
                 options.add_argument(argument)
             browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
             try:
-                check(browser, index)
+                check(browser, address, index)
             finally:
                 browser.quit()
         finally:
             server.terminate()
 
 
-def check(browser: webdriver.Chrome, folder: Path) -> None:
+def check(browser: webdriver.Chrome, address: str, folder: Path) -> None:
     """Type a query, wait for the reranked hits, open the first."""
     browser.set_window_size(1100, 900)
-    browser.get(f"http://127.0.0.1:{PORT}/")
+    browser.get(address)
     browser.find_element(By.ID, "text").send_keys(QUERY + Keys.ENTER)
     status = browser.find_element(By.ID, "status")
     WebDriverWait(browser, 120).until(lambda _: "reranked" in status.text)

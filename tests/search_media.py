@@ -8,8 +8,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from lavis_uniadapter.search import Index
+from lavis_uniadapter.search.manifest import Manifest
 from lavis_uniadapter.tools import recipes
 
+FILES = {"short.mp4": 1, "long.mp4": 3, "sub/other.mp4": 1, "a.png": 1, "sub/b.jpg": 1}
 RECIPE = recipes.runs()["shapes_retrieval"]
 TINY = (
     "model.vit.depth=1",
@@ -34,3 +37,23 @@ def write_clip(path: Path, seconds: float, seed: int, fps: int = 5) -> None:
 def write_image(path: Path, seed: int) -> None:
     pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(pixels).resize((80, 60)).save(path)
+
+
+def segments_of(folder) -> dict[str, int]:
+    """Numbers of segments in an index, by file."""
+    manifest = Manifest(folder)
+    counts: dict[str, int] = {}
+    for stored in manifest.segments(range(1, 2000)):
+        counts[stored.file] = counts.get(stored.file, 0) + 1
+    manifest.close()
+    return counts
+
+
+def all_hits(folder, rerank=50) -> list[tuple]:
+    """All that an index finds for a text, in one order."""
+    index = Index.open(folder)
+    hits = index.query("a red circle", top=300, rerank=rerank)
+    index.close()
+    return sorted(
+        (h.file, h.start, h.end, round(h.probability if rerank else h.similarity, 3)) for h in hits
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -49,18 +50,31 @@ def _add_index(commands) -> None:
     parser.add_argument("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
     parser.add_argument(
         "--store",
-        default="numpy",
         metavar="STORE",
         help="numpy (default), milvus (a file in the index), or milvus:http://HOST:19530",
     )
     parser.add_argument(
-        "--window", type=float, default=10, metavar="SECONDS", help="of a segment (default 10)"
+        "--window", type=float, metavar="SECONDS", help="segment length (default 10)"
     )
     parser.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="processes that read files"
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="processes that read files (default 2); with 0 a file that crashes or hangs the "
+        "decoder stops the command",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="SECONDS", help="that a file may take"
+        "--timeout",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="without a new segment, after which a file counts as unreadable (default 120)",
+    )
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="delete the index and build it again; what is not given stays as it was built",
     )
     add_options(parser)
 
@@ -78,15 +92,20 @@ def _add_query(commands) -> None:
         help="candidates that the matching head judges (default 32)",
     )
     parser.add_argument(
-        "--min-probability", type=float, default=0.0, metavar="P", help="leave out what is below"
+        "--min-probability",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="hide hits below it (0 to 1)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_options(parser)
 
 
 def _add_serve(commands) -> None:
     parser = _command(commands, "serve", _serve, "open the page of an index in a browser")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8642)
+    parser.add_argument("--port", type=int, default=8642, help="default 8642; 0: any free port")
     parser.add_argument(
         "--allow-host",
         nargs="+",
@@ -102,6 +121,7 @@ def _add_serve(commands) -> None:
         help="memory for the visual tokens of recent results (default 1)",
     )
     parser.add_argument("--qa-cfg", metavar="RECIPE", help="answers questions about a clip")
+    add_options(parser)
     parser.add_argument("--qa-adapter", metavar="FOLDER")
     parser.add_argument("--qa-options", nargs="+", default=[], metavar="section.key=value")
 
@@ -121,6 +141,7 @@ def _index(args: argparse.Namespace) -> None:
         window=args.window,
         workers=args.workers,
         timeout=args.timeout,
+        rebuild=args.rebuild,
     )
     if is_main_process():
         print(summary)
@@ -139,7 +160,7 @@ def _query(args: argparse.Namespace) -> None:
             image = read_image(args.image)
         except ImageError as error:
             raise ConfigError(f"'{args.image}': {error}.") from None
-    hits = Index.open(args.index).query(
+    hits = Index.open(args.index, args.options).query(
         args.text,
         image=image,
         top=args.top,
@@ -153,7 +174,7 @@ def _query(args: argparse.Namespace) -> None:
         print("nothing matches", file=sys.stderr)
     for hit in hits:
         sure = f"{hit.similarity:6.3f}" if hit.probability is None else f"{hit.probability:6.1%}"
-        when = f"{hit.start:8.1f} to {hit.end:.1f} s" if hit.end else ""
+        when = f"{hit.best:8.1f} s of {hit.start:.1f} to {hit.end:.1f} s" if hit.end else ""
         print(f"{hit.rank:4}  {sure}  {hit.path}  {when}".rstrip())
 
 
@@ -169,7 +190,25 @@ def _serve(args: argparse.Namespace) -> None:
     if args.qa_cfg:
         recipe = recipes.find(args.qa_cfg, recipes.runs())
         answerer = Answerer(recipe, args.qa_options, args.qa_adapter)
-    index = Index.open(args.index, token_cache=args.token_cache)
+    listener = _listen(args.host, args.port)
+    index = Index.open(args.index, args.options, token_cache=args.token_cache)
     app = make_app(index, answerer, [*LOCAL_HOSTS, args.host, *args.allow_host])
-    print(f"serving {len(index)} segments at http://{args.host}:{args.port} (Ctrl-C ends)")
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    name = f"[{args.host}]" if ":" in args.host else args.host
+    address = f"http://{name}:{listener.getsockname()[1]}"
+    print(f"serving {len(index)} segments at {address} (press Ctrl-C to stop)", flush=True)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on an address."""
+    from lavis_uniadapter.common.errors import ConfigError
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"Cannot listen on {host}, port {port}: {error}. Give another --host or --port "
+            "(0: any free port)."
+        ) from None

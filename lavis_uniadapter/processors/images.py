@@ -5,6 +5,7 @@ LAVIS's benchmark data sets are read by LAVIS's own processors, without any of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
@@ -20,19 +21,24 @@ class ImageError(ValueError):
     """An image that cannot be read. The message says why."""
 
 
-def read_image(source: str | IO[bytes], max_pixels: int = 100_000_000) -> Image.Image:
+def read_image(
+    source: str | IO[bytes],
+    max_pixels: int = 100_000_000,
+    formats: Sequence[str] | None = None,
+) -> Image.Image:
     """Read an image, turned as its EXIF orientation says.
 
     Args:
         source: path or file.
         max_pixels: refuse an image with more.
+        formats: Pillow's names of those to read; None: all.
 
     Raises:
         ImageError: for a file that is no whole image, too large, or has floating-point pixels
             outside [0, 1].
     """
     try:
-        with Image.open(source) as image, images_read_whole():
+        with Image.open(source, formats=formats) as image, images_read_whole():
             if image.width * image.height > max_pixels:
                 raise ImageError(f"it has {image.width} x {image.height} pixels, too many to read")
             upright = ImageOps.exif_transpose(image)
@@ -47,10 +53,12 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit and floating-point grey to 8 bits; Pillow would cut them at 255."""
     if image.mode not in _DEEP:
         return image
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     white = _DEEP[image.mode]
     if white is None:
         white = 1.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
         raise ImageError(f"its pixels (mode {image.mode}) are outside 0 to {white:g}")
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    scaled = values.astype(np.float32)  # exact for 16 bits
+    scaled *= 255 / white
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))

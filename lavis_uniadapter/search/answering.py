@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 
-from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
+from lavis_uniadapter.search.engine import load_recipe, require_weights
 from lavis_uniadapter.search.reading import read_segment
 from lavis_uniadapter.search.segments import Segment
 
@@ -32,14 +32,14 @@ class Answerer:
     def __init__(
         self, cfg: str | Path, options: Sequence[str] = (), adapter: str | Path | None = None
     ):
-        more = [f"model.adapter_ckpt={adapter}"] if adapter else []
-        self._config = load_config(cfg, ["run.amp=auto", *options, *more, "run.evaluate=True"])
+        self._config = load_recipe(cfg, options, adapter)
         self._model_cls = registry.get_model_class(self._config.model_cfg.arch)
         if not issubclass(self._model_cls, BlipUniAdapterVQA):
             raise ConfigError(
                 f"Questions need a question-answering recipe such as msrvtt_qa, and model.arch is "
                 f"'{self._config.model_cfg.arch}'."
             )
+        require_weights(self._config)
         self._model: BlipUniAdapterVQA | None = None
         self._lock = threading.Lock()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -84,19 +85,14 @@ class Engine:
         Raises:
             ConfigError, CheckpointError: naming what is wrong.
         """
-        more = [f"model.adapter_ckpt={adapter}"] if adapter else []
-        config = load_config(cfg, ["run.amp=auto", *options, *more, "run.evaluate=True"])
+        config = load_recipe(cfg, options, adapter)
         model_cls = registry.get_model_class(config.model_cfg.arch)
         if not issubclass(model_cls, BlipUniAdapterRetrieval):
             raise ConfigError(
                 f"Search needs a retrieval model, and model.arch is '{config.model_cfg.arch}'. Use "
                 "a recipe such as msrvtt_retrieval."
             )
-        if config.model_cfg.pretrained is None:
-            raise ConfigError(
-                "model.pretrained is null, so the model would be random. Give BLIP's weights: "
-                "model.pretrained=PATH."
-            )
+        require_weights(config)
         section = next(iter(config.datasets_cfg.values()))
         given = section.vis_processor.eval
         visual = VideoEval.read({k: given[k] for k in _VISUAL_OPTIONS if k in given}, "eval")
@@ -167,6 +163,35 @@ class Engine:
         if self._amp is None:
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=AMP_DTYPES[self._amp])
+
+
+def load_recipe(
+    cfg: str | Path, options: Sequence[str] = (), adapter: str | os.PathLike | None = None
+) -> Any:
+    """The configuration of a recipe for inference, with the folder of an adapter.
+
+    Raises:
+        ConfigError: naming the first thing that is wrong.
+    """
+    if adapter and not os.path.isdir(adapter):
+        raise ConfigError(f"There is no adapter folder '{adapter}'.")
+    config = load_config(cfg, ["run.amp=auto", *options, "run.evaluate=True"])
+    if adapter:  # an option would not keep every character of a path
+        config.model_cfg.adapter_ckpt = str(adapter)
+    return config
+
+
+def require_weights(config: Any) -> None:
+    """Refuse a model with random weights.
+
+    Raises:
+        ConfigError: if ``model.pretrained`` is null.
+    """
+    if config.model_cfg.pretrained is None:
+        raise ConfigError(
+            "model.pretrained is null, so the model would be random. Give BLIP's weights: "
+            "model.pretrained=PATH."
+        )
 
 
 class TokenCache:

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from lavis_uniadapter.search.manifest import StoredSegment
 
+# Touching segments are merged if the weaker one has at least this share of the better one's
+# probability or, without probabilities, a cosine that is lower by this at most.
+_ALIKE_PROBABILITY = 0.5
+_ALIKE_SIMILARITY = 0.05
+
 
 class Frame(NamedTuple):
     """An encoded frame of a moment: when, how similar, and which of which segment."""
@@ -29,7 +34,9 @@ class Hit:
         rank: 1 for the best.
         file: path relative to the indexed folder.
         path: absolute path.
-        start, end: seconds in a video; both 0 for an image. Neighbouring segments are merged.
+        start, end: seconds in a video; both 0 for an image. Neighbouring segments that match
+            about equally well are merged.
+        best: seconds at which its best segment begins.
         probability: that text and moment match, by the matching head; None if that has not judged
             it (a query by image, or a candidate beyond ``rerank``).
         similarity: cosine of the contrastive features.
@@ -42,6 +49,7 @@ class Hit:
     path: Path
     start: float
     end: float
+    best: float
     probability: float | None
     similarity: float
     frames: tuple[Frame, ...]
@@ -90,7 +98,7 @@ class Candidate:
 
 
 def moments(candidates: Sequence[Candidate], vector: Tensor, root: Path, top: int) -> list[Hit]:
-    """The best moments; segments of a file that touch each other are one.
+    """The best moments. Segments of a file that touch each other and match alike are one.
 
     Args:
         candidates: the best first.
@@ -101,14 +109,14 @@ def moments(candidates: Sequence[Candidate], vector: Tensor, root: Path, top: in
     found: list[Hit] = []
     for candidate in candidates:
         hit = _hit(candidate, vector, root)
-        touched = [other for other in found if other.file == hit.file and _touch(other, hit)]
-        if not touched and len(found) == top:
-            break
-        for other in touched:
-            found.remove(other)
-            hit = _merge(other, hit)
-        found.append(hit)
-        found.sort(key=lambda hit: hit.rank)
+        for other in list(found):
+            better, weaker = sorted((other, hit), key=lambda each: each.rank)
+            if _touch(other, hit) and _alike(better, weaker):
+                found.remove(other)
+                hit = _merge(better, weaker)
+        if len(found) < top:
+            found.append(hit)
+            found.sort(key=lambda each: each.rank)
     return [replace(hit, rank=i + 1) for i, hit in enumerate(found)]
 
 
@@ -121,6 +129,7 @@ def _hit(candidate: Candidate, vector: Tensor, root: Path) -> Hit:
         path=root / stored.file,
         start=stored.segment.start,
         end=stored.segment.end,
+        best=stored.segment.start,
         probability=candidate.probability,
         similarity=candidate.similarity,
         frames=tuple(
@@ -134,14 +143,25 @@ def _hit(candidate: Candidate, vector: Tensor, root: Path) -> Hit:
 
 
 def _touch(one: Hit, other: Hit) -> bool:
-    return one.end > 0 and (other.end == one.start or other.start == one.end)
+    if one.file != other.file or one.end == 0:
+        return False
+    return other.end == one.start or other.start == one.end
 
 
-def _merge(one: Hit, other: Hit) -> Hit:
+def _alike(better: Hit, weaker: Hit) -> bool:
+    """Whether two moments match a query about equally well."""
+    if better.probability is None and weaker.probability is None:
+        return weaker.similarity >= better.similarity - _ALIKE_SIMILARITY
+    if better.probability is None or weaker.probability is None:
+        return False
+    return weaker.probability >= _ALIKE_PROBABILITY * better.probability
+
+
+def _merge(better: Hit, weaker: Hit) -> Hit:
     """The better of two moments, over the time of both."""
     return replace(
-        min(one, other, key=lambda hit: hit.rank),
-        start=min(one.start, other.start),
-        end=max(one.end, other.end),
-        frames=tuple(sorted({*one.frames, *other.frames})),
+        better,
+        start=min(better.start, weaker.start),
+        end=max(better.end, weaker.end),
+        frames=tuple(sorted({*better.frames, *weaker.frames})),
     )

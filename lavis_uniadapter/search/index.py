@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
-from lavis_uniadapter.common.atomic import atomic
-from lavis_uniadapter.common.config import read_yaml, validate
+from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.distributed import (
     choose_device,
     init_process_group,
@@ -27,18 +23,31 @@ from lavis_uniadapter.common.distributed import (
 )
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.runners.run_folders import FolderInUse, sole_user
+from lavis_uniadapter.search.building import (
+    DEFAULTS,
+    RECIPE,
+    adapter_of,
+    check_arguments,
+    check_fingerprint,
+    check_same,
+    check_store,
+    clear,
+    given_of,
+    keep,
+    new_collection,
+    open_own_store,
+    rebuild_command,
+)
 from lavis_uniadapter.search.engine import Engine, TokenCache, batches
 from lavis_uniadapter.search.hits import Candidate, Hit, Stage, moments
-from lavis_uniadapter.search.indexing import Summary, Work, compare, describe_difference, update
+from lavis_uniadapter.search.indexing import Summary, Work, compare, update
 from lavis_uniadapter.search.manifest import FILE, Manifest, StoredSegment
 from lavis_uniadapter.search.reading import image_clip, read_segment
-from lavis_uniadapter.search.store import Store, open_store
+from lavis_uniadapter.search.store import Store
 from lavis_uniadapter.tools import recipes
 
-RECIPE = "recipe.yaml"
-ADAPTER = "adapter"
-WINDOW = 10.0
 RERANK = 32
+_STEP = 8  # candidates that are judged together, at most
 MAX_TEXT = 1000  # characters of a query
 _ERRORS = (ConfigError, CheckpointError, FolderInUse, FileNotFoundError)
 
@@ -83,10 +92,11 @@ class Index:
         options: Sequence[str] = (),
         *,
         adapter: str | os.PathLike | None = None,
-        store: str = "numpy",
-        window: float = WINDOW,
+        store: str | None = None,
+        window: float | None = None,
         workers: int = 2,
         timeout: float = 120,
+        rebuild: bool = False,
     ) -> Summary:
         """Build an index, or bring it up to date. Under torchrun every process encodes a share.
 
@@ -97,10 +107,13 @@ class Index:
             cfg: name or file of a retrieval recipe. None: the one that the index was built with.
             options: ``section.key=value`` over the recipe.
             adapter: folder of a trained adapter.
-            store: ``numpy``, ``milvus`` or ``milvus:URI``.
-            window: seconds of a segment.
-            workers: processes that read files.
-            timeout: seconds that a file may take before it counts as unreadable.
+            store: ``numpy``, ``milvus`` or ``milvus:URI``. None: as built, ``numpy`` at first.
+            window: seconds of a segment. None: as built, 10 at first.
+            workers: processes that read files. 0: this process reads them, and a file at which
+                the decoder crashes or hangs stops it.
+            timeout: seconds without a new segment after which the file being read counts as
+                unreadable.
+            rebuild: start anew, with another model or other options if these are given.
 
         Raises:
             ConfigError, CheckpointError: naming what is wrong; also if the index was built with
@@ -108,13 +121,12 @@ class Index:
             FolderInUse: if another process changes the index.
         """
         folder, source = Path(folder).expanduser(), Path(source).expanduser().resolve()
-        if not source.is_dir():
-            raise ConfigError(f"There is no folder '{source}'.")
-        if window <= 0:
-            raise ConfigError(f"The window is {window:g} s; it must be more than 0.")
+        check_arguments(source, window)
+        command = rebuild_command(folder, source, cfg, adapter, store, window, options)
         if cfg is None:
-            Manifest(folder).close()  # or the error that there is none
-            recipe, adapter = folder / RECIPE, adapter or _adapter_of(folder)
+            if not (rebuild and (folder / RECIPE).is_file()):
+                Manifest(folder).close()  # or the error that there is none
+            recipe, adapter = folder / RECIPE, adapter or adapter_of(folder)
         else:
             recipe = recipes.find(str(cfg), recipes.runs())
         device = validate(recipe, [*options, "run.evaluate=True"])["run"]["device"]
@@ -124,29 +136,39 @@ class Index:
         with contextlib.ExitStack() as held:
             opened: list[Any] = [None, None]
 
-            def prepare() -> tuple[Path, Work]:
+            def prepare() -> tuple[dict[str, Any], Work]:
                 held.enter_context(sole_user(folder))
+                built = clear(folder, engine) if rebuild else {}
                 if not (folder / FILE).is_file():
-                    _keep(folder, recipe, options, adapter)
-                manifest = Manifest(folder, {"root": str(source), **asked, "collection": _name()})
+                    keep(folder, recipe, options, adapter)
+                about = {"root": str(source), **DEFAULTS, **built, **given_of(asked)}
+                manifest = Manifest(folder, {**about, "collection": new_collection()})
                 held.callback(manifest.close)
-                root = _check_same(folder, source, manifest.about, asked)
-                vectors = _open_store(folder, manifest, engine)
+                check_same(folder, source, manifest.about, given_of(asked), command)
+                vectors = open_own_store(folder, manifest.about, engine, create=True)
                 held.callback(vectors.close)
                 manifest.recover(vectors)
+                check_store(folder, manifest, vectors)
                 opened[:] = manifest, vectors
-                return root, compare(manifest, root, source)
+                return manifest.about, compare(manifest, Path(manifest.about["root"]), source)
 
-            root, work = on_main_process(prepare, errors=_ERRORS)
-            options_of_reading = {"window": window, "workers": workers, "timeout": timeout}
-            return update(*opened, engine, work, root, **options_of_reading)
+            about, work = on_main_process(prepare, errors=_ERRORS)
+            reading = {"window": about["window"], "workers": workers, "timeout": timeout}
+            return update(*opened, engine, work, Path(about["root"]), **reading)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, *, token_cache: float = 1.0) -> Index:
+    def open(
+        cls,
+        folder: str | os.PathLike,
+        options: Sequence[str] = (),
+        *,
+        token_cache: float = 1.0,
+    ) -> Index:
         """Open an index to search it.
 
         Args:
             folder: of the index.
+            options: ``section.key=value`` over the recipe, such as ``run.device=cpu``.
             token_cache: gigabytes of visual tokens of recent results that are kept in memory.
 
         Raises:
@@ -161,9 +183,12 @@ class Index:
                 "and build the index again."
             )
         init_process_group("cpu")
-        engine = Engine.from_config(folder / RECIPE, adapter=_adapter_of(folder))
-        _check_fingerprint(folder, manifest.about, engine.fingerprint())
-        return cls(folder, manifest, _open_store(folder, manifest, engine), engine, token_cache)
+        engine = Engine.from_config(folder / RECIPE, options, adapter_of(folder))
+        command = rebuild_command(folder, Path(manifest.about["root"]))
+        check_fingerprint(folder, manifest.about, engine.fingerprint(), command)
+        store = open_own_store(folder, manifest.about, engine)
+        check_store(folder, manifest, store)
+        return cls(folder, manifest, store, engine, token_cache)
 
     def close(self) -> None:
         """Release files and connections."""
@@ -193,10 +218,11 @@ class Index:
             like: id of a segment; by similarity alone.
             top: hits at most.
             rerank: candidates that the matching head judges; 0: none.
-            min_probability: hits of text that match with less are left out.
+            min_probability: 0 to 1; hits of a text that match with less are left out.
 
         Raises:
-            ConfigError: for no query or several, an empty or very long text, or an unknown segment.
+            ConfigError: for no query or several, an empty or very long text, an unknown segment,
+                or a ``min_probability`` where nothing is judged.
         """
         for stage in self.stages(
             text,
@@ -224,16 +250,8 @@ class Index:
             raise ConfigError("Search by one of: a text, an image, a segment of the index.")
         if top < 1 or rerank < 0:
             raise ConfigError(f"top is {top} and rerank {rerank}; both must be positive.")
-        encoded: TextFeatures | None = None
-        with self._lock:
-            if text is not None:
-                encoded = self.engine.encode_text(_checked(text))
-                vector = encoded.feat[0]
-            elif image is not None:
-                clip = image_clip(image, self.engine.visual.image_size)
-                vector = self.engine.encode(clip).feat[0]
-            else:
-                vector = self.segment(int(like or 0)).feat.float()
+        _check_threshold(min_probability, judged=text is not None and rerank > 0)
+        encoded, vector = self._encode(text, image, like)
         candidates = self._shortlist(vector, max(4 * top, rerank))
         reranked = rerank if encoded is not None else 0
         if not reranked:
@@ -242,15 +260,29 @@ class Index:
         yield Stage("shortlist", moments(candidates, vector, self.root, top))
         judged: list[Candidate] = []
         total = min(reranked, len(candidates))
-        for some in batches(candidates[:total], self.engine.batch_size):
+        for some in batches(candidates[:total], min(self.engine.batch_size, _STEP)):
+            read = {c.stored.id: self._read(c.stored) for c in some}
             with self._lock:
-                judged += self._match(encoded, some)
+                judged += self._match(encoded, some, read)
             yield Stage("matching", [], len(judged), total)
         likely = [c for c in judged if (c.probability or 0) >= min_probability]
         rest = candidates[total:] if min_probability == 0 else []
         ordered = sorted([*likely, *rest], key=lambda c: c.order)
         ranked = [replace(candidate, rank=rank) for rank, candidate in enumerate(ordered)]
         yield Stage("done", moments(ranked, vector, self.root, top), total, total)
+
+    def _encode(
+        self, text: str | None, image: Image.Image | None, like: int | None
+    ) -> tuple[TextFeatures | None, Tensor]:
+        """A query's text, if it is one, and its vector."""
+        with self._lock:
+            if text is not None:
+                encoded = self.engine.encode_text(_checked(text))
+                return encoded, encoded.feat[0]
+            if image is not None:
+                clip = image_clip(image, self.engine.visual.image_size)
+                return None, self.engine.encode(clip).feat[0]
+            return None, self.segment(int(like or 0)).feat.float()
 
     def segment(self, number: int) -> StoredSegment:
         """A segment by its id.
@@ -269,9 +301,14 @@ class Index:
         stored = self.manifest.segments(ids)
         return [Candidate(rank, s, by_id[s.id]) for rank, s in enumerate(stored)]
 
-    def _match(self, text: TextFeatures | None, some: Sequence[Candidate]) -> list[Candidate]:
-        """Judge candidates by the matching head; one whose file is gone stays as it is."""
-        features = {c.stored.id: self._features(c.stored) for c in some}
+    def _match(
+        self,
+        text: TextFeatures | None,
+        some: Sequence[Candidate],
+        read: dict[int, VisualFeatures | Tensor | None],
+    ) -> list[Candidate]:
+        """Judge candidates by the matching head; one that could not be read stays as it is."""
+        features = {number: self._features(number, what) for number, what in read.items()}
         readable = [c for c in some if features[c.stored.id] is not None]
         judged = {}
         by_frames: dict[int, list[Candidate]] = {}
@@ -288,16 +325,22 @@ class Index:
                 )
         return [judged.get(c.stored.id, c) for c in some]
 
-    def _features(self, stored: StoredSegment) -> VisualFeatures | None:
-        """Visual tokens of a segment, from the cache or its file; None if that cannot be read."""
+    def _read(self, stored: StoredSegment) -> VisualFeatures | Tensor | None:
+        """A segment's visual tokens if they are cached, or its frames; None: it cannot be read."""
         if (known := self._tokens.get(stored.id)) is not None:
             return known
+        path = self.root / stored.file
         try:
-            clip = read_segment(self.root / stored.file, stored.segment, self.engine.visual)
+            stored.check_file(path)
+            return read_segment(path, stored.segment, self.engine.visual)
         except (RuntimeError, ValueError, OSError):
             return None  # it was readable when it was indexed; the next update lists it
-        encoded = self.engine.encode(clip)
-        self._tokens.put(stored.id, encoded)
+
+    def _features(self, number: int, read: VisualFeatures | Tensor | None) -> VisualFeatures | None:
+        if not isinstance(read, Tensor):
+            return read
+        encoded = self.engine.encode(read)
+        self._tokens.put(number, encoded)
         return encoded
 
 
@@ -319,56 +362,11 @@ def _checked(text: str) -> str:
     return text
 
 
-def _keep(
-    folder: Path, recipe: Path, options: Sequence[str], adapter: str | os.PathLike | None
-) -> None:
-    """Keep the recipe and the adapter in the index."""
-    content = read_yaml(recipe, options)
-    for key in ("pretrained", "tokenizer", "med_config_path"):
-        path = (content.get("model") or {}).get(key)
-        if path and os.path.exists(path):  # relative to the current folder
-            content["model"][key] = os.path.abspath(path)
-    with atomic(folder / RECIPE) as temporary:
-        OmegaConf.save(OmegaConf.create(content), temporary)
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    if adapter:
-        shutil.copytree(adapter, folder / ADAPTER)
-
-
-def _adapter_of(folder: Path) -> Path | None:
-    return folder / ADAPTER if (folder / ADAPTER).is_dir() else None
-
-
-def _name() -> str:
-    return f"uniadapter_{secrets.token_hex(8)}"
-
-
-def _open_store(folder: Path, manifest: Manifest, engine: Engine) -> Store:
-    about = manifest.about
-    return open_store(about["store"], folder, engine.model.embed_dim, about["collection"])
-
-
-def _check_same(folder: Path, source: Path, about: dict[str, Any], asked: dict[str, Any]) -> Path:
-    """The root of an index, if it was built with what is asked for now."""
-    root = Path(about["root"])
-    if source != root and root not in source.parents:
+def _check_threshold(min_probability: float, judged: bool) -> None:
+    if not 0 <= min_probability <= 1:
+        raise ConfigError(f"min_probability is {min_probability:g}; it must be from 0 to 1.")
+    if min_probability and not judged:
         raise ConfigError(
-            f"The index in '{folder}' is of '{root}', and '{source}' is not inside. Name another "
-            "--index."
-        )
-    for key in ("store", "window"):
-        if about[key] != asked[key]:
-            raise ConfigError(
-                f"The index in '{folder}' was built with {key} {about[key]}, not {asked[key]}. "
-                f"Give --{key} {about[key]}, or delete the folder and build the index anew."
-            )
-    _check_fingerprint(folder, about, asked["fingerprint"])
-    return root
-
-
-def _check_fingerprint(folder: Path, about: dict[str, Any], now: dict[str, str]) -> None:
-    if different := describe_difference(about["fingerprint"], now):
-        raise ConfigError(
-            f"The index in '{folder}' was built with another {different}. Build it anew: delete "
-            f"the folder, and run: uniadapter search index {about['root']} --index {folder} ..."
+            "min_probability needs a text and rerank above 0: only the matching head gives "
+            "probabilities."
         )

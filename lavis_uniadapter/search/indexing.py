@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,12 +71,14 @@ class Work:
         changed: paths of those that the index has in another state.
         gone: paths that are in the index alone.
         unchanged: number of the others.
+        unreadable: why some cannot be in an index, by path.
     """
 
     files: list[IndexedFile]
     changed: set[str]
     gone: list[str]
     unchanged: int
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,6 +120,11 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
     if not present:
         what = f"; the index has {len(of_scope)} of them" if of_scope else ""
         raise ConfigError(f"'{scope}' holds no images or videos{what}. Check the folder.")
+    unreadable = {}
+    for path in [path for path in present if not _is_utf8(path)]:
+        escaped = os.fsencode(path).decode("utf-8", "backslashreplace")
+        unreadable[escaped] = "its name is not UTF-8; rename the file"
+        del present[path]
     files = []
     for path, status in present.items():
         now = IndexedFile(path, status.st_size, status.st_mtime_ns)
@@ -126,7 +134,12 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
         elif (before.size, before.mtime_ns) != (now.size, now.mtime_ns):
             files.append(replace(now, hash=before.hash))
     changed = {file.path for file in files if file.hash is not None}
-    return Work(files, changed, sorted(of_scope.difference(present)), len(present) - len(files))
+    gone = sorted(of_scope.difference(present))
+    return Work(files, changed, gone, len(present) - len(files), unreadable)
+
+
+def _is_utf8(path: str) -> bool:
+    return path.encode("utf-8", "replace") == os.fsencode(path)
 
 
 def encode_parts(engine: Engine, parts: Iterable[Part]) -> Iterator[list[EncodedFile]]:
@@ -191,7 +204,7 @@ def update(
         workers: processes that read files, beside each rank.
         timeout: seconds that a file may take before it counts as unreadable.
     """
-    summary = Summary(gone=work.gone, unchanged=work.unchanged)
+    summary = Summary(gone=work.gone, unchanged=work.unchanged, unreadable=dict(work.unreadable))
     if manifest is not None and store is not None and work.gone:
         _delete(manifest, store, work.gone)
     rank, world = get_rank(), get_world_size()

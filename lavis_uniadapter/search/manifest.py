@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class StoredSegment:
         segment: where in the file.
         feat: (embed_dim,) unit vector, float16.
         frame_feat: (frames, embed_dim) unit vectors, float16.
+        size, mtime_ns: of the file when it was read.
     """
 
     id: int
@@ -84,6 +86,19 @@ class StoredSegment:
     segment: Segment
     feat: Tensor
     frame_feat: Tensor
+    size: int = 0
+    mtime_ns: int = 0
+
+    def check_file(self, path: Path) -> None:
+        """Check that the file is as it was when it was indexed.
+
+        Raises:
+            OSError: if it is not there.
+            ValueError: if it has changed.
+        """
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise ValueError("it has changed; update the index")
 
 
 class Manifest:
@@ -105,14 +120,17 @@ class Manifest:
                 f"--index {folder}"
             )
         try:
-            self._database = sqlite3.connect(self._path, check_same_thread=False, timeout=60)
-            self._database.execute("PRAGMA foreign_keys = ON")
-            # readers see the last committed state while an indexer writes
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
-            if about is not None and not self._has_tables():
+            self._database = self._connect(writable=about is not None)
+            if not self._has_tables():
+                if about is None:
+                    raise ConfigError(
+                        f"The index in '{folder}' is not finished. Run 'uniadapter search index' "
+                        "again."
+                    )
                 self._create({"format": FORMAT_VERSION, **about})
             self.about = self._read_about()
+        except sqlite3.OperationalError as error:  # locked, no permission, a full disk
+            raise ConfigError(f"The index in '{folder}' cannot be opened: {error}.") from error
         except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
             raise ConfigError(
                 f"The index in '{folder}' is damaged ({error}). Delete the folder and build the "
@@ -123,6 +141,18 @@ class Manifest:
                 f"The index in '{folder}' has format {self.about.get('format')}, and this version "
                 f"reads {FORMAT_VERSION}. Delete the folder and build the index again."
             )
+
+    def _connect(self, writable: bool) -> sqlite3.Connection:
+        target = self._path.absolute().as_uri()
+        if not writable and not os.access(self._path.parent, os.W_OK):
+            target += "?immutable=1"  # SQLite would make files beside it
+        database = sqlite3.connect(target, uri=True, check_same_thread=False, timeout=60)
+        database.execute("PRAGMA foreign_keys = ON")
+        if writable:
+            # readers see the last committed state while an indexer writes
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+        return database
 
     def _has_tables(self) -> bool:
         found = self._database.execute("SELECT 1 FROM sqlite_master WHERE name = 'about'")
@@ -155,21 +185,28 @@ class Manifest:
         segments = self._database.execute("SELECT COUNT(*) FROM segments")
         return files.fetchone()[0], segments.fetchone()[0]
 
+    def state(self) -> tuple[int, int]:
+        """Numbers of segments, and of those that are being added or deleted."""
+        row = self._database.execute(
+            "SELECT (SELECT COUNT(*) FROM segments), (SELECT COUNT(*) FROM pending)"
+        ).fetchone()
+        return row[0], row[1]
+
     def segments(self, ids: Sequence[int]) -> list[StoredSegment]:
         """Segments by their ids, in that order; unknown ids are skipped."""
         found = {}
         for some in _chunks(ids):
             marks = ",".join("?" * len(some))
             rows = self._database.execute(
-                "SELECT segments.id, path, start, end, frames, times, feat, frame_feat "
-                "FROM segments JOIN files ON files.id = segments.file "
+                "SELECT segments.id, path, start, end, frames, times, feat, frame_feat, "
+                "size, mtime_ns FROM segments JOIN files ON files.id = segments.file "
                 f"WHERE segments.id IN ({marks})",
                 some,
             )
-            for number, path, start, end, frames, times, feat, frame_feat in rows:
+            for number, path, start, end, frames, times, feat, frame_feat, *state in rows:
                 segment = Segment(start, end, tuple(json.loads(frames)), tuple(json.loads(times)))
                 each = _tensor(frame_feat).unflatten(0, (len(segment.times), -1))
-                found[number] = StoredSegment(number, path, segment, _tensor(feat), each)
+                found[number] = StoredSegment(number, path, segment, _tensor(feat), each, *state)
         return [found[number] for number in ids if number in found]
 
     # --- writing ----------------------------------------------------------------------------------

@@ -70,14 +70,18 @@ def cut(timestamps: np.ndarray, window: float, n_frms: int) -> list[Segment]:
     begins = np.maximum.accumulate(timestamps[:, 0] - timestamps[0, 0])
     duration = float(max(begins[-1], timestamps[-1, 1] - timestamps[0, 0]))
     number = max(1, round(duration / window))
-    bounds = [i * window for i in range(number)] + [duration]
-    first = np.searchsorted(begins, bounds)
-    first[-1] = len(begins)
+    # the window in which each frame begins; a division alone may be off by rounding
+    which = np.floor(begins / window)
+    which += begins >= (which + 1) * window
+    which -= begins < which * window
+    which = np.minimum(which, number - 1).astype(np.int64)
     segments = []
-    for i in range(number):
-        count = int(first[i + 1] - first[i])
-        if count:
-            frames = tuple(int(first[i]) + j for j in sample_frame_indices(count, n_frms))
-            times = tuple(round(float(begins[j]), 3) for j in frames)
-            segments.append(Segment(round(bounds[i], 3), round(bounds[i + 1], 3), frames, times))
+    for i, first, count in zip(
+        *(each.tolist() for each in np.unique(which, return_index=True, return_counts=True)),
+        strict=True,
+    ):
+        end = duration if i == number - 1 else (i + 1) * window
+        frames = tuple(first + j for j in sample_frame_indices(count, n_frms))
+        times = tuple(round(float(begins[j]), 3) for j in frames)
+        segments.append(Segment(round(i * window, 3), round(end, 3), frames, times))
     return segments

@@ -1,10 +1,12 @@
 """The page of an index, and what it asks for: ``uniadapter search serve``.
 
-Serves files of the index alone, by the number of a segment, and answers no page of another site.
+Serves files of the index alone, by the number of a segment, and refuses requests from other sites.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import itertools
 import json
@@ -27,7 +29,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
-from lavis_uniadapter.processors.decoding import decode_errors, open_video, read_frames
+from lavis_uniadapter.processors.decoding import (
+    VideoDecodeError,
+    decode_errors,
+    open_video,
+    read_frames,
+)
 from lavis_uniadapter.processors.images import ImageError, read_image
 from lavis_uniadapter.search.answering import Answerer
 from lavis_uniadapter.search.index import Index
@@ -36,9 +43,10 @@ from lavis_uniadapter.search.manifest import StoredSegment
 PAGE = Path(__file__).parent / "page"
 MAX_UPLOAD = 20_000_000  # bytes of an image to search by
 MAX_PIXELS = 50_000_000
+UPLOAD_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_TOP, MAX_RERANK = 200, 1000
 THUMBNAIL = 360  # pixels of the longer side
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "testserver")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self'",
     "X-Content-Type-Options": "nosniff",
@@ -72,9 +80,12 @@ def make_app(
             Middleware(_SameSite),
         ],
         exception_handlers={
-            HTTPException: _http_error,
-            ConfigError: _user_error,
-            CheckpointError: _user_error,
+            HTTPException: _error,
+            ConfigError: _error,
+            CheckpointError: _error,
+            VideoDecodeError: _error,
+            ImageError: _error,
+            Exception: _error,
         },
     )
 
@@ -90,8 +101,13 @@ class _SameSite:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        site = headers.get(b"sec-fetch-site", b"none").decode()
-        if site not in ("none", "same-origin"):
+        site = headers.get(b"sec-fetch-site", b"none")
+        follows_link = (
+            scope["path"] == "/"
+            and headers.get(b"sec-fetch-mode") == b"navigate"
+            and headers.get(b"sec-fetch-dest") == b"document"
+        )
+        if site not in (b"none", b"same-origin") and not follows_link:
             refused = JSONResponse({"error": "Requests from other sites are refused."}, 403)
             await refused(scope, receive, send)
             return
@@ -109,6 +125,7 @@ class _Server:
     def __init__(self, index: Index, answerer: Answerer | None):
         self._index = index
         self._answerer = answerer
+        self._decoding = asyncio.Semaphore(1)  # of uploads, which may be large
 
     async def page(self, request: Request) -> Response:
         return FileResponse(PAGE / "index.html")
@@ -132,7 +149,8 @@ class _Server:
         rerank = _number(given, "rerank", 32, 0, MAX_RERANK)
         arguments: dict[str, Any] = {"top": top, "rerank": rerank}
         if request.method == "POST":
-            arguments["image"] = await run_in_threadpool(_image, await _body(request))
+            async with self._decoding:
+                arguments["image"] = await run_in_threadpool(_image, await _body(request))
         elif "like" in given:
             arguments["like"] = _number(given, "like", 0, 0, 2**62)
         else:
@@ -143,23 +161,30 @@ class _Server:
         first = await run_in_threadpool(next, stages)
 
         def lines() -> Iterator[str]:
-            for stage in itertools.chain([first], stages):
-                yield _line(stage, started)
+            try:
+                for stage in itertools.chain([first], stages):
+                    yield _line(stage, started)
+            except Exception as error:  # the status is sent already
+                yield json.dumps({"error": _described(error)[1]}) + "\n"
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     async def answer(self, request: Request) -> Response:
         if self._answerer is None:
-            raise HTTPException(404, "This server answers no questions; start it with --qa-cfg.")
+            raise HTTPException(404, "Questions are off; start the server with --qa-cfg.")
         try:
             asked = json.loads(await _body(request))
             segment, question = int(asked["segment"]), str(asked["question"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise HTTPException(400, "Send JSON with a segment and a question.") from None
         stored, path = self._find(segment)
-        return JSONResponse(
-            await run_in_threadpool(self._answerer.answer, path, stored.segment, question)
-        )
+
+        def answer() -> dict[str, Any]:
+            with _reading(stored):
+                stored.check_file(path)
+                return self._answerer.answer(path, stored.segment, question)
+
+        return JSONResponse(await run_in_threadpool(answer))
 
     async def media(self, request: Request) -> Response:
         _, path = self._find(request.path_params["segment"])
@@ -172,11 +197,9 @@ class _Server:
         number = request.path_params["number"]
         if number >= len(stored.segment.times):
             raise HTTPException(404, f"The segment has {len(stored.segment.times)} frames.")
-        try:
+        with _reading(stored):
+            stored.check_file(path)
             picture = await run_in_threadpool(_thumbnail, path, stored, number)
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = getattr(error, "reason", "") or str(error)
-            raise HTTPException(422, f"'{stored.file}' cannot be read: {reason}") from None
         return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "max-age=60"})
 
     def _find(self, segment: int) -> tuple[StoredSegment, Path]:
@@ -209,9 +232,21 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
+@contextlib.contextmanager
+def _reading(stored: StoredSegment) -> Iterator[None]:
+    """Name the file that cannot be read."""
+    try:
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except (VideoDecodeError, ImageError, ValueError, OSError) as error:
+        reason = getattr(error, "reason", "") or str(error)
+        raise HTTPException(422, f"'{stored.file}' cannot be read: {reason}") from None
+
+
 def _image(content: bytes) -> Image.Image:
     try:
-        return read_image(io.BytesIO(content), MAX_PIXELS)
+        return read_image(io.BytesIO(content), MAX_PIXELS, UPLOAD_FORMATS)
     except ImageError as error:
         raise HTTPException(400, f"The image cannot be used: {error}.") from None
 
@@ -248,10 +283,17 @@ def _thumbnail(path: Path, stored: StoredSegment, number: int) -> bytes:
     return buffer.getvalue()
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 500)
-    return JSONResponse({"error": getattr(error, "detail", str(error))}, status)
+async def _error(request: Request, error: Exception) -> Response:
+    status, message = _described(error)
+    return JSONResponse({"error": message}, status)
 
 
-async def _user_error(request: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 400)
+def _described(error: Exception) -> tuple[int, str]:
+    """The status and the message of an error."""
+    if isinstance(error, HTTPException):
+        return error.status_code, error.detail
+    if isinstance(error, (ConfigError, CheckpointError)):
+        return 400, str(error)
+    if isinstance(error, (VideoDecodeError, ImageError)):
+        return 422, str(error)
+    return 500, f"The server failed: {type(error).__name__}: {error}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ class Store(Protocol):
     def __len__(self) -> int:
         """Number of vectors."""
 
+    def drop(self) -> None:
+        """Delete all that is kept; the store cannot be used any more."""
+
     def close(self) -> None:
         """Release files and connections."""
 
@@ -42,27 +46,34 @@ class NumPyStore:
     Args:
         folder: of the files.
         dim: dimensions of a vector.
+        create: make the files where there are none.
+
+    Raises:
+        ConfigError: if a file is missing.
     """
 
-    def __init__(self, folder: Path, dim: int):
+    def __init__(self, folder: Path, dim: int, create: bool = True):
         self.dim = dim
         self._vectors_path, self._ids_path = folder / "vectors.f16", folder / "ids.i64"
         for path in (self._vectors_path, self._ids_path):
-            path.touch()
+            if create:
+                path.touch()
+            elif not path.is_file():
+                raise ConfigError(f"'{path}', a part of the index, is missing.")
 
-    def _open(self) -> tuple[np.ndarray, np.ndarray]:
+    def _open(self, mode: Literal["r", "r+"] = "r") -> tuple[np.ndarray, np.ndarray]:
         """Vectors (rows, dim) and ids (rows,), mapped from the files as they are now."""
         rows = min(
             self._ids_path.stat().st_size // 8, self._vectors_path.stat().st_size // (2 * self.dim)
         )
         if rows == 0:
             return np.empty((0, self.dim), np.float16), np.empty(0, np.int64)
-        vectors = np.memmap(self._vectors_path, np.float16, "r+", shape=(rows, self.dim))
-        return vectors, np.memmap(self._ids_path, np.int64, "r+", shape=(rows,))
+        vectors = np.memmap(self._vectors_path, np.float16, mode, shape=(rows, self.dim))
+        return vectors, np.memmap(self._ids_path, np.int64, mode, shape=(rows,))
 
     def add(self, ids: Sequence[int], vectors: Tensor) -> None:
         values = vectors.to(torch.float16).cpu().numpy()
-        rows, row_ids = self._open()
+        rows, row_ids = self._open("r+")
         free = np.flatnonzero(row_ids == -1)[: len(ids)]
         rows[free] = values[: len(free)]
         row_ids[free] = ids[: len(free)]
@@ -75,7 +86,7 @@ class NumPyStore:
                 file.write(new.tobytes())
 
     def delete(self, ids: Sequence[int]) -> None:
-        _, row_ids = self._open()
+        _, row_ids = self._open("r+")
         row_ids[np.isin(row_ids, ids)] = -1
 
     def search(self, query: Tensor, top: int) -> tuple[list[int], list[float]]:
@@ -83,7 +94,9 @@ class NumPyStore:
         if not len(row_ids):
             return [], []
         query = query.detach().float().cpu().reshape(-1)
-        rows, ids = torch.from_numpy(vectors), torch.from_numpy(row_ids)
+        with warnings.catch_warnings():  # the files are only read
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            rows, ids = torch.from_numpy(vectors), torch.from_numpy(row_ids)
         # in float16 first, which reads each row once; then the best of them in float32
         scores = torch.mv(rows, query.half())
         scores[ids == -1] = -torch.inf
@@ -96,6 +109,11 @@ class NumPyStore:
     def __len__(self) -> int:
         return int((self._open()[1] != -1).sum())
 
+    def drop(self) -> None:
+        """Delete the files."""
+        for path in (self._ids_path, self._vectors_path):
+            path.unlink(missing_ok=True)
+
     def close(self) -> None:
         pass
 
@@ -107,13 +125,20 @@ class MilvusStore:
         uri: path of a file that ends in ``.db``, or ``http://host:19530``.
         collection: its name.
         dim: dimensions of a vector.
+        create: make the collection if there is none.
         token: of a server that asks for one; ``$MILVUS_TOKEN`` by default.
 
     Raises:
-        ConfigError: if pymilvus is not installed or the server cannot be reached.
+        ConfigError: if pymilvus is not installed, the server cannot be reached, or the collection
+            is missing.
     """
 
-    def __init__(self, uri: str, collection: str, dim: int, token: str | None = None):
+    def __init__(
+        self, uri: str, collection: str, dim: int, create: bool = True, token: str | None = None
+    ):
+        local = uri.endswith(".db")
+        if local and not create and not os.path.exists(uri):
+            raise ConfigError(f"'{uri}', a part of the index, is missing.")
         try:
             from pymilvus import DataType, MilvusClient
         except ImportError as error:
@@ -123,19 +148,27 @@ class MilvusStore:
         self._collection = collection
         try:
             self._client = MilvusClient(uri, token=token or os.environ.get("MILVUS_TOKEN", ""))
-            if not self._client.has_collection(collection):
+            present = self._client.has_collection(collection)
+            if create and not present:
                 schema = self._client.create_schema(auto_id=False)
                 schema.add_field("id", DataType.INT64, is_primary=True)
                 schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
                 index = self._client.prepare_index_params()
-                kind = "FLAT" if uri.endswith(".db") else "AUTOINDEX"
+                kind = "FLAT" if local else "AUTOINDEX"
                 index.add_index("vector", index_type=kind, metric_type="IP")
                 self._client.create_collection(
                     collection, schema=schema, index_params=index, consistency_level="Strong"
                 )
-            self._client.load_collection(collection)
+            if create or present:
+                self._client.load_collection(collection)
         except Exception as error:  # of many layers: gRPC, the server, the embedded version
             raise ConfigError(f"Milvus at '{uri}' cannot be used: {error}") from error
+        if not (create or present):
+            raise ConfigError(f"Milvus at '{uri}' has no collection '{collection}'.")
+
+    def drop(self) -> None:
+        """Delete the collection."""
+        self._client.drop_collection(self._collection)
 
     def add(self, ids: Sequence[int], vectors: Tensor) -> None:
         values = vectors.float().cpu().numpy()
@@ -161,7 +194,7 @@ class MilvusStore:
         self._client.close()
 
 
-def open_store(spec: str, folder: Path, dim: int, collection: str) -> Store:
+def open_store(spec: str, folder: Path, dim: int, collection: str, create: bool = True) -> Store:
     """Open the store of an index.
 
     Args:
@@ -169,13 +202,14 @@ def open_store(spec: str, folder: Path, dim: int, collection: str) -> Store:
         folder: of the index.
         dim: dimensions of a vector.
         collection: name of the index's collection in Milvus.
+        create: make what is missing.
 
     Raises:
-        ConfigError: for another spec, or if Milvus cannot be used.
+        ConfigError: for another spec, if Milvus cannot be used, or if something is missing.
     """
     kind, _, uri = spec.partition(":")
     if spec == "numpy":
-        return NumPyStore(folder, dim)
+        return NumPyStore(folder, dim, create)
     if kind != "milvus":
         raise ConfigError(f"The store is {spec!r}; it must be numpy, milvus or milvus:URI.")
-    return MilvusStore(uri or str(folder / "milvus.db"), collection, dim)
+    return MilvusStore(uri or str(folder / "milvus.db"), collection, dim, create)

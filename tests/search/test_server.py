@@ -18,7 +18,7 @@ from lavis_uniadapter.search.server import MAX_UPLOAD, make_app
 
 @pytest.fixture
 def client(index):
-    return TestClient(make_app(index), raise_server_exceptions=False)
+    return TestClient(make_app(index), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -26,7 +26,10 @@ def own(build, own_media, tmp_path):
     """A client of an index of a folder that the test may change, and that folder."""
     build(own_media)
     index = Index.open(tmp_path / "index")
-    yield TestClient(make_app(index), raise_server_exceptions=False), own_media
+    yield (
+        TestClient(make_app(index), base_url="http://127.0.0.1", raise_server_exceptions=False),
+        own_media,
+    )
     index.close()
 
 
@@ -183,7 +186,9 @@ def test_questions_need_a_model_and_sound_requests(client, index):
         def answer(self, path, segment, question):
             return {"answer": f"{question} {path.name}", "loading": 0, "seconds": 0}
 
-    client = TestClient(make_app(index, Echo()), raise_server_exceptions=False)
+    client = TestClient(
+        make_app(index, Echo()), base_url="http://127.0.0.1", raise_server_exceptions=False
+    )
     file = index.segment(1).file
     assert client.post("/api/answer", json=body).json()["answer"].endswith(file.split("/")[-1])
     for content in (b"", b"[]", b'{"segment": "x", "question": "?"}', b'{"segment": 1}'):
@@ -208,7 +213,7 @@ def test_an_empty_index_answers(build, own_media, tmp_path):
     shutil.copy(__file__, own_media / "broken.mp4")
     build(own_media)
     index = Index.open(tmp_path / "index")
-    client = TestClient(make_app(index), raise_server_exceptions=False)
+    client = TestClient(make_app(index), base_url="http://127.0.0.1", raise_server_exceptions=False)
     assert stages(client.get("/api/search", params={"text": "a"}))[-1]["hits"] == []
     assert client.get("/api/about").json()["segments"] == 0
     index.close()
