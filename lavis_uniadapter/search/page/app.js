@@ -1,6 +1,7 @@
 // The page of an index: asks the server, shows what it answers. No dependencies, no build step.
 
 const $ = (id) => document.getElementById(id);
+const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
 const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}%`;
 
 let about = { segments: 0 };
@@ -8,7 +9,10 @@ let result = { hits: [], query: null, done: false };
 let shown = null; // the hit in the viewer
 let running = null; // aborts the query before
 let showing = null; // the timer of a clip that is shown by its frames
+let asking = null; // aborts the question before
+let failure = null; // the message of the last query, if it failed
 let seek = () => {}; // go to a time of what the viewer shows
+const MAX_UPLOAD = 20e6; // bytes, as the server has it
 
 // --- asking --------------------------------------------------------------------------------------
 
@@ -17,6 +21,7 @@ async function search(url, options, query, note = "") {
   running = new AbortController();
   const { signal } = running;
   result = { hits: [], query, done: false };
+  failure = null;
   $("hits").classList.add("waiting");
   $("status").textContent = "Searching…";
   state(null);
@@ -33,8 +38,8 @@ async function search(url, options, query, note = "") {
     if (signal.aborted) return;
     result = { hits: [], query, done: true };
     $("status").textContent = "";
+    failure = error instanceof Refused ? escape(error.message) : gone();
     render();
-    state(error instanceof Refused ? escape(error.message) : gone());
   } finally {
     if (!signal.aborted) $("hits").classList.remove("waiting");
   }
@@ -78,30 +83,56 @@ function gone() {
 
 // --- the list ------------------------------------------------------------------------------------
 
+// The hits that the slider leaves. What a text's result holds without a probability was not judged.
+function visible() {
+  const least = $("threshold").value / 100;
+  const judged = result.done && result.query?.text;
+  return result.hits.filter((hit) =>
+    hit.probability === null ? !(judged && least > 0) : hit.probability >= least);
+}
+
 function render() {
   const least = $("threshold").value / 100;
-  const hits = result.hits.filter((hit) => hit.probability === null || hit.probability >= least);
-  const list = $("hits");
-  list.replaceChildren(...hits.map(card));
+  const hits = visible();
+  place(hits);
   $("export").disabled = !result.done || hits.length === 0;
-  state(null);
+  state(failure);
+  if (failure) return;
   if (!about.segments) {
     state(`The index is empty. Put images or videos into <code>${escape(about.root ?? "")}</code> and run
       <code>uniadapter search index ${escape(about.root ?? "DIR")} --index ${escape(about.folder ?? "FOLDER")}</code>`);
   } else if (result.done && result.query && hits.length === 0) {
     const best = Math.max(...result.hits.map((hit) => hit.probability ?? 0), 0);
-    state(`Nothing matches with ${percent(least)} or more; the best has ${percent(best)}.
+    state(`No match reaches ${percent(least)} (best: ${percent(best)}).
       Lower the threshold or describe it in other words.`);
   } else if (!result.query) {
     state(`${about.segments} segments of ${about.files} files in <code>${escape(about.root ?? "")}</code>.`);
   }
 }
 
-function card(hit) {
-  const item = $("card").content.cloneNode(true);
+// A card that is there already is used again, so that it keeps the focus.
+function place(hits) {
+  const list = $("hits"), before = new Map();
+  for (const item of list.children) before.set(item.dataset.segment, item);
+  const items = hits.map((hit) => card(hit, before.get(String(hit.segment))));
+  for (const item of [...list.children]) if (!items.includes(item)) item.remove();
+  items.forEach((item, i) => {
+    if (list.children[i] !== item) keepFocus(() => list.insertBefore(item, list.children[i]));
+  });
+}
+
+function keepFocus(move) {
+  const focused = document.activeElement;
+  move();
+  if (document.activeElement !== focused) focused.focus({ preventScroll: true });
+}
+
+function card(hit, item = $("card").content.firstElementChild.cloneNode(true)) {
+  item.dataset.segment = hit.segment;
   const image = item.querySelector("img");
-  image.src = frameAddress(bestFrame(hit));
-  image.onerror = () => { image.alt = "This file cannot be read any more"; };
+  const address = frameAddress(bestFrame(hit));
+  if (image.getAttribute("src") !== address) image.src = address;
+  image.onerror = async () => { image.alt = await lost(); };
   item.querySelector(".bar span").style.width = percent(hit.probability ?? 0);
   item.querySelector(".name").textContent = hit.file;
   item.querySelector(".fact").textContent = facts(hit);
@@ -109,6 +140,14 @@ function card(hit) {
   button.setAttribute("aria-label", `${hit.rank}. ${hit.file}, ${facts(hit)}`);
   button.onclick = () => open(hit);
   return item;
+}
+
+// Why a picture did not come: the server or the file is gone.
+async function lost() {
+  try {
+    if ((await fetch("/api/about")).ok) return "This file cannot be read any more. Update the index.";
+  } catch { /* the same as an error status */ }
+  return "The server does not answer. Start it again.";
 }
 
 function frameAddress([, , segment, number]) {
@@ -147,6 +186,7 @@ function escape(text) {
 function open(hit) {
   shown = hit;
   clearInterval(showing);
+  asking?.abort();
   $("title").textContent = `${hit.rank}. ${hit.file}`;
   $("facts").textContent = `${facts(hit)} · similarity ${hit.similarity.toFixed(3)}`;
   $("answer").textContent = "";
@@ -160,7 +200,7 @@ function picture(hit) {
   const image = document.createElement("img");
   image.src = `/media/${hit.segment}`;
   image.alt = hit.file;
-  image.onerror = () => frames(hit);
+  image.onerror = () => { if (shown === hit) still(hit); };
   return image;
 }
 
@@ -169,27 +209,47 @@ function player(hit) {
   video.controls = true;
   video.autoplay = true;
   video.muted = true;
-  video.src = `/media/${hit.segment}#t=${hit.start}`;
-  video.onloadedmetadata = () => { video.currentTime = hit.start; };
-  video.onerror = () => frames(hit);
+  video.src = `/media/${hit.segment}#t=${hit.best}`;
+  video.onloadedmetadata = () => {
+    if (shown !== hit) return;
+    if (video.videoWidth) video.currentTime = hit.best;
+    else frames(hit); // it can play the sound alone
+  };
+  video.onerror = () => { if (shown === hit) frames(hit); };
   video.ontimeupdate = () => cursor(video.currentTime);
   seek = (time) => { video.currentTime = time; };
   return video;
 }
 
-// What a browser cannot play is shown by its frames, which the server decodes, at their times.
-function frames(hit) {
+// An image that a browser cannot show is shown as the server decodes it.
+function still(hit) {
+  const [box, image] = decoded(hit, "This browser cannot show the file. This is a copy of it.");
+  image.alt = hit.file;
+  image.src = frameAddress(hit.frames[0]);
+  $("screen").replaceChildren(box);
+}
+
+function decoded(hit, text) {
   const box = document.createElement("div");
   const note = document.createElement("p");
-  note.textContent = "This browser cannot play the file. These are frames of it.";
   const image = document.createElement("img");
-  const times = hit.frames.map(([time]) => time);
-  image.alt = `Frames of ${hit.file}`;
-  image.onerror = () => {
+  note.textContent = text;
+  image.onerror = async () => {
+    const reason = await lost();
+    if (shown !== hit) return;
     clearInterval(showing);
     image.remove();
-    note.textContent = "This file cannot be read any more. Update the index.";
+    note.textContent = reason;
   };
+  box.append(image, note);
+  return [box, image];
+}
+
+// What a browser cannot play is shown by its frames, which the server decodes, at their times.
+function frames(hit) {
+  const [box, image] = decoded(hit, "This browser cannot play the file. These are frames of it.");
+  const times = hit.frames.map(([time]) => time);
+  image.alt = `Frames of ${hit.file}`;
   let number = -1;
   const to = (time) => {
     number = Math.max(0, times.findLastIndex((each) => each <= time));
@@ -197,11 +257,11 @@ function frames(hit) {
     cursor(times[number]);
   };
   const step = () => to(times[(number + 1) % times.length]);
+  number = times.findLastIndex((each) => each < hit.best);
   clearInterval(showing);
   showing = setInterval(step, Math.max(150, (1000 * (hit.end - hit.start)) / times.length));
   seek = (time) => { clearInterval(showing); to(time); };
   step();
-  box.append(image, note);
   $("screen").replaceChildren(box);
 }
 
@@ -209,7 +269,6 @@ function bars(hit) {
   const svg = $("bars");
   svg.replaceChildren();
   svg.toggleAttribute("hidden", !hit.end);
-  svg.style.display = hit.end ? "" : "none";
   const values = hit.frames.map(([, cosine]) => cosine);
   const low = Math.min(...values, 0), high = Math.max(...values, low + 1e-6);
   const length = hit.end - hit.start;
@@ -221,7 +280,7 @@ function bars(hit) {
       y: 100 - height,
       width: Math.max(4, (1000 * (next - time)) / length - 3),
       height,
-      tabindex: 0,
+      tabindex: i ? -1 : 0, // the arrows reach the others
       role: "button",
       "aria-label": `${clock(time)}, similarity ${cosine.toFixed(2)}`,
     });
@@ -229,6 +288,12 @@ function bars(hit) {
     bar.onclick = () => seek(time);
     bar.onkeydown = (event) => {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); seek(time); }
+      const all = [...svg.querySelectorAll("rect")];
+      const next = all[i + (STEPS[event.key] ?? 0)];
+      if (!next || next === bar) return;
+      event.preventDefault();
+      for (const each of all) each.setAttribute("tabindex", each === next ? 0 : -1);
+      next.focus();
     };
     svg.append(bar);
   });
@@ -236,6 +301,7 @@ function bars(hit) {
 }
 
 function cursor(time) {
+  if (!shown) return;
   const at = (1000 * (time - shown.start)) / (shown.end - shown.start);
   for (const end of ["x1", "x2"]) $("cursor")?.setAttribute(end, Math.min(Math.max(at, 0), 1000));
 }
@@ -248,18 +314,24 @@ function element(name, attributes, text = "") {
 }
 
 async function ask(question) {
+  const hit = shown;
+  asking?.abort();
+  asking = new AbortController();
+  const { signal } = asking;
   $("answer").textContent = "Thinking… (the first question loads the model)";
   try {
     const response = await fetch("/api/answer", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ segment: shown.segment, question }),
+      body: JSON.stringify({ segment: hit.segment, question }),
+      signal,
     });
     const said = await response.json();
+    if (signal.aborted) return;
     const loading = said.loading ? `, ${said.loading} s to load the model` : "";
     $("answer").textContent = response.ok ? `${said.answer} (${said.seconds} s${loading})` : said.error;
   } catch {
-    $("answer").innerHTML = gone();
+    if (!signal.aborted) $("answer").innerHTML = gone();
   }
 }
 
@@ -286,6 +358,8 @@ function follow() {
     search(`/api/search?text=${encodeURIComponent(given.get("q"))}`, {}, { text: given.get("q") });
   } else {
     running?.abort();
+    $("hits").classList.remove("waiting");
+    failure = null;
     result = { hits: [], query: null, done: true };
     $("status").textContent = "";
     render();
@@ -296,6 +370,17 @@ function byImage(file) {
   if (!file) return;
   $("viewer").close();
   $("text").value = "";
+  history.pushState(null, "", "/");
+  document.title = `Like ${file.name} – Search`;
+  if (file.size > MAX_UPLOAD) {
+    running?.abort();
+    $("hits").classList.remove("waiting");
+    $("status").textContent = "";
+    result = { hits: [], query: { image: file.name }, done: true };
+    failure = `The image has more than ${MAX_UPLOAD / 1e6} MB. Use a smaller one.`;
+    render();
+    return;
+  }
   search("/api/search", { method: "POST", body: file }, { image: file.name }, `Like ${file.name}: `);
 }
 
@@ -318,21 +403,22 @@ $("threshold").oninput = () => {
   history.replaceState(null, "", url);
   render();
 };
-$("pick").onkeydown = (event) => {
-  if (event.key === "Enter" || event.key === " ") { event.preventDefault(); $("file").click(); }
-};
+$("pick").onclick = () => $("file").click();
 $("file").onchange = () => { byImage($("file").files[0]); $("file").value = ""; };
 $("close").onclick = () => $("viewer").close();
-$("viewer").onclose = () => { clearInterval(showing); $("screen").replaceChildren(); };
+$("viewer").onclose = () => {
+  shown = null;
+  clearInterval(showing);
+  asking?.abort();
+  $("screen").replaceChildren();
+};
 $("like").onclick = () => go({ like: shown.segment });
 $("ask").onsubmit = (event) => {
   event.preventDefault();
   if ($("question").value.trim()) ask($("question").value.trim());
 };
 $("export").onclick = () => {
-  const least = $("threshold").value / 100;
-  const hits = result.hits.filter((hit) => hit.probability === null || hit.probability >= least);
-  const content = JSON.stringify({ query: result.query, root: about.root, hits }, null, 2);
+  const content = JSON.stringify({ query: result.query, root: about.root, hits: visible() }, null, 2);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([content], { type: "application/json" }));
   link.download = "hits.json";
@@ -352,12 +438,12 @@ addEventListener("drop", (event) => {
 addEventListener("keydown", (event) => {
   if (event.target.matches("input") || $("viewer").open) return;
   if (event.key === "/") { event.preventDefault(); $("text").focus(); }
-  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (step) {
-    const cards = [...document.querySelectorAll(".hit")];
-    const next = cards[cards.indexOf(document.activeElement) + step];
-    next?.focus();
-  }
+  const cards = [...document.querySelectorAll(".hit")];
+  const at = cards.indexOf(document.activeElement);
+  if (at < 0 || !(event.key in STEPS)) return;
+  const columns = cards.filter((card) => card.offsetTop === cards[0].offsetTop).length;
+  const step = STEPS[event.key] * (event.key === "ArrowUp" || event.key === "ArrowDown" ? columns : 1);
+  if (cards[at + step]) { event.preventDefault(); cards[at + step].focus(); }
 });
 
 try {
