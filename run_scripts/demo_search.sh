@@ -4,6 +4,10 @@
 #
 #     bash run_scripts/demo_search.sh            the page, at http://127.0.0.1:8642
 #     bash run_scripts/demo_search.sh --check    search in a headless Chromium, take a screenshot, end
+case "${1:-}" in
+    "" | --check) ;;
+    *) echo "error: unknown argument '$1'; --check is the only one" >&2 && exit 1 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 demo=output/demo
@@ -16,8 +20,5 @@ rm -rf "$index" # of another adapter, perhaps
 uniadapter search index "${LAVIS_CACHE_ROOT:-cache}/shapes/clips/videos" --index "$index" \
     --cfg shapes_retrieval --adapter "$adapter" --options model.pretrained="$base"
 
-case "${1:-}" in
-    "") exec uniadapter search serve --index "$index" ;;
-    --check) exec python run_scripts/check_search_page.py "$index" ;;
-    *) fail "unknown argument '$1'; --check is the only one" ;;
-esac
+[ "${1:-}" = --check ] && exec python run_scripts/check_search_page.py "$index"
+exec uniadapter search serve --index "$index"

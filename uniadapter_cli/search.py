@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 import sys
@@ -197,7 +198,8 @@ def _serve(args: argparse.Namespace) -> None:
     address = f"http://{name}:{listener.getsockname()[1]}"
     print(f"serving {len(index)} segments at {address} (press Ctrl-C to stop)", flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it once it has shut down
+        server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

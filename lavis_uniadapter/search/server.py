@@ -170,7 +170,8 @@ class _Server:
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     async def answer(self, request: Request) -> Response:
-        if self._answerer is None:
+        answerer = self._answerer
+        if answerer is None:
             raise HTTPException(404, "Questions are off; start the server with --qa-cfg.")
         try:
             asked = json.loads(await _body(request))
@@ -182,7 +183,7 @@ class _Server:
         def answer() -> dict[str, Any]:
             with _reading(stored):
                 stored.check_file(path)
-                return self._answerer.answer(path, stored.segment, question)
+                return answerer.answer(path, stored.segment, question)
 
         return JSONResponse(await run_in_threadpool(answer))
 

@@ -15,8 +15,10 @@ from search_media import FILES, RECIPE, TINY, all_hits, segments_of, write_clip,
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.search import Index, indexing, reading
+from lavis_uniadapter.search.answering import Answerer
 from lavis_uniadapter.search.manifest import Manifest
 from lavis_uniadapter.search.store import NumPyStore
+from lavis_uniadapter.tools import recipes
 from uniadapter_cli.main import main
 
 
@@ -328,4 +330,6 @@ def test_random_weights_and_other_tasks_are_refused(media, tmp_path, options):
         Index.build(tmp_path / "index", media, RECIPE, TINY)
     with pytest.raises(ConfigError, match="needs a retrieval model"):
         Index.build(tmp_path / "index", media, "shapes_qa", ["run.device=cpu"])
+    with pytest.raises(ConfigError, match="model.pretrained is null"):
+        Answerer(recipes.runs()["shapes_qa"], ["run.device=cpu"])
     assert not (tmp_path / "index").exists()

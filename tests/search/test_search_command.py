@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 
 import pytest
@@ -60,6 +59,7 @@ def test_index_then_query(media, options, trained, tmp_path, capsys):
         (["index", ".", "--cfg", "shapes_retreival"], "Did you mean 'shapes_retrieval'"),
         (["index", "."], "holds no index"),
         (["index", ".", "--cfg", "shapes_retrieval", "--window", "0"], "window is 0"),
+        (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "window is nan"),
         (["query", "--image", "NOWHERE.png"], "NOWHERE.png"),
         (["query", "--image", "a", "--min-probability", "0.5"], "--min-probability is for texts"),
     ],
@@ -74,24 +74,29 @@ def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.processes
 def test_the_server_starts_says_where_and_ends_on_ctrl_c(built):
-    command = [sys.executable, "-m", "uniadapter_cli", "search", "serve"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "uniadapter_cli", "search", "serve", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)
     with subprocess.Popen(
-        [*command, "--index", str(built), "--port", "18642"],
+        [*command, "--index", str(built)],
         **{"env": environment, "stdout": subprocess.PIPE, "text": True},
     ) as process:
         line = process.stdout.readline()
         while line and "serving" not in line:
             line = process.stdout.readline()
-        assert "serving 7 segments at http://127.0.0.1:18642" in line
-        for _ in range(100):
-            try:
-                with urllib.request.urlopen("http://127.0.0.1:18642/api/about") as answer:
-                    assert json.load(answer)["segments"] == 7
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        else:
-            pytest.fail("the server does not answer")
+        assert "serving 7 segments at http://127.0.0.1:" in line
+        address = line.split(" at ")[1].split()[0]
+        # it listens already
+        with urllib.request.urlopen(f"{address}/api/about", timeout=60) as answer:
+            assert json.load(answer)["segments"] == 7
         process.send_signal(2)
         assert process.wait(timeout=20) in (0, 130)
+
+
+def test_a_port_that_is_taken_is_one_line(built, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["search", "serve", "--index", str(built), "--port", str(port)]
+        assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"Cannot listen on 127.0.0.1, port {port}" in error and "\n" not in error

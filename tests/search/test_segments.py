@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 from hypothesis import given
@@ -41,6 +42,13 @@ def test_a_window_without_frames_is_no_segment():
     begins = np.array([0.0, 1, 2, 30, 31, 32])
     segments = cut(np.stack([begins, begins + 1], axis=1), window=10, n_frms=1)
     assert [(s.start, s.end) for s in segments] == [(0, 10), (20, 33)]
+
+
+def test_one_frame_far_away_costs_no_time():
+    begins = np.array([0.0, 1e9])
+    started = time.perf_counter()
+    segments = cut(np.stack([begins, begins + 1], axis=1), window=0.5, n_frms=1)
+    assert len(segments) == 2 and time.perf_counter() - started < 1
 
 
 @given(

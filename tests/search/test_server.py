@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+from urllib.parse import unquote
 
+import anyio
 import pytest
 from PIL import Image
 from search_media import write_image
@@ -139,10 +141,22 @@ def test_an_upload_that_is_no_image_or_a_bomb_is_refused(client):
         "/frame/1/..%2f..%2fa.jpg",
     ],
 )
-def test_nothing_is_served_by_path(client, path):
-    answer = client.get(path)
-    assert 400 <= answer.status_code < 500, (path, answer.status_code)
-    assert b"root:" not in answer.content and b"import" not in answer.content
+def test_nothing_is_served_by_path(index, path):
+    """The path as it is, which a client would tidy up first."""
+    scope = {"type": "http", "method": "GET", "path": unquote(path), "raw_path": path.encode()}
+    scope |= {"query_string": b"", "headers": [(b"host", b"127.0.0.1")], "root_path": ""}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    anyio.run(make_app(index), scope, receive, send)
+    content = b"".join(message.get("body", b"") for message in sent)
+    assert 400 <= sent[0]["status"] < 500, path
+    assert b"root:" not in content and b"import" not in content
 
 
 def test_a_link_that_came_later_and_leaves_the_folder_is_not_followed(own, tmp_path):
@@ -177,6 +191,40 @@ def test_a_foreign_host_or_site_is_refused(client):
         assert client.get("/api/about", headers={"Sec-Fetch-Site": site}).status_code == status
 
 
+def test_a_link_on_another_site_may_lead_to_the_page_alone(client):
+    follows = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    follows["Sec-Fetch-Dest"] = "document"
+    assert client.get("/", headers=follows).status_code == 200
+    assert client.get("/api/about", headers=follows).status_code == 403
+    assert client.get("/", headers={**follows, "Sec-Fetch-Dest": "iframe"}).status_code == 403
+
+
+def test_every_failure_is_a_message(client, index, monkeypatch):
+    def fails(*arguments):
+        raise KeyError("of a bug")
+
+    monkeypatch.setattr(index, "_match", fails)
+    lines = stages(client.get("/api/search", params={"text": "a"}))
+    assert lines[0]["stage"] == "shortlist" and "of a bug" in lines[-1]["error"]
+    monkeypatch.setattr(index, "_encode", fails)
+    answer = client.get("/api/search", params={"text": "a"})
+    assert answer.status_code == 500 and "of a bug" in answer.json()["error"]
+
+
+def test_a_file_that_has_changed_gives_no_frame_of_another_moment(own):
+    client, media = own
+    hit = hit_of(client, "long.mp4")
+    shutil.copy(media / "short.mp4", media / "long.mp4")
+    answer = client.get(f"/frame/{hit['segment']}/0.jpg")
+    assert answer.status_code == 422 and "has changed; update the index" in answer.json()["error"]
+
+
+def test_only_known_formats_are_uploaded(client):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "ICNS")
+    assert client.post("/api/search", content=content.getvalue()).status_code == 400
+
+
 def test_questions_need_a_model_and_sound_requests(client, index):
     body = {"segment": 1, "question": "what is it?"}
     answer = client.post("/api/answer", json=body)
@@ -191,7 +239,13 @@ def test_questions_need_a_model_and_sound_requests(client, index):
     )
     file = index.segment(1).file
     assert client.post("/api/answer", json=body).json()["answer"].endswith(file.split("/")[-1])
-    for content in (b"", b"[]", b'{"segment": "x", "question": "?"}', b'{"segment": 1}'):
+    for content in (
+        b"",
+        b"[]",
+        b'{"segment": "x", "question": "?"}',
+        b'{"segment": 1}',
+        b'{"segment": Infinity, "question": "?"}',
+    ):
         assert client.post("/api/answer", content=content).status_code == 400
     wrong = {"segment": 10**6, "question": "?"}
     assert client.post("/api/answer", json=wrong).status_code == 404
