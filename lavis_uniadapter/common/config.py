@@ -59,11 +59,9 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
     try:
         Sections.read(given, "")
         content = _resolved(given)
-    except OmegaConfBaseException as error:  # a ${name} that does not exist, or a ???
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{cfg_path}' is not valid: {error.full_key}: {reason}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from None
+    except (ConfigError, OmegaConfBaseException) as error:  # a ${name} that does not exist, or ???
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {reason}") from error
     model, run = content["model"], content["run"]
     arch = model.get("arch")
     section_cls = MODELS.get(arch) if isinstance(arch, str) else None
