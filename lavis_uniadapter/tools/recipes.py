@@ -32,11 +32,7 @@ def comparisons() -> dict[str, Path]:
 
 
 def find(name: str, known: Mapping[str, Path]) -> Path:
-    """The file of a recipe, given its name or the path of a file.
-
-    Raises:
-        ConfigError: if it is neither; names the nearest recipe.
-    """
+    """The file of a recipe, given its name or the path of a file, or a ConfigError."""
     path = known.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
@@ -47,12 +43,9 @@ def find(name: str, known: Mapping[str, Path]) -> Path:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy a recipe, or a comparison given as ``compare/NAME``; returns the new file.
+    """Copy a recipe, or a comparison given as ``compare/NAME``, or raise ConfigError.
 
     Paths relative to the recipe's folder become absolute.
-
-    Raises:
-        ConfigError: if there is no such recipe, or the target exists.
     """
     known = runs() | {f"compare/{name}": path for name, path in comparisons().items()}
     source = find(name, known)

@@ -14,9 +14,7 @@ from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
 def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = None) -> PlanFile:
     """Read a comparison file; each run gets its configuration's full path and all its options.
 
-    Args:
-        options: for every run, including the base; they win over the file's.
-        output_dir: replaces the file's.
+    ``options`` are for every run, the base included, and win over the file's.
 
     Raises:
         ConfigError: naming what is wrong.
