@@ -132,7 +132,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], metric: str, picture: Path) -> None
 
 
 def added_lines(added: Sequence[str]) -> list[Line]:
-    """Lines of finished runs, given as NAME=FOLDER, or a ConfigError; a name's runs are its seeds."""
+    """Lines of finished runs, each given as NAME=FOLDER, by name; or a ConfigError."""
     lines: dict[str, Line] = {}
     for item in added:
         name, equals, folder = item.partition("=")
