@@ -43,22 +43,14 @@ def find(name: str, known: Mapping[str, Path]) -> Path:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy a recipe, or a comparison given as ``compare/NAME``, or raise ConfigError.
-
-    Paths relative to the recipe's folder become absolute.
-    """
+    """Copy a recipe, or a comparison given as ``compare/NAME``, or raise ConfigError."""
     known = runs() | {f"compare/{name}": path for name, path in comparisons().items()}
     source = find(name, known)
     if target.exists():
         raise ConfigError(f"'{target}' exists. Name another file or delete it.")
     if not target.parent.is_dir():
         raise ConfigError(f"No folder '{target.parent}'. Make it, or name another file.")
-    text = re.sub(
-        r"(?<=cfg_path: )\.\.?/[^\s,}]+",
-        lambda path: str((source.parent / path[0]).resolve()),
-        source.read_text(),
-    )
-    target.write_text(text)
+    target.write_bytes(source.read_bytes())
     return target
 
 

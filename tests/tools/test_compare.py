@@ -329,9 +329,7 @@ def test_folder_without_results_is_named(tmp_path, capsys):
 
 
 @pytest.mark.processes
-def test_a_comparison_runs_and_resumes(
-    plan_file, tmp_path, tiny_cache, monkeypatch, capsys
-):
+def test_a_comparison_runs_and_resumes(plan_file, tmp_path, tiny_cache, monkeypatch, capsys):
     """One run that finishes, and one that cannot work; then the first lacks its test."""
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]
