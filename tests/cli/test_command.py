@@ -97,11 +97,9 @@ def test_a_copied_recipe_is_the_recipe(tmp_path):
         recipes.copy("msrvtt_retrieval", copy)
 
 
-@pytest.mark.parametrize("name", recipes.comparisons())
-def test_a_copied_comparison_runs_the_same_recipes(name, tmp_path):
-    copy = recipes.copy(f"compare/{name}", tmp_path / "my.yaml")
-    ours, original = read_plan(copy), read_plan(recipes.comparisons()[name])
-    assert ours == original
+def test_a_copied_comparison_runs_the_same_recipes(tmp_path):
+    copy = recipes.copy("compare/flickr_retrieval", tmp_path / "my.yaml")
+    assert read_plan(copy) == read_plan(recipes.comparisons()["flickr_retrieval"])
 
 
 @pytest.mark.parametrize("options", [[], ["run.evaluate=True"]], ids=["train", "evaluate"])

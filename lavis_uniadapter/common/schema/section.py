@@ -69,14 +69,10 @@ class Section(BaseModel):
 
     @classmethod
     def read(cls, values: Any, where: str) -> Self:
-        """Validate a section of a file.
-
-        Args:
-            values: a mapping, an OmegaConf section, or None for an empty one.
-            where: the section's dotted path, for messages.
+        """Validate a mapping, an OmegaConf section, or None for an empty one.
 
         Raises:
-            ConfigError: naming the key, its value, and what it must be.
+            ConfigError: naming the key, with the dotted path ``where`` before it, and its value.
         """
         if OmegaConf.is_config(values):
             values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
