@@ -134,8 +134,8 @@ class PredictionTask(MeasuredTask):
         """A prediction for each item of a batch, as it is written."""
 
     @abstractmethod
-    def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written of a record of the annotation, beside ``file`` and prediction."""
+    def describe(self, record: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written of a record of the annotation, beside its file and prediction."""
 
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -164,7 +164,7 @@ class PredictionTask(MeasuredTask):
         return [
             {
                 "file": record.get("video", record.get("image")),
-                **self.describe(record),
+                **self.describe(record, predictions[index]),
                 **predictions[index],
             }
             for index, record in enumerate(records)
