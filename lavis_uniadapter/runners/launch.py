@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import lavis.runners  # noqa: F401  (registers LAVIS's runners)
@@ -22,7 +23,6 @@ from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -132,7 +132,7 @@ def _build(config: Config, job_id: str) -> RunnerBase:
     return runner
 
 
-def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Dataset]]]:
+def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]]:
     task = setup_task(config)
     _check_allow_missing(config, task)
     run_cfg = config.run_cfg
@@ -218,7 +218,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
     momentum = momentum_parameters(runner._model)
     parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
     trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
-    score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
+    score = f"{next(iter(run_cfg.valid_splits), None)}_agg_metrics"
     validated = [line for line in run_folders.logged(folder) if score in line]
     # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
     found = [line.get("val_best_epoch") for line in validated]

@@ -198,7 +198,8 @@ def test_mixed_precision_is_near_full_precision_and_not_it(run):
 def test_compiled_visual_encoder_trains_alike(run, monkeypatch, tuning):
     """Traced, differentiated and functionalised as for the real backend, without its compiler."""
     monkeypatch.setattr(runner, "COMPILE_BACKEND", "aot_eager")
-    options = (f"model.tuning={tuning}", "run.max_epoch=1", "run.test_splits=[]")
+    options = (f"model.tuning={tuning}", "run.max_epoch=1", "run.valid_splits=[]")
+    options += ("run.test_splits=[]",)
     results = [run("shapes_retrieval", *options, f"run.compile={value}") for value in (False, True)]
     compiled = results[1].runner._model.visual_encoder.blocks[0]
     assert compiled._compiled_call_impl is not None
