@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import BatchEncoding
 
-from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint
 from lavis_uniadapter.common.schema.methods import AdapterConfig
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval

@@ -10,7 +10,7 @@ from lavis.models.blip_models.blip_caption import BlipCaption
 from omegaconf import OmegaConf
 from small_models import perturb
 
-from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
 

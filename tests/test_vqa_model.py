@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from omegaconf import OmegaConf
 from small_models import perturb
 
-from lavis_uniadapter.backbone import (
+from lavis_uniadapter.backbone.build import (
     build_text_decoder,
     build_text_encoder,
     build_visual_encoder,

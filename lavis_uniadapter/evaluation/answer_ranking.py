@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 # Of the loss that LAVIS trains and ranks with (lavis.models.med, BertLMHeadModel).
 LABEL_SMOOTHING = 0.1

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers import BatchEncoding
 
-from lavis_uniadapter.backbone import VisualMemory, encode_frames
 from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.vision import encode_frames
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.models.base import TunedBlip
 
 

@@ -7,7 +7,7 @@ import torch
 from golden_cases import Case, assert_close
 from transformers import BatchEncoding
 
-from lavis_uniadapter.backbone import build_text_decoder
+from lavis_uniadapter.backbone.build import build_text_decoder
 from lavis_uniadapter.checkpoints.released import load_released_checkpoint, released_to_ours
 from lavis_uniadapter.common.schema.methods import AdapterConfig
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
