@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions, same_blip
-from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.evaluation import two_stage
 
 CASES = {

@@ -29,9 +29,8 @@ from torch import nn
 from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions
-from lavis_uniadapter.backbone import encode_frames
 from lavis_uniadapter.backbone.text import SdpaCrossAttention
-from lavis_uniadapter.backbone.vision import SdpaAttention
+from lavis_uniadapter.backbone.vision import SdpaAttention, encode_frames
 
 PEERS = ("ours", "ours, bf16", "as released", "lavis full")
 IMAGE_SIZE = 224

@@ -16,9 +16,11 @@ from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
-from lavis_uniadapter.backbone import VisualMemory, build_visual_encoder, encode_frames
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
+from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.vision import encode_frames
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError

@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_caption import BlipCaption
 from torch import Tensor
 from transformers import BertTokenizer
 
-from lavis_uniadapter.backbone import build_text_decoder
+from lavis_uniadapter.backbone.build import build_text_decoder
 from lavis_uniadapter.common.schema.model import CaptionModel
 from lavis_uniadapter.models.base import TunedBlip
 

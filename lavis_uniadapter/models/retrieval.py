@@ -20,9 +20,10 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, encode_frames
+from lavis_uniadapter.backbone.build import build_text_encoder
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
-from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
+from lavis_uniadapter.backbone.vision import encode_frames
+from lavis_uniadapter.backbone.visual_memory import VisualMemory, frame_aware_weights
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.common.schema.model import RetrievalModel

@@ -7,7 +7,7 @@ import torch
 from lavis.models.blip_models.blip_caption import BlipCaption
 from small_models import CAPTION, VIT, LavisDecoder, perturb
 
-from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
 
