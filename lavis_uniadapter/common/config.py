@@ -55,7 +55,7 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
     """
     given = read_yaml(Path(cfg_path), options)
     try:
-        sections = Sections.read(given, "")
+        sections = Sections.read(given, "configuration")
         arch = sections.model.get("arch")
         section_cls = MODELS.get(arch) if isinstance(arch, str) else None
         content = _resolved(given, section_cls)
@@ -90,6 +90,8 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
     if not isinstance(given, DictConfig):
         raise ConfigError(f"'{path}' is not a valid configuration: it must consist of sections.")
     for option in options:
+        if "=" not in option:
+            raise ConfigError(f"Option '{option}' has no '='. Write section.key=value.")
         try:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
         except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -152,17 +151,3 @@ def test_dry_run_checks_and_leaves_no_run(tiny, tmp_path, capsys, command, optio
 def test_dry_run_names_missing_files(tiny, capsys):
     assert main(["train", "msrvtt_retrieval", "--dry-run", "run.cache_root=empty"]) == 2
     assert "msrvtt" in capsys.readouterr().err
-
-
-@pytest.mark.processes
-def test_torchrun_starts_the_command(tiny):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "-m", "uniadapter_cli", "train", "shapes_retrieval"]
-    done = subprocess.run(
-        [*command, *tiny, "--dry-run"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("items: train 12, val 4, test 5") == 1  # on the first rank alone

@@ -360,8 +360,8 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("datasets.shapes_retrieval.vis_processor.trian.name=x", "Did you mean 'train'?"),
         ("datasets.shapes_retrieval.text_processor.train.promtp=x", "Did you mean 'prompt'?"),
         ("datasets.shapes_retrieval.build_info.vidoes.storage=x", "Did you mean 'videos'?"),
-        ("preprocess.x=1", "Unknown configuration key 'preprocess'"),
-        ("run.init_lr", "run.init_lr is missing"),
+        ("preprocess.x=1", "Unknown configuration key 'configuration.preprocess'"),
+        ("run.init_lr", "Option 'run.init_lr' has no '='"),
     ],
 )
 def test_wrong_configuration_ends_in_one_clear_error(fails, option, expected):
