@@ -215,11 +215,22 @@ class TunedBlip(BaseModel):
         """(batch, frames * tokens, width) of ``image`` or ``video``; see ``visual_input``."""
         return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
 
-    def generate_texts(self, prompt_ids: Tensor, memory: VisualMemory, **options) -> list[str]:
-        """Continuations of (items, length) prompts; see the decoder's ``generate_from_memory``."""
-        output = self.text_decoder.generate_from_memory(
-            prompt_ids,
-            memory,
+    @torch.no_grad()
+    def generate_texts(
+        self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
+    ) -> list[str]:
+        """Continuations of (items, length) prompts, ``num_return_sequences`` for each.
+
+        ``options`` are those of ``transformers.GenerationMixin.generate``.
+        """
+        rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
+        items = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        output = self.text_decoder.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            # transformers repeats tensors for beams; what is not a tensor it passes on as it is
+            encoder_hidden_states=memory.pairs(items.repeat_interleave(rows)),
+            num_return_sequences=num_return_sequences,
             eos_token_id=self.tokenizer.sep_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
