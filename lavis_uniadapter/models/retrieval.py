@@ -170,6 +170,12 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
+        active = self.adapters.active
+        if self.training and active and not self._trains(active):
+            raise ValueError(
+                f"The active adapter '{active}' is not the one that trains. Call "
+                f"set_adapter('{DEFAULT_SET}') first."
+            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)

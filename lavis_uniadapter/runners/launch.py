@@ -148,7 +148,7 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]
             )
     if not run_cfg.evaluate:
         _check_training_splits(run_cfg, task)
-    check_lavis_model(config)
+    check_lavis_model(config, datasets)
     return task, datasets
 
 
@@ -210,6 +210,18 @@ def set_cache_root(run_cfg: DictConfig) -> None:
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 
+def _best_of_log(folder: Path, run_cfg: DictConfig) -> dict[str, float | None]:
+    """The best epoch of a stock runner, by its log, and its ``agg_metrics``."""
+    score = f"{next(iter(run_cfg.valid_splits), None)}_agg_metrics"
+    validated = [line for line in run_folders.logged(folder) if score in line]
+    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
+    found = [line.get("val_best_epoch") for line in validated]
+    of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
+    best = max(of_last, key=lambda line: line[score], default={})
+    epoch = next((v for k, v in best.items() if k.endswith("_epoch")), None)
+    return {"agg_metrics": best.get(score), "epoch": epoch}
+
+
 @main_process
 def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
     """Write ``summary.json``, which marks a run as finished; see ``run_folders.read``."""
@@ -218,12 +230,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
     momentum = momentum_parameters(runner._model)
     parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
     trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
-    score = f"{next(iter(run_cfg.valid_splits), None)}_agg_metrics"
-    validated = [line for line in run_folders.logged(folder) if score in line]
-    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
-    found = [line.get("val_best_epoch") for line in validated]
-    of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
-    best = max(of_last, key=lambda line: line[score], default={})
+    best = _best_of_log(folder, run_cfg) if is_stock(run_cfg) else runner.best
     write_json(
         folder / run_folders.SUMMARY,
         {
@@ -240,8 +247,8 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
             },
             "metrics": metrics,
             "best": {
-                "score": best.get(score),
-                "epoch": next((v for k, v in best.items() if k.endswith("_epoch")), None),
+                "score": None if best["epoch"] is None else best["agg_metrics"],
+                "epoch": best["epoch"],
             },
             "seconds": seconds,
             "peak_bytes": _peak_bytes(run_cfg.device),

@@ -161,6 +161,11 @@ class PredictionTask(MeasuredTask):
             return None
         predictions = {index: item for share in shares for index, item in share.items()}
         records = data_loader.dataset.annotation
+        if missing := set(range(len(records))).difference(predictions):
+            raise RuntimeError(
+                f"{len(missing)} of {len(records)} items were not predicted, the first being "
+                f"{records[min(missing)]}. The evaluation sampler must cover the split."
+            )
         return [
             {
                 "file": record.get("video", record.get("image")),

@@ -180,6 +180,8 @@ def test_the_prompt_is_not_learnt(build, images):
         labels = model({**images, "text_input": CAPTIONS}).intermediate_output.decoder_labels
     assert model.prompt_length == 3  # [DEC] there is
     assert (labels[:, :3] == -100).all() and (labels[:, 3] != -100).all()
+    with pytest.raises(ValueError, match="does not begin with the model's prompt"):
+        model({**images, "text_input": ["a star", "a red circle"]})
 
 
 def test_no_prompt_at_all(build, images):
