@@ -256,6 +256,7 @@ class TunedBlip(BaseModel):
 
         Raises:
             CheckpointError: if anything about it does not fit this model.
+            KeyError: if ``name`` is empty, has a dot, or is an attribute of the bank ("active").
         """
         adapter_files.load(self, folder, name, force)
         self.set_adapter(name)
