@@ -8,7 +8,9 @@ with the questions encoded beforehand, so that ranking alone is timed.
 from __future__ import annotations
 
 import random
+import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,63 +53,66 @@ def run(args) -> dict:
     }
     encoded = model.forward_encoder(samples)
     model.forward_encoder = lambda samples: encoded  # given
+    chosen = {}
 
-    seen = {}
+    def rank(peer: str, method) -> float:
+        def work() -> None:
+            chosen[peer] = method(model, samples, answers, args.candidates)
 
-    def rank(method):
-        def once() -> float:
-            return measuring.seconds(
-                lambda: seen.update({method: method(model, samples, answers, args.candidates)}),
-                args.device,
-            )
+        return measuring.seconds(work, args.device)
 
-        return once
-
-    peers = {"lavis": BlipVQA._rank_answers, "ours": type(model)._rank_answers}
+    methods = {"lavis": BlipVQA._rank_answers, "ours": type(model)._rank_answers}
     model._rank_answers(samples, answers, args.candidates)  # tokenises the list, once
-    rate = measuring.matmul_rate(args.device)
-    times = measuring.interleaved({n: rank(m) for n, m in peers.items()}, args.repeats)
-    rate = (rate + measuring.matmul_rate(args.device)) / 2
+    peers = {name: partial(rank, name, method) for name, method in methods.items()}
+    with measuring.Limits(args.device) as limits:
+        times = measuring.interleaved(peers, args.repeats)
 
-    text = Text()
     question_length = encoded[0].last_hidden_state.shape[1]
     lengths = [len(ids) for ids in model.tokenizer(answers).input_ids]
-    padded, mean = max(lengths), sum(lengths) / len(lengths)
-    pairs = args.questions * args.candidates
+    flops = gflop(args, question_length, lengths)
+    median = {peer: taken["median"] for peer, taken in times.items()}
+    return {
+        "machine": measuring.machine(args.device),
+        "questions": args.questions,
+        "question_tokens": question_length,
+        "answers": args.answers,
+        "candidates": args.candidates,
+        "longest_answer_tokens": max(lengths),
+        "mean_answer_tokens": statistics.mean(lengths),
+        "seconds": times,
+        "gflop": flops,
+        **limits.rates,
+        "share_of_limit": {p: limits.share(p, flops[p], median[p]) for p in peers},
+        "faster": median["lavis"] / median["ours"],
+        "same_answers": chosen["lavis"] == chosen["ours"],
+    }
+
+
+def gflop(args, question_length: int, answer_lengths: list[int]) -> dict[str, float]:
+    """What each peer's shapes need."""
+    text, pairs = Text(), args.questions * args.candidates
     project = text.keys_and_values(question_length)
 
     def decode(positions: float) -> float:
         words = text.words(1) * positions
         return text.attend(positions, question_length) + text.adapters(positions) + words
 
-    gflop = {
-        "lavis": args.questions * (project + decode(1)) + pairs * (project + decode(padded)),
-        "ours": args.questions * (project + decode(1)) + pairs * decode(mean - 2),
+    first_token = args.questions * (project + decode(1))
+    return {
+        "lavis": first_token + pairs * (project + decode(max(answer_lengths))),
+        "ours": first_token + pairs * decode(statistics.mean(answer_lengths) - 2),
     }
-    result = {
-        "machine": measuring.machine(args.device),
-        "questions": args.questions,
-        "question_tokens": question_length,
-        "answers": args.answers,
-        "candidates": args.candidates,
-        "longest_answer_tokens": padded,
-        "mean_answer_tokens": mean,
-        "seconds": times,
-        "gflop": gflop,
-        "matmul_gflop_per_s": rate,
-        "share_of_limit": {n: gflop[n] / rate / times[n]["median"] for n in peers},
-        "faster": times["lavis"]["median"] / times["ours"]["median"],
-        "same_answers": seen[peers["lavis"]] == seen[peers["ours"]],
-    }
+
+
+def report(result: dict) -> None:
     measuring.print_table(
         ("peer", "seconds", "GFLOP", "share of limit"),
         [
-            (n, times[n]["median"], gflop[n], f"{100 * result['share_of_limit'][n]:.0f}%")
-            for n in peers
+            (n, taken["median"], result["gflop"][n], f"{100 * result['share_of_limit'][n]:.0f}%")
+            for n, taken in result["seconds"].items()
         ],
     )
     print(f"ours {result['faster']:.1f} times as fast; same answers: {result['same_answers']}")
-    return result
 
 
 def main() -> None:
@@ -118,7 +123,9 @@ def main() -> None:
     options.add_argument("--longest", type=int, default=8, help="tokens of the longest answers")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
-    print("\nwritten:", measuring.save("answer_ranking", run(args), args.output))
+    result = run(args)
+    report(result)
+    print("\nwritten:", measuring.save("answer_ranking", result, args.output))
 
 
 if __name__ == "__main__":

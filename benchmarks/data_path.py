@@ -1,7 +1,7 @@
 """Clips that a DataLoader delivers a second, from videos and from extracted frames.
 
 Videos of 320 x 240 pixels and ten seconds are drawn and encoded first. Set beside the clips that a
-training step eats a second, where ``benchmarks.training_step`` has been run on this device.
+training step takes a second, where ``benchmarks.training_step`` has been run on this device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -53,11 +54,61 @@ def draw_videos(folder: Path, number: int) -> list[str]:
     return sorted(str(path) for path in folder.glob("*.mp4"))
 
 
-def clips_per_second(paths: list[str], processor, workers: int, times: int) -> float:
+def read(paths: list[str], processor, workers: int, times: int) -> float:
+    """Seconds to read all clips."""
     loader = DataLoader(Clips(paths, processor, times), batch_size=8, num_workers=workers)
     started = time.perf_counter()
-    number = sum(len(batch) for batch in loader)
-    return number / (time.perf_counter() - started)
+    for _ in loader:
+        pass
+    return time.perf_counter() - started
+
+
+def megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
+def appetite(folder: Path, device: str) -> dict[str, float]:
+    """Clips a second that our training step takes, by batch, if that has been measured."""
+    path = folder / f"training_step_{device}.json"
+    if not path.is_file():
+        return {}
+    cases = json.loads(path.read_text())["cases"]
+    return {str(c["batch"]): c["batch"] / c["peers"]["ours"]["seconds"] for c in cases}
+
+
+def measure(args, folder: Path) -> dict:
+    videos, frames = folder / "videos", folder / "frames"
+    paths = draw_videos(videos, args.videos)
+    started = time.perf_counter()
+    if prepare(["frames", "--videos", str(videos), "--output", str(frames)]):
+        raise SystemExit("the frames could not be extracted")
+    extracting = time.perf_counter() - started
+    sources = {
+        "videos": paths,
+        "extracted frames": [path.replace(str(videos), str(frames)) for path in paths],
+    }
+    processors = {"train": BlipVideoTrainProcessor, "eval": BlipVideoEvalProcessor}
+    peers = {
+        f"{mode}, {source}": partial(
+            read, of_source, cls(image_size=224, n_frms=args.frames), args.workers, args.times
+        )
+        for mode, cls in processors.items()
+        for source, of_source in sources.items()
+    }
+    times = measuring.interleaved(peers, args.repeats)
+    number = args.videos * args.times
+    return {
+        "machine": measuring.machine(args.device),
+        "videos": args.videos,
+        "frames_per_clip": args.frames,
+        "workers": args.workers,
+        "video_megabytes": megabytes(videos),
+        "extracted_megabytes": megabytes(frames),
+        "extracting_seconds": extracting,
+        "clips_per_second": {name: number / taken["median"] for name, taken in times.items()},
+        "seconds": times,
+        "training_step_clips_per_second": appetite(args.output, args.device),
+    }
 
 
 def main() -> None:
@@ -68,56 +119,16 @@ def main() -> None:
     options.add_argument("--workers", type=int, default=2)
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        videos, frames = Path(folder) / "videos", Path(folder) / "frames"
-        paths = draw_videos(videos, args.videos)
-        size = sum(Path(path).stat().st_size for path in paths) / 1e6
-        started = time.perf_counter()
-        if prepare(["frames", "--videos", str(videos), "--output", str(frames)]):
-            raise SystemExit("the frames could not be extracted")
-        extracting = time.perf_counter() - started
-        extracted = [path.replace(str(videos), str(frames)) for path in paths]
-        frames_size = sum(path.stat().st_size for path in frames.iterdir()) / 1e6
-        peers = {}
-        for mode, processor_cls in (
-            ("train", BlipVideoTrainProcessor),
-            ("eval", BlipVideoEvalProcessor),
-        ):
-            processor = processor_cls(image_size=224, n_frms=args.frames)
-            for source, of_source in (("videos", paths), ("extracted frames", extracted)):
-                peers[f"{mode}, {source}"] = lambda p=processor, s=of_source: (
-                    len(s) * args.times / clips_per_second(s, p, args.workers, args.times)
-                )
-        times = measuring.interleaved(peers, args.repeats)
-    rates = {name: args.videos * args.times / taken["median"] for name, taken in times.items()}
-    result = {
-        "machine": measuring.machine(args.device),
-        "videos": args.videos,
-        "frames_per_clip": args.frames,
-        "workers": args.workers,
-        "video_megabytes": size,
-        "extracted_megabytes": frames_size,
-        "extracting_seconds": extracting,
-        "clips_per_second": rates,
-        "seconds": times,
-        "training_step_clips_per_second": appetite(args.output, args.device),
-    }
-    measuring.print_table(("source", "clips a second"), list(rates.items()))
+        result = measure(args, Path(folder))
+    measuring.print_table(("source", "clips a second"), list(result["clips_per_second"].items()))
     print(
-        f"extracting {args.videos} videos took {extracting:.1f} s; "
-        f"{size:.0f} MB of video, {frames_size:.0f} MB of frames"
+        f"extracting {args.videos} videos took {result['extracting_seconds']:.1f} s; "
+        f"{result['video_megabytes']:.0f} MB of video, "
+        f"{result['extracted_megabytes']:.0f} MB of frames"
     )
     for batch, eaten in result["training_step_clips_per_second"].items():
-        print(f"a training step of {batch} clips eats {eaten:.2f} clips a second")
+        print(f"a training step of {batch} clips takes {eaten:.2f} clips a second")
     print("written:", measuring.save("data_path", result, args.output))
-
-
-def appetite(folder: Path, device: str) -> dict[str, float]:
-    """Clips a second that our training step takes, by batch, if that has been measured."""
-    path = folder / f"training_step_{device}.json"
-    if not path.is_file():
-        return {}
-    cases = json.loads(path.read_text())["cases"]
-    return {str(c["batch"]): c["batch"] / c["peers"]["ours"]["seconds"] for c in cases}
 
 
 if __name__ == "__main__":

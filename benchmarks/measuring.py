@@ -63,12 +63,42 @@ def autocast(bf16: bool, device: str) -> AbstractContextManager:
 
 
 def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
-    """GFLOP/s of large matrix products on this machine now, which no model can exceed."""
+    """GFLOP/s of large matrix products on this machine now."""
     size = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     taken = [seconds(lambda: a @ b, device) for _ in range(9)]
     return 2 * size**3 / statistics.median(taken) / 1e9
+
+
+class Limits:
+    """Measures the machine's matrix-product rates, before and after what is done inside.
+
+    No model can exceed them. ``rates``: GFLOP/s in float32 and, if asked for, in bf16.
+    """
+
+    def __init__(self, device: str, bf16: bool = False):
+        self.device = device
+        self.rates = {"matmul_gflop_per_s": 0.0}
+        if bf16:
+            self.rates["bf16_matmul_gflop_per_s"] = 0.0
+
+    def __enter__(self):
+        self._measure()
+        return self
+
+    def __exit__(self, *error):
+        self._measure()
+
+    def _measure(self) -> None:
+        for name in self.rates:
+            dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+            self.rates[name] += matmul_rate(self.device, dtype) / 2
+
+    def share(self, peer: str, gflop: float, seconds: float) -> float:
+        """The part of its limit that a peer reaches; one called "..., bf16" has its own."""
+        limit = "bf16_matmul_gflop_per_s" if peer.endswith("bf16") else "matmul_gflop_per_s"
+        return gflop / seconds / self.rates[limit]
 
 
 def machine(device: str) -> dict[str, object]:
@@ -129,4 +159,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "-"
+    if isinstance(value, float) and value < 1000:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)

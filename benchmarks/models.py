@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from omegaconf import OmegaConf
 
 import lavis_uniadapter  # noqa: F401
-from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import base_state_dict
 from lavis_uniadapter.common.paths import find
 from lavis_uniadapter.models import TunedBlip

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -28,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions, same_blip
-from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.evaluation import two_stage
 
 CASES = {
@@ -38,6 +37,7 @@ CASES = {
     "video16": {"frames": 16, "image_size": 224},
 }
 PADDED_LENGTH = 35  # of LAVIS's evaluation
+UNSCORED = -50  # scores of pairs that were not scored are below
 
 
 class Gallery(Dataset):
@@ -170,151 +170,168 @@ def time_encoding(model, frames: int, image_size: int, repeats: int, device: str
     return {bf16: about["median"] for bf16, about in taken.items()}, cosine
 
 
+class Peers:
+    """The peers of a case, on the same weights and features; each returns its seconds."""
+
+    def __init__(self, frames: int, image_size: int, args):
+        self.args, self.device, self.frames = args, args.device, frames
+        self.ours = our_retrieval(image_size, frame_aware=frames > 1, device=self.device)
+        self.theirs = lavis_retrieval(image_size, device=self.device)
+        same_blip(self.ours, self.theirs)
+        self.encoding, self.cosine = time_encoding(
+            self.ours, frames, image_size, args.repeats, self.device
+        )
+        generator = torch.Generator().manual_seed(args.seed)
+        self.tokens = frames * Vision().tokens(image_size)
+        self.embeds = torch.randn(args.gallery, self.tokens, 768, generator=generator)
+        give_features(self.ours, self.theirs, self.embeds, frames)
+        self.loader = DataLoader(Gallery(args.gallery, args.seed), batch_size=8)
+        picker = random.Random(args.seed)
+        self.sample = [
+            (picker.randrange(args.gallery), picker.randrange(args.gallery))
+            for _ in range(args.sampled_pairs)
+        ]
+        # pairs that LAVIS and the released code score
+        self.asked = 2 * args.gallery * args.k
+        self.pairs: dict[str, int] = {}  # that ours score
+        self.scores: dict[str, object] = {}
+
+    def lavis(self) -> float:
+        seconds, pairs, self.scores["lavis"] = lavis_share(
+            self.theirs, self.loader, self.args.k, self.args.shares, self.device
+        )
+        return seconds * self.asked / pairs
+
+    def pair_by_pair(self) -> float:
+        seconds, self.scores["pair by pair"] = pair_by_pair(
+            *(self.ours, self.embeds, self.frames, self.loader.dataset.text),
+            *(self.sample, self.device),
+        )
+        return seconds * self.asked / len(self.sample)
+
+    def rerank(self, name: str, itc_weight: float = 0.0) -> float:
+        seconds, self.pairs[name], self.scores[name] = timed_rerank(
+            self.ours, self.loader, self.args.k, itc_weight, self.device
+        )
+        return seconds
+
+    def ours_off(self) -> float:
+        with self.ours.disable_adapter():
+            return self.rerank("ours, adapters off", itc_weight=1.0)
+
+    def ours_bf16(self) -> float:
+        with measuring.autocast(True, self.device):
+            return self.rerank("ours, bf16")
+
+    def time(self) -> dict[str, dict]:
+        """Seconds of each peer, by name."""
+        peers = {
+            "lavis": self.lavis,
+            "ours, adapters off": self.ours_off,
+            "pair by pair": self.pair_by_pair,
+            "ours": lambda: self.rerank("ours"),
+            "ours, bf16": self.ours_bf16,
+        }
+        return measuring.interleaved(peers, self.args.repeats)
+
+    def gflop(self, text_tokens: float) -> dict[str, float]:
+        """What each peer's shapes need."""
+        text, tokens = Text(), self.tokens
+        project, attend = text.keys_and_values(tokens), text.attend(text_tokens, tokens)
+        adapted = attend + text.adapters(text_tokens)
+        per_pair = project + text.attend(PADDED_LENGTH, tokens)
+        gallery = self.args.gallery
+        once = gallery * (project + text.key_value_adapter(tokens))
+        return {
+            "lavis": self.asked * per_pair,
+            "ours, adapters off": gallery * project + self.pairs["ours, adapters off"] * attend,
+            "pair by pair": self.asked * (per_pair + text.adapters(PADDED_LENGTH)),
+            "ours": once + self.pairs["ours"] * adapted,
+            "ours, bf16": once + self.pairs["ours, bf16"] * adapted,
+        }
+
+    def differences(self) -> dict[str, float]:
+        """Largest differences of scores that peers share."""
+        off, lavis = self.scores["ours, adapters off"], self.scores["lavis"]
+        against_lavis = [np.abs(a - b)[b > UNSCORED].max() for a, b in zip(off, lavis, strict=True)]
+        every_pair = timed_rerank(self.ours, self.loader, self.args.gallery, 0.0, self.device)[2][0]
+        against_pairs = [
+            abs(float(every_pair[visual, text]) - score)
+            for (text, visual), score in zip(self.sample, self.scores["pair by pair"], strict=True)
+        ]
+        ours, bf16 = self.scores["ours"][0], self.scores["ours, bf16"][0]
+        both = (ours > UNSCORED) & (bf16 > UNSCORED)
+        return {
+            "lavis against ours, adapters off": float(max(against_lavis)),
+            "pair by pair against ours": max(against_pairs),
+            "ours, bf16, against ours": float(np.abs(bf16 - ours)[both].max()),
+        }
+
+
 def run_case(name: str, args) -> dict:
     case = CASES[name]
-    frames, image_size = case["frames"], case["image_size"]
-    device = args.device
-    ours = our_retrieval(image_size, frame_aware=frames > 1, device=device)
-    theirs = lavis_retrieval(image_size, device=device)
-    same_blip(ours, theirs)
-    tokens = frames * Vision().tokens(image_size)
-    generator = torch.Generator().manual_seed(args.seed)
-    embeds = torch.randn(args.gallery, tokens, 768, generator=generator)
-    loader = DataLoader(Gallery(args.gallery, args.seed), batch_size=8)
-    texts = loader.dataset.text
-    lengths = [len(ids) for ids in ours.tokenizer(texts).input_ids]
-
-    encoding, cosine = time_encoding(ours, frames, image_size, args.repeats, device)
-    give_features(ours, theirs, embeds, frames)
-    picker = random.Random(args.seed)
-    sample = [
-        (picker.randrange(args.gallery), picker.randrange(args.gallery))
-        for _ in range(args.sampled_pairs)
-    ]
-    seen = SimpleNamespace()
-    asked = 2 * args.gallery * args.k  # pairs that LAVIS and the released code score
-
-    def run_lavis() -> float:
-        taken, pairs, seen.lavis = lavis_share(theirs, loader, args.k, args.shares, device)
-        return taken * asked / pairs
-
-    def run_ours_off() -> float:
-        with ours.disable_adapter():
-            taken, seen.pairs, seen.off = timed_rerank(ours, loader, args.k, 1.0, device)
-        return taken
-
-    def run_pairs() -> float:
-        taken, seen.alone = pair_by_pair(ours, embeds, frames, texts, sample, device)
-        return taken * asked / len(sample)
-
-    def run_ours() -> float:
-        taken, seen.pairs_on, seen.on = timed_rerank(ours, loader, args.k, 0.0, device)
-        return taken
-
-    def run_ours_bf16() -> float:
-        with measuring.autocast(True, device):
-            taken, seen.pairs_bf16, seen.bf16 = timed_rerank(ours, loader, args.k, 0.0, device)
-        return taken
-
-    peers = {
-        "lavis": run_lavis,
-        "ours, adapters off": run_ours_off,
-        "pair by pair": run_pairs,
-        "ours": run_ours,
-        "ours, bf16": run_ours_bf16,
-    }
-    rate = measuring.matmul_rate(device)
-    bf16_rate = measuring.matmul_rate(device, torch.bfloat16)
-    times = measuring.interleaved(peers, args.repeats)
-    rate = (rate + measuring.matmul_rate(device)) / 2
-    bf16_rate = (bf16_rate + measuring.matmul_rate(device, torch.bfloat16)) / 2
-
-    text = Text()
-    mean_length = sum(lengths) / len(lengths)
-    needed = args.gallery * text.keys_and_values(tokens) + seen.pairs * text.attend(
-        mean_length, tokens
-    )
-    needed_on, needed_bf16 = (
-        args.gallery * (text.keys_and_values(tokens) + text.key_value_adapter(tokens))
-        + pairs * (text.attend(mean_length, tokens) + text.adapters(mean_length))
-        for pairs in (seen.pairs_on, seen.pairs_bf16)
-    )
-    per_pair = text.keys_and_values(tokens) + text.attend(PADDED_LENGTH, tokens)
-    processed = [scores > -50 for scores in seen.lavis]
-    differences = [
-        float(np.abs(a[chosen] - b[chosen]).max())
-        for a, b, chosen in zip(seen.off, seen.lavis, processed, strict=True)
-    ]
-    visual_to_text = timed_rerank(ours, loader, args.gallery, 0.0, device)[2][0]  # every pair
-    differences_on = max(
-        abs(float(visual_to_text[v, t]) - score)
-        for (t, v), score in zip(sample, seen.alone, strict=True)
-    )
-    both = (seen.on[0] > -50) & (seen.bf16[0] > -50)
-    result = {
+    peers = Peers(**case, args=args)
+    with measuring.Limits(args.device, bf16=True) as limits:
+        seconds = peers.time()
+    texts = peers.loader.dataset.text
+    text_tokens = sum(map(len, peers.ours.tokenizer(texts).input_ids)) / len(texts)
+    gflop = peers.gflop(text_tokens)
+    median = {peer: taken["median"] for peer, taken in seconds.items()}
+    scores = peers.scores["ours"][0]
+    return {
         "case": name,
         "gallery": args.gallery,
         "k": args.k,
-        "frames": frames,
-        "image_size": image_size,
-        "visual_tokens": tokens,
-        "mean_text_tokens": mean_length,
-        "pairs_asked_for": asked,
-        "pairs_scored_by_ours": seen.pairs,
-        "gflop": {
-            "lavis": asked * per_pair,
-            "ours, adapters off": needed,
-            "pair by pair": asked * (per_pair + text.adapters(PADDED_LENGTH)),
-            "ours": needed_on,
-            "ours, bf16": needed_bf16,
+        **case,
+        "visual_tokens": peers.tokens,
+        "mean_text_tokens": text_tokens,
+        "pairs_asked_for": peers.asked,
+        "pairs_scored_by_ours": peers.pairs["ours"],
+        "gflop": gflop,
+        **limits.rates,
+        "rerank_seconds": seconds,
+        "encode_seconds_per_visual": peers.encoding[False],
+        "bf16_encode_seconds_per_visual": peers.encoding[True],
+        "bf16_feature_cosine": peers.cosine,
+        "largest_score_difference": peers.differences(),
+        "score_standard_deviation": float(scores[scores > UNSCORED].std()),
+        "share_of_limit": {
+            peer: limits.share(peer, gflop[peer], taken) for peer, taken in median.items()
         },
-        "matmul_gflop_per_s": rate,
-        "bf16_matmul_gflop_per_s": bf16_rate,
-        "rerank_seconds": times,
-        "encode_seconds_per_visual": encoding[False],
-        "bf16_encode_seconds_per_visual": encoding[True],
-        "bf16_feature_cosine": cosine,
-        "largest_score_difference": {
-            "lavis against ours, adapters off": max(differences),
-            "pair by pair against ours": differences_on,
-            "ours, bf16, against ours": float(np.abs(seen.bf16[0] - seen.on[0])[both].max()),
+        "faster": {
+            "ours, adapters off, than lavis": median["lavis"] / median["ours, adapters off"],
+            "ours than pair by pair": median["pair by pair"] / median["ours"],
+            "ours, bf16, than ours": median["ours"] / median["ours, bf16"],
         },
-        "score_standard_deviation": float(seen.on[0][both].std()),
+        "whole_evaluation_seconds": {
+            peer: taken + args.gallery * peers.encoding[peer.endswith("bf16")]
+            for peer, taken in median.items()
+        },
     }
-    result["share_of_limit"] = {
-        peer: result["gflop"][peer]
-        / (bf16_rate if peer.endswith("bf16") else rate)
-        / times[peer]["median"]
-        for peer in peers
-    }
-    result["faster"] = {
-        "ours, adapters off, than lavis": times["lavis"]["median"]
-        / times["ours, adapters off"]["median"],
-        "ours than pair by pair": times["pair by pair"]["median"] / times["ours"]["median"],
-        "ours, bf16, than ours": times["ours"]["median"] / times["ours, bf16"]["median"],
-    }
-    whole = {
-        peer: t["median"] + args.gallery * encoding[peer.endswith("bf16")]
-        for peer, t in times.items()
-    }
-    result["whole_evaluation_seconds"] = whole
-    print(f"\n{name}: gallery {args.gallery}, k {args.k}, {tokens} visual tokens")
+
+
+def report(case: dict) -> None:
+    print(f"\n{case['case']}: gallery {case['gallery']}, k {case['k']}", end=", ")
+    print(f"{case['visual_tokens']} visual tokens")
     measuring.print_table(
         ("peer", "rerank s", "GFLOP", "share of limit", "with encoding s"),
         [
             (
-                *(peer, times[peer]["median"], result["gflop"][peer]),
-                *(f"{100 * result['share_of_limit'][peer]:.0f}%", whole[peer]),
+                *(peer, seconds["median"], case["gflop"][peer]),
+                f"{100 * case['share_of_limit'][peer]:.0f}%",
+                case["whole_evaluation_seconds"][peer],
             )
-            for peer in peers
+            for peer, seconds in case["rerank_seconds"].items()
         ],
     )
-    print(f"encoding one: {encoding[False]:.3g} s, in bf16 {encoding[True]:.3g} s", end="")
-    print(f" (cosine of the features {cosine:.6f})")
-    for what, factor in result["faster"].items():
+    print(
+        f"encoding one: {case['encode_seconds_per_visual']:.3g} s, in bf16 "
+        f"{case['bf16_encode_seconds_per_visual']:.3g} s "
+        f"(cosine of the features {case['bf16_feature_cosine']:.6f})"
+    )
+    for what, factor in case["faster"].items():
         print(f"{what}: {factor:.1f} times as fast")
-    print("largest difference of a score:", result["largest_score_difference"])
-    return result
+    print("largest difference of a score:", case["largest_score_difference"])
 
 
 def main() -> None:
@@ -328,6 +345,7 @@ def main() -> None:
     args = options.parse_args()
     for name in args.cases:
         case = run_case(name, args)
+        report(case)
         path = measuring.save_case("retrieval_evaluation", case, "case", args.device, args.output)
     print("\nwritten:", path)
 

@@ -42,47 +42,33 @@ def checkpoint_megabytes(model) -> float:
     return megabytes({"model": state, "optimizer": optimizer.state_dict()})
 
 
+def row(name: str, model, adapter: float | None) -> dict:
+    return {
+        "model": name,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_megabytes": adapter,
+        "checkpoint_megabytes": checkpoint_megabytes(model),
+    }
+
+
+def adapter_megabytes(model) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_adapter(Path(folder) / "adapter")
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.*")) / 1e6
+
+
 def main() -> None:
-    options = measuring.parser(__doc__)
-    args = options.parse_args()
+    args = measuring.parser(__doc__).parse_args()
     rows = []
     for name, (arch, model_type) in MODELS.items():
         for bottleneck in BOTTLENECKS:
             model = build(arch, model_type, args.device, adapter={"bottleneck": bottleneck})
-            with tempfile.TemporaryDirectory() as folder:
-                model.save_adapter(Path(folder) / "adapter")
-                adapter = sum(p.stat().st_size for p in Path(folder).rglob("*.*")) / 1e6
-            counts = model.parameter_counts()
-            rows.append(
-                {
-                    "model": f"{name}, r={bottleneck}",
-                    "trained_parameters": counts["trainable"],
-                    "adapter_megabytes": adapter,
-                    "checkpoint_megabytes": checkpoint_megabytes(model),
-                }
-            )
+            rows.append(row(f"{name}, r={bottleneck}", model, adapter_megabytes(model)))
             del model
     theirs = lavis_retrieval(224, device=args.device, queue_size=57600)
-    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-    rows.append(
-        {
-            "model": "LAVIS blip_retrieval, full",
-            "trained_parameters": trained,
-            "adapter_megabytes": None,
-            "checkpoint_megabytes": checkpoint_megabytes(theirs),
-        }
-    )
+    rows.append(row("LAVIS blip_retrieval, full", theirs, None))
     measuring.print_table(
-        ("model", "trained", "adapter MB", "checkpoint MB"),
-        [
-            (
-                row["model"],
-                f"{row['trained_parameters']:,}",
-                "-" if row["adapter_megabytes"] is None else f"{row['adapter_megabytes']:.1f}",
-                f"{row['checkpoint_megabytes']:.0f}",
-            )
-            for row in rows
-        ],
+        ("model", "trained", "adapter MB", "checkpoint MB"), [list(r.values()) for r in rows]
     )
     result = {"machine": measuring.machine(args.device), "sizes": rows}
     print("written:", measuring.save("saved_sizes", result, args.output))

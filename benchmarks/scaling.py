@@ -47,9 +47,8 @@ def main() -> None:
     lines = {}
     for what, start in base.items():
         # the others large enough that k candidates exist throughout
-        fixed = {**{"visuals": 2 * args.smallest, "texts": 2 * args.smallest, "k": args.k}}
-        if what == "k":
-            fixed = {"visuals": most, "texts": most, "k": args.k}
+        others = most if what == "k" else 2 * args.smallest
+        fixed = {"visuals": others, "texts": others, "k": args.k}
         settings = [{**fixed, what: start * factor} for factor in (1, 2, 4, 8)]
         peers = {str(s[what]): once(**s) for s in settings}
         times = measuring.interleaved(peers, args.repeats)

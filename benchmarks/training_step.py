@@ -29,9 +29,8 @@ from torch import nn
 from benchmarks import measuring
 from benchmarks.arithmetic import Text, Vision
 from benchmarks.models import lavis_retrieval, our_retrieval, random_captions
-from lavis_uniadapter.backbone import encode_frames
 from lavis_uniadapter.backbone.text import SdpaCrossAttention
-from lavis_uniadapter.backbone.vision import SdpaAttention
+from lavis_uniadapter.backbone.vision import SdpaAttention, encode_frames
 
 PEERS = ("ours", "ours, bf16", "as released", "lavis full")
 IMAGE_SIZE = 224
@@ -219,6 +218,44 @@ def run_interleaved(
     return runs, failures
 
 
+def measure(number: int, args) -> dict:
+    """All peers at one batch size."""
+    with measuring.Limits(args.device, bf16=True) as limits:
+        runs, failures = run_interleaved(number, args.frames, args.repeats, args.device)
+    peers: dict[str, dict] = {peer: {"failed": why} for peer, why in failures.items()}
+    for peer in runs.keys() - failures.keys():
+        # the last step of a process: the first also allocates
+        seconds = statistics.median(result["seconds"][-1] for result in runs[peer])
+        needed = gflop(peer, number, args.frames, TEXT_LENGTH)
+        peers[peer] = {
+            "seconds": seconds,
+            "runs": [result["seconds"] for result in runs[peer]],
+            "peak_gigabytes": statistics.median(r["peak_bytes"] for r in runs[peer]) / 1e9,
+            "gflop": needed,
+            "share_of_limit": limits.share(peer, needed, seconds),
+        }
+    case = {"batch": number, "frames": args.frames, **limits.rates}
+    case["peers"] = {peer: peers[peer] for peer in PEERS}
+    if number == args.check_batch:
+        worst = check_equal_gradients(number, args.frames, args.device)
+        case["largest_relative_gradient_difference"] = worst
+    return case
+
+
+def report(case: dict) -> None:
+    print(f"\nB = {case['batch']}, {case['frames']} frames of {IMAGE_SIZE} px")
+    rows = []
+    for peer, about in case["peers"].items():
+        if "failed" in about:
+            rows.append((peer, about["failed"], "", "", ""))
+        else:
+            share = f"{100 * about['share_of_limit']:.0f}%"
+            rows.append((peer, about["seconds"], about["peak_gigabytes"], about["gflop"], share))
+    measuring.print_table(("peer", "seconds", "peak GB", "GFLOP", "share of limit"), rows)
+    if (worst := case.get("largest_relative_gradient_difference")) is not None:
+        print(f"largest relative difference of a gradient, ours and as released: {worst:.1e}")
+
+
 def main() -> None:
     options = measuring.parser(__doc__)
     options.add_argument("--batches", nargs="+", type=int, default=[2, 4, 8])
@@ -230,48 +267,10 @@ def main() -> None:
         (number,) = args.batches
         print(json.dumps(run_peer(args.peer, number, args.frames, 2, args.device)))
         return
-
     for number in args.batches:
-        rate = measuring.matmul_rate(args.device)
-        bf16_rate = measuring.matmul_rate(args.device, torch.bfloat16)
-        runs, failures = run_interleaved(number, args.frames, args.repeats, args.device)
-        case = {
-            **{"batch": number, "frames": args.frames},
-            **{"matmul_gflop_per_s": rate, "bf16_matmul_gflop_per_s": bf16_rate, "peers": {}},
-        }
-        for peer, results in runs.items():
-            if peer in failures:
-                case["peers"][peer] = {"failed": failures[peer]}
-                continue
-            # the last step of a process: the first also allocates
-            seconds = statistics.median(result["seconds"][-1] for result in results)
-            needed = gflop(peer, number, args.frames, TEXT_LENGTH)
-            case["peers"][peer] = {
-                "seconds": seconds,
-                "runs": [result["seconds"] for result in results],
-                "peak_gigabytes": statistics.median(r["peak_bytes"] for r in results) / 1e9,
-                "gflop": needed,
-                "share_of_limit": needed / (bf16_rate if peer.endswith("bf16") else rate) / seconds,
-            }
-        if number == args.check_batch:
-            worst = check_equal_gradients(number, args.frames, args.device)
-            case["largest_relative_gradient_difference"] = worst
+        case = measure(number, args)
+        report(case)
         path = measuring.save_case("training_step", case, "batch", args.device, args.output)
-        print(f"\nB = {number}, {args.frames} frames of {IMAGE_SIZE} px")
-        measuring.print_table(
-            ("peer", "seconds", "peak GB", "GFLOP", "share of limit"),
-            [
-                (peer, about["failed"], "", "", "")
-                if "failed" in about
-                else (
-                    *(peer, about["seconds"], about["peak_gigabytes"], about["gflop"]),
-                    f"{100 * about['share_of_limit']:.0f}%",
-                )
-                for peer, about in case["peers"].items()
-            ],
-        )
-        if number == args.check_batch:
-            print(f"largest relative difference of a gradient, ours and as released: {worst:.1e}")
     print("written:", path)
 
 

@@ -1,16 +1,17 @@
-"""LAVIS's own models with small encoders and without the hub; as a script, the command with them.
+"""LAVIS's own models with small encoders and without the hub.
 
 Their code stays LAVIS's. Only sizes that it fixes are changed, and where BERT's tokenizer is from.
+As a script: the command ``uniadapter`` with them, in two processes.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from forked_ranks import in_ranks
 from lavis.common.registry import registry
 from lavis.common.utils import get_abs_path
 from lavis.models import albef_models, alpro_models
@@ -130,6 +131,13 @@ def write_weights(path: Path, options: list[str], weights: Path) -> None:
     torch.save({"model": model.state_dict()}, weights)
 
 
+def command() -> None:
+    """Run the command; a rank that fails ends in it."""
+    if main():
+        raise RuntimeError("the run failed")
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # nothing but this thread, when processes are forked
     shrink()
-    sys.exit(main())
+    in_ranks(2, command, Path.cwd())

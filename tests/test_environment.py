@@ -73,7 +73,7 @@ def test_set_of_a_python(source, version, dependencies, expected):
         ("", None, ("does not run",)),
     ],
 )
-def test_refusals_name_the_mend(source, version, dependencies, words):
+def test_refusals_name_the_fix(source, version, dependencies, words):
     done, pip = source(version, dependencies)
     assert done.returncode == 1 and not pip
     for word in words:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-
 PIP = "python -m pip install"
 LAVIS_ALONE = "--no-deps salesforce-lavis==1.0.2"
 LAVIS_SET = f"{PIP} -e . -c constraints/lavis.txt"
@@ -29,6 +28,7 @@ EITHER_SET = f"in a fresh environment, {LAVIS_SET} or {MODERN_SET}"
 # What to install for a module of another name.
 DISTRIBUTIONS = {"cv2": "opencv-python-headless", "lavis": LAVIS_ALONE, "PIL": "pillow"}
 SHOWN = ("torch", "torchvision", "transformers", "timm", "numpy", "opencv-python-headless")
+# Distributions whose requirements matter here.
 OWNERS = ("lavis-uniadapter", "torchvision", "transformers")
 BERT = "bert-base-uncased"
 
@@ -57,10 +57,9 @@ def check_versions(versions: Mapping[str, str]) -> Finding:
 
 
 def check_requirements(said: str) -> Iterator[Finding]:
-    """What ``pip check`` says of this package and of those that fit together least.
+    """Unmet requirements, from what ``pip check`` prints.
 
-    NumPy, of which the sets have different ones, and OpenCV, which has several names, are not
-    compared but tried.
+    The sets have different versions of NumPy, and OpenCV has several names; the probes try both.
     """
     pattern = r"^(\S+) (\S+) (?:requires|has requirement) (.+?)(?:;.*)?, (?:which|but) (.+)"
     for owner, version, requirement, found in re.findall(pattern, said, re.MULTILINE):
@@ -134,7 +133,7 @@ PROBES = {
 
 
 def check_imports() -> Iterator[Finding]:
-    """Run the probes in another process; the one in which that ends is a problem."""
+    """Run the probes in another process; if it ends early, the probe that it was at failed."""
     code = "from uniadapter_cli import doctor; doctor.run_probes()"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
@@ -142,7 +141,7 @@ def check_imports() -> Iterator[Finding]:
     for name, found, fix in answers:
         yield Finding(WARNING if fix else OK, name, found, fix)
     if done.returncode:
-        name = [*PROBES][len(answers)]
+        name = [*PROBES, "exit"][len(answers)]
         yield Finding(PROBLEM, name, *explain(done.returncode, done.stderr))
 
 
@@ -167,11 +166,9 @@ def explain(status: int, stderr: str) -> tuple[str, str]:
 def check_machine() -> Iterator[Finding]:
     """Java, disk space and shared memory."""
     java = shutil.which("java")
-    found, fix = (
-        java or "not found: captions are scored without METEOR",
-        "apt-get install default-jre-headless",
-    )
-    yield Finding(WARNING if fix else OK, "Java", found, fix)
+    found = java or "not found: captions are scored without METEOR"
+    fix = "" if java else "apt-get install default-jre-headless"
+    yield Finding(OK if java else WARNING, "Java", found, fix)
     weights = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
     places = [
         ("disk, data", Path("cache"), 5, "set run.cache_root to another folder"),

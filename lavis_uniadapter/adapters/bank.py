@@ -99,8 +99,17 @@ class AdapterBank(nn.ModuleDict):
             raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
         return super().__getitem__(name)
 
+    def check_name(self, name: str) -> None:
+        """KeyError for a name that cannot be part of a state dict's keys."""
+        if not name or "." in name or (name not in self and hasattr(self, name)):
+            raise KeyError(
+                f"An adapter cannot be named '{name}'. A name is not empty, has no dot, and is no "
+                "attribute of the bank, as 'active' and 'layer' are. Choose another name."
+            )
+
     def add(self, name: str, adapter_set: AdapterSet) -> None:
-        """Add a set; the first becomes active. KeyError if torch cannot use the name."""
+        """Add a set; the first becomes active. KeyError for a name that cannot be one."""
+        self.check_name(name)
         self[name] = adapter_set
         self.active = self.active or name
 

@@ -111,29 +111,6 @@ class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
         mask = None if attention_mask is None else self.invert_attention_mask(attention_mask)
         return self.bert.encoder.project(states, mask)
 
-    @torch.no_grad()
-    def generate_from_memory(
-        self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
-    ) -> Tensor:
-        """Search or sample by ``transformers.GenerationMixin.generate``, which has the options.
-
-        Args:
-            prompt_ids: (items, prompt length), the same prompt for each item of the memory.
-
-        Returns:
-            (items * num_return_sequences, length) token ids, the prompt included.
-        """
-        rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
-        items = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        return self.generate(
-            input_ids=prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            # transformers repeats tensors for beams; what is not a tensor it passes on as it is
-            encoder_hidden_states=memory.pairs(items.repeat_interleave(rows)),
-            num_return_sequences=num_return_sequences,
-            **options,
-        )
-
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         return {
             "input_ids": input_ids if past_key_values is None else input_ids[:, -1:],

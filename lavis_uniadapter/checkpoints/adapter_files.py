@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
-from lavis_uniadapter.common.atomic import write_together
+from lavis_uniadapter.common.atomic import flush
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.version import __version__
 
@@ -49,15 +52,20 @@ class AdapterAbout(BaseModel, extra="forbid", ser_json_inf_nan="constants"):
 
 
 def save(model: Any, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
-    """Write a TunedBlip's active adapter set; an adapter that the folder holds is replaced."""
+    """Write a TunedBlip's active adapter set; an adapter that the folder holds is replaced.
+
+    Other files in the folder stay. ConfigError for a file, and for a folder whose files of the same
+    names are not an adapter's.
+    """
     active = model.adapters.active_set
     if active is None:
         raise ConfigError(f"No adapter is active: the model's tuning is '{model.tuning}'.")
     folder = Path(folder)
-    if folder.is_file() or ((folder / CARD).exists() and not (folder / CONFIG).exists()):
+    taken = (folder / CARD).exists() or (folder / CONFIG).exists()
+    if folder.is_file() or (taken and not _is_ours(folder / CONFIG)):
         raise ConfigError(
-            f"'{folder}' is a file, or a folder whose {CARD} is not of an adapter. Name a new "
-            "folder."
+            f"'{folder}' is a file, or a folder whose {CARD} or {CONFIG} save_adapter did not "
+            "write. Name a new folder."
         )
     tensors = {k: v.detach().cpu().contiguous() for k, v in active.state_dict().items()}
     content = safetensors.torch.save(tensors)
@@ -75,18 +83,56 @@ def save(model: Any, folder: str | os.PathLike, metrics: Mapping[str, float]) ->
             **{name: importlib.metadata.version(name) for name in ("torch", "salesforce-lavis")},
         },
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_together(
+    _swap_in(
+        folder.resolve(),
         {
-            folder / TENSORS: content,
-            folder / CONFIG: (about.model_dump_json(indent=2) + "\n").encode(),
-            folder / CARD: _model_card(model, about, tensors).encode(),
-        }
+            TENSORS: content,
+            CONFIG: (about.model_dump_json(indent=2) + "\n").encode(),
+            CARD: _model_card(model, about, tensors).encode(),
+        },
     )
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether save_adapter wrote it: PEFT's and AdapterHub's files have the same name."""
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"format_version", "blake2b"} <= content.keys()
+
+
+def _swap_in(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace a folder by a new one with these files, and move its other files there.
+
+    A killed process leaves the old folder, the new one, or, between two renames, both of them
+    whole, as ``.<name>.<random>.old`` and ``.new``. Files that were not moved are in ``.old``.
+    """
+    stem = f".{folder.name}.{secrets.token_hex(4)}"
+    new, old = folder.with_name(f"{stem}.new"), folder.with_name(f"{stem}.old")
+    new.mkdir(parents=True)
+    try:
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
+            flush(new / name)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if old.exists():
+        for path in [*old.iterdir()]:
+            if path.name not in contents:
+                path.rename(folder / path.name)
+        shutil.rmtree(old)
 
 
 def load(model: Any, folder: str | os.PathLike, name: str, force: bool) -> None:
     """Read a folder into a TunedBlip's set ``name``, after checking everything about it."""
+    model.adapters.check_name(name)
     folder = Path(folder)
     about = _read_about(folder)
     _check_method(model, folder, about)

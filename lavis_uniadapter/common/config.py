@@ -16,7 +16,7 @@ from pydantic import Field
 from lavis_uniadapter.common.errors import ConfigError, nearest, reject_unknown_keys
 from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dataset
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
-from lavis_uniadapter.common.schema.model import RetrievalModel, default_file
+from lavis_uniadapter.common.schema.model import ModelSection, RetrievalModel
 from lavis_uniadapter.common.schema.processors import PROCESSORS
 
 if TYPE_CHECKING:
@@ -48,31 +48,27 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
 def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
     """Validate a YAML file and options by the schema, without importing LAVIS or torch.
 
-    Returns:
-        The sections, with defaults but for those of LAVIS's own models and datasets, whose names
-        are not checked.
+    Names and defaults of LAVIS's own models and datasets are left to ``load_config``.
 
     Raises:
         ConfigError: naming the first thing that is wrong.
     """
     given = read_yaml(Path(cfg_path), options)
     try:
-        Sections.read(given, "")
-        content = _resolved(given)
-    except OmegaConfBaseException as error:  # a ${name} that does not exist, or a ???
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{cfg_path}' is not valid: {error.full_key}: {reason}.") from error
-    except ConfigError as error:
-        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {error}") from None
-    model, run = content["model"], content["run"]
-    arch = model.get("arch")
-    section_cls = MODELS.get(arch) if isinstance(arch, str) else None
+        sections = Sections.read(given, "configuration")
+        arch = sections.model.get("arch")
+        section_cls = MODELS.get(arch) if isinstance(arch, str) else None
+        content = _resolved(given, section_cls)
+    except (ConfigError, OmegaConfBaseException) as error:  # a ${name} that does not exist, or ???
+        where = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) else ""
+        reason = where + str(error).splitlines()[0]
+        raise ConfigError(f"'{cfg_path}' is not a valid configuration: {reason}") from error
     if section_cls:
-        section = section_cls.read(model, "model")
+        section = section_cls.read(content["model"], "model")
         reject_unread_keys(given["model"], section.tuning)
         content["model"] = section.model_dump(mode="json")
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
-    content["run"] = RunSection.read(run, "run").filled_in()
+    content["run"] = RunSection.read(content["run"], "run").filled_in()
     unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
     if section_cls not in (None, RetrievalModel) and unread:
         raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
@@ -82,11 +78,7 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
 
 
 def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
-    """A YAML file and the options over it, with ``${...}`` left as they are.
-
-    Raises:
-        ConfigError: if one of them cannot be read.
-    """
+    """A YAML file and options over it, with ``${...}`` left as they are, or a ConfigError."""
     if not path.is_file():
         raise ConfigError(f"No configuration file '{path}'.")
     # PyYAML lets through what Python raises for a value (ValueError for the date 2020-99-99, say),
@@ -98,6 +90,8 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
     if not isinstance(given, DictConfig):
         raise ConfigError(f"'{path}' is not a valid configuration: it must consist of sections.")
     for option in options:
+        if "=" not in option:
+            raise ConfigError(f"Option '{option}' has no '='. Write section.key=value.")
         try:
             given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
         except Exception as error:
@@ -108,12 +102,13 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
     return content
 
 
-def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+def _resolved(given: Mapping[str, Any], section_cls: type[ModelSection] | None) -> dict[str, Any]:
     """The sections with each ``${...}`` replaced, and the model type's defaults filled in."""
     optional = {k: f for k, f in RunSection.model_fields.items() if not f.is_required()}
     defaults: dict[str, Any] = {"run": {key: field.default for key, field in optional.items()}}
-    if file := default_file(given["model"]):
-        defaults |= _load(file)
+    files, model_type = section_cls.files() if section_cls else {}, given["model"].get("model_type")
+    if isinstance(model_type, str) and model_type in files:
+        defaults |= _load(files[model_type])
     merged = OmegaConf.create(_overlay(defaults, given))
     content: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}

@@ -24,7 +24,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 HOST_TIMEOUT = datetime.timedelta(hours=24)
 T = TypeVar("T")
 
-_host_group: dist.ProcessGroup | None = None  # None: the default group
+_host_group: Any = None  # None: the default group
 
 
 def choose_device(requested: str) -> str:

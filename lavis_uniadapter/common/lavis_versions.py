@@ -28,11 +28,7 @@ def init_blip(model: BaseModel) -> None:
 
 
 def check_dependencies(model_cls: type[BaseModel], run_cfg: Mapping[str, Any]) -> None:
-    """Refuse a run of one of LAVIS's own models that fails with the versions installed here.
-
-    Raises:
-        ConfigError: naming the package, and the set of dependencies to use.
-    """
+    """Raise ConfigError if one of LAVIS's own models fails with the versions installed here."""
     problem = None
     # NumPy 2 has no Inf, but torchmetrics may have put it back.
     if issubclass(model_cls, AlproRetrieval) and not run_cfg["evaluate"] and not hasattr(np, "Inf"):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lavis_uniadapter.backbone import VisualMemory
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 
 # Of the loss that LAVIS trains and ranks with (lavis.models.med, BertLMHeadModel).
 LABEL_SMOOTHING = 0.1

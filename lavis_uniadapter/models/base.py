@@ -16,9 +16,11 @@ from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
-from lavis_uniadapter.backbone import VisualMemory, build_visual_encoder, encode_frames
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
+from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.vision import encode_frames
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
@@ -213,11 +215,22 @@ class TunedBlip(BaseModel):
         """(batch, frames * tokens, width) of ``image`` or ``video``; see ``visual_input``."""
         return encode_frames(self.visual_encoder, visual_input(samples)).flatten(1, 2)
 
-    def generate_texts(self, prompt_ids: Tensor, memory: VisualMemory, **options) -> list[str]:
-        """Continuations of (items, length) prompts; see the decoder's ``generate_from_memory``."""
-        output = self.text_decoder.generate_from_memory(
-            prompt_ids,
-            memory,
+    @torch.no_grad()
+    def generate_texts(
+        self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
+    ) -> list[str]:
+        """Continuations of (items, length) prompts, ``num_return_sequences`` for each.
+
+        ``options`` are those of ``transformers.GenerationMixin.generate``.
+        """
+        rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
+        items = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        output = self.text_decoder.generate(
+            input_ids=prompt_ids,
+            attention_mask=torch.ones_like(prompt_ids),
+            # transformers repeats tensors for beams; what is not a tensor it passes on as it is
+            encoder_hidden_states=memory.pairs(items.repeat_interleave(rows)),
+            num_return_sequences=num_return_sequences,
             eos_token_id=self.tokenizer.sep_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
@@ -243,6 +256,7 @@ class TunedBlip(BaseModel):
 
         Raises:
             CheckpointError: if anything about it does not fit this model.
+            KeyError: if ``name`` is empty, has a dot, or is an attribute of the bank ("active").
         """
         adapter_files.load(self, folder, name, force)
         self.set_adapter(name)

@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_caption import BlipCaption
 from torch import Tensor
 from transformers import BertTokenizer
 
-from lavis_uniadapter.backbone import build_text_decoder
+from lavis_uniadapter.backbone.build import build_text_decoder
 from lavis_uniadapter.common.schema.model import CaptionModel
 from lavis_uniadapter.models.base import TunedBlip
 
@@ -57,6 +57,20 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
 
     def forward_encoder(self, samples: Mapping[str, Any]) -> Tensor:
         return self.visual_tokens(samples)
+
+    def forward_decoder(self, samples: Mapping[str, Any], image_embeds: Tensor):
+        """Loss of ``text_input``, captions that begin with the prompt (``lavis`` ``BlipCaption``).
+
+        Raises:
+            ValueError: for a caption without the prompt, whose first words would not be learnt.
+        """
+        for text in samples["text_input"]:
+            if not text.startswith(self.prompt):
+                raise ValueError(
+                    f"The caption {text!r} does not begin with the model's prompt {self.prompt!r}. "
+                    "Give the training text_processor the same prompt as the model."
+                )
+        return super().forward_decoder(samples, image_embeds)
 
     @torch.no_grad()
     def generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lavis.models.blip_models.blip import BlipBase
 from lavis.models.clip_models.model import CLIP
 from omegaconf import DictConfig, OmegaConf
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.errors import ConfigError
@@ -29,7 +30,7 @@ def is_lavis_model(model_cls: type) -> bool:
     return not hasattr(model_cls, "CONFIG")
 
 
-def check_lavis_model(config: Config) -> None:
+def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
     """Refuse what would stop one of LAVIS's own models in the middle of a run.
 
     Raises:
@@ -68,6 +69,19 @@ def check_lavis_model(config: Config) -> None:
             f"run.k_test is {run.k_test}; LAVIS's '{model.arch}' always reranks. Set it to at "
             "least 1."
         )
+    for name, splits in datasets.items() if reranks else ():
+        for split, dataset in splits.items():
+            queries = [len(getattr(dataset, kind, ())) for kind in ("text", "image")]
+            if not all(map(_each_process_has_a_share, filter(None, queries))):
+                raise ConfigError(
+                    f"datasets.{name}, {split} is too small for {get_world_size()} processes: "
+                    f"LAVIS's '{model.arch}' would leave one without a query. Use fewer."
+                )
+
+
+def _each_process_has_a_share(queries: int) -> bool:
+    processes = get_world_size()
+    return (processes - 1) * (queries // processes + 1) < queries
 
 
 def lavis_similarities(

@@ -20,9 +20,10 @@ from lavis.models.blip_models.blip_outputs import (
 from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.backbone import VisualMemory, build_text_encoder, encode_frames
+from lavis_uniadapter.backbone.build import build_text_encoder
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
-from lavis_uniadapter.backbone.visual_memory import frame_aware_weights
+from lavis_uniadapter.backbone.vision import encode_frames
+from lavis_uniadapter.backbone.visual_memory import VisualMemory, frame_aware_weights
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.common.schema.model import RetrievalModel
@@ -169,6 +170,12 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
+        active = self.adapters.active
+        if self.training and active and not self._trains(active):
+            raise ValueError(
+                f"The active adapter '{active}' is not the one that trains. Call "
+                f"set_adapter('{DEFAULT_SET}') first."
+            )
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
         ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)

@@ -9,8 +9,9 @@ from lavis.common.registry import registry
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import Tensor
 
-from lavis_uniadapter.backbone import VisualMemory, build_text_decoder, build_text_encoder
+from lavis_uniadapter.backbone.build import build_text_decoder, build_text_encoder
 from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema.model import VqaModel
 from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers

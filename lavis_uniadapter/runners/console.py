@@ -80,8 +80,9 @@ def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
         rows: dict[str, list[str]] = {}
         for name, value in values.items():
             if name != "agg_metrics" or len(values) == 1:
-                direction, metric = re.fullmatch(r"([tvi]2[tvi])?_?(.+)", name).groups()
-                rows.setdefault(direction or "", []).append(f"{metric} {value:.2f}")
+                direction = name[:3] if re.match("[tvi]2[tvi]_", name) else ""
+                metric = name[4:] if direction else name
+                rows.setdefault(direction, []).append(f"{metric} {value:.2f}")
         if not rows:
             lines.append(f"{split}: not measured; the predictions are in the folder result")
         lines += [f"{split} {row}".strip() + f": {'  '.join(rows[row])}" for row in rows]

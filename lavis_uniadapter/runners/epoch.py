@@ -81,7 +81,7 @@ class EpochProgress:
 
 
 def take_step(
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     max_norm: float | None,
     loss: Tensor,
@@ -110,7 +110,7 @@ def take_step(
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     found = torch.stack([torch.isfinite(norm), torch.isfinite(loss), scale]).float()
     dist.all_reduce(found, dist.ReduceOp.MIN)
-    optimizer.found_inf = 1 - found[0] * found[1]
+    optimizer.found_inf = 1 - found[0] * found[1]  # type: ignore[attr-defined]
     optimizer.step()
     if scaler is not None:
         scaler.update()
@@ -200,7 +200,8 @@ class TrainingEpoch:
 
     def _next_batch(self, batches: Iterator[Batch], may_save: bool) -> Batch:
         """The next batch, unless some rank has to stop or cannot read its own: then all stop."""
-        watch, failure, vote = self._runner.watch, None, Vote.CONTINUE
+        watch, vote = self._runner.watch, Vote.CONTINUE
+        failure: DatasetError | None = None
         try:
             batch = next(batches)
             self._log_unreadable(batch)
@@ -215,7 +216,7 @@ class TrainingEpoch:
         if may_save:
             self._settle()
             self._runner.save_latest(self._progress)
-        if vote == Vote.FAIL:
+        if failure is not None and vote == Vote.FAIL:
             raise failure
         if verdict == Vote.FAIL:
             raise AnotherRankFailed("Another rank cannot read its data.")

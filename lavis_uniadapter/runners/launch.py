@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lavis.common.optims  # noqa: F401  (registers the learning-rate schedules)
 import lavis.runners  # noqa: F401  (registers LAVIS's runners)
@@ -22,7 +23,6 @@ from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -132,7 +132,7 @@ def _build(config: Config, job_id: str) -> RunnerBase:
     return runner
 
 
-def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Dataset]]]:
+def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]]:
     task = setup_task(config)
     _check_allow_missing(config, task)
     run_cfg = config.run_cfg
@@ -148,7 +148,7 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Datas
             )
     if not run_cfg.evaluate:
         _check_training_splits(run_cfg, task)
-    check_lavis_model(config)
+    check_lavis_model(config, datasets)
     return task, datasets
 
 
@@ -210,6 +210,18 @@ def set_cache_root(run_cfg: DictConfig) -> None:
     registry.mapping["paths"]["cache_root"] = str(Path(root).expanduser().absolute())
 
 
+def _best_of_log(folder: Path, run_cfg: DictConfig) -> dict[str, float | None]:
+    """The best epoch of a stock runner, by its log, and its ``agg_metrics``."""
+    score = f"{next(iter(run_cfg.valid_splits), None)}_agg_metrics"
+    validated = [line for line in run_folders.logged(folder) if score in line]
+    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
+    found = [line.get("val_best_epoch") for line in validated]
+    of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
+    best = max(of_last, key=lambda line: line[score], default={})
+    epoch = next((v for k, v in best.items() if k.endswith("_epoch")), None)
+    return {"agg_metrics": best.get(score), "epoch": epoch}
+
+
 @main_process
 def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds: float) -> None:
     """Write ``summary.json``, which marks a run as finished; see ``run_folders.read``."""
@@ -218,12 +230,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
     momentum = momentum_parameters(runner._model)
     parameters = [p for name, p in runner._model.named_parameters() if name not in momentum]
     trained = [] if run_cfg.evaluate else [p for p in parameters if p.requires_grad]
-    score = f"{run_cfg.valid_splits[0]}_agg_metrics" if run_cfg.valid_splits else None
-    validated = [line for line in run_folders.logged(folder) if score in line]
-    # LAVIS's runner forgets the best epoch when it resumes, and logs the one that it found since.
-    found = [line.get("val_best_epoch") for line in validated]
-    of_last = [line for line, epoch in zip(validated, found, strict=True) if epoch == found[-1]]
-    best = max(of_last, key=lambda line: line[score], default={})
+    best = _best_of_log(folder, run_cfg) if is_stock(run_cfg) else runner.best
     write_json(
         folder / run_folders.SUMMARY,
         {
@@ -240,8 +247,8 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
             },
             "metrics": metrics,
             "best": {
-                "score": best.get(score),
-                "epoch": next((v for k, v in best.items() if k.endswith("_epoch")), None),
+                "score": None if best["epoch"] is None else best["agg_metrics"],
+                "epoch": best["epoch"],
             },
             "seconds": seconds,
             "peak_bytes": _peak_bytes(run_cfg.device),

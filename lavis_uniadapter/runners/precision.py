@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
+from omegaconf import DictConfig
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +22,7 @@ def choose_amp(requested: str | None, device: str) -> str | None:
     return "bf16" if native else None
 
 
-def describe(run_cfg: Mapping[str, Any]) -> str:
+def describe(run_cfg: DictConfig) -> str:
     """The format's name, such as float32 or bf16."""
     amp = run_cfg.amp or "float32"
     tf32 = run_cfg.matmul_precision == "high" and run_cfg.device == "cuda"

@@ -116,15 +116,17 @@ class RunnerUniAdapter(RunnerBase):
         dtype = AMP_DTYPES.get(self.amp)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def create_loaders(self, datasets, batch_sizes, is_trains, collate_fns, **_):
+    def create_loaders(self, datasets, is_trains, collate_fns, **_):
         """A `BatchLoader` for each split; items are sharded over ranks, in training shuffled."""
-        splits = zip(datasets, batch_sizes, is_trains, collate_fns, strict=True)
+        splits = zip(datasets, is_trains, collate_fns, strict=True)
         return [self._create_loader(*split) for split in splits]
 
-    def _create_loader(self, dataset, batch_size, training, collate_fn) -> BatchLoader:
+    def _create_loader(self, dataset, training, collate_fn) -> BatchLoader:
         if isinstance(dataset, list | tuple | IterableDataset):
             raise ConfigError("runner_uniadapter reads map-style datasets. Use runner_base.")
         run, rank, world = self.config.run_cfg, get_rank(), get_world_size()
+        # LAVIS gives a split named train the training batch, also where it is only evaluated
+        batch_size = run.batch_size_train if training else run.batch_size_eval
         if training:
             items = TrainingItems(dataset, run.num_workers, run.seed)
             sampler = TrainingShard(dataset, rank, world, run.seed)
@@ -218,10 +220,14 @@ class RunnerUniAdapter(RunnerBase):
         epoch, metric, is_best = progress.epoch - 1, self._metric_name, False
         self.log_stats({**stats, "epoch": epoch}, "train")
         text = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
-        for split, log in logs.items() if is_main_process() else ():
+        for split, log in logs.items():
+            if log is None:  # on the other ranks, and of LAVIS's tasks that measure nothing
+                continue
             self.log_stats({**log, "epoch": epoch}, split)
+            if split != self.valid_splits[0]:
+                continue
             text += f", {split} {metric} {log[metric]:.2f}"
-            if split == self.valid_splits[0] and log["agg_metrics"] > self.best["agg_metrics"]:
+            if log["agg_metrics"] > self.best["agg_metrics"]:
                 scores = {"value": log[metric], "agg_metrics": log["agg_metrics"]}
                 self.best, is_best = {"epoch": epoch, **scores}, True
                 text += " (best so far)"
@@ -265,7 +271,13 @@ class RunnerUniAdapter(RunnerBase):
         model = self.unwrap_dist_model(self.model)
         if not skip_reload and cur_epoch == "best":
             path = self.output_dir / BEST
-            training_state.load_model_state(model, run_checkpoints.read(path)["model"], path)
+            content = run_checkpoints.read(path)
+            training_state.load_model_state(model, content["model"], path)
+            if content["epoch"] != self.best["epoch"]:
+                logger.warning(
+                    "'%s' is of epoch %d, and epoch %s was the best.",
+                    *(path, content["epoch"], self.best["epoch"]),
+                )
         model.eval()
         self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
         if not getattr(self.task, "reads_batches", False):  # LAVIS's own
@@ -294,7 +306,8 @@ class RunnerUniAdapter(RunnerBase):
         if name == BEST_ADAPTER:
             metrics[f"{self.valid_splits[0]}_{self._metric_name}"] = self.best["value"]
         for split, values in (results or {}).items():
-            metrics |= {f"{split}_{k}": v for k, v in values.items() if k != "agg_metrics"}
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            metrics |= {f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"}
         self._model.save_adapter(self.output_dir / name, metrics)
 
     # --- log ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class UniAdapterCaptionTask(PredictionTask):
         ids = ids.tolist() if torch.is_tensor(ids) else ids
         return [{"image_id": i, "caption": c} for i, c in zip(ids, captions, strict=True)]
 
-    def describe(self, record):
+    def describe(self, record, prediction):
         return {"references": record["caption"]}
 
     def metrics(self, items):

@@ -134,8 +134,8 @@ class PredictionTask(MeasuredTask):
         """A prediction for each item of a batch, as it is written."""
 
     @abstractmethod
-    def describe(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What is written of a record of the annotation, beside ``file`` and prediction."""
+    def describe(self, record: Mapping[str, Any], prediction: Mapping[str, Any]) -> dict[str, Any]:
+        """What is written of a record of the annotation, beside its file and prediction."""
 
     @abstractmethod
     def metrics(self, items: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -161,10 +161,15 @@ class PredictionTask(MeasuredTask):
             return None
         predictions = {index: item for share in shares for index, item in share.items()}
         records = data_loader.dataset.annotation
+        if missing := set(range(len(records))).difference(predictions):
+            raise RuntimeError(
+                f"{len(missing)} of {len(records)} items were not predicted, the first being "
+                f"{records[min(missing)]}. The evaluation sampler must cover the split."
+            )
         return [
             {
                 "file": record.get("video", record.get("image")),
-                **self.describe(record),
+                **self.describe(record, predictions[index]),
                 **predictions[index],
             }
             for index, record in enumerate(records)

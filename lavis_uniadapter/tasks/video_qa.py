@@ -124,16 +124,11 @@ class VideoQATask(PredictionTask):
             answers = model.predict_answers(samples, answer_list=self.answer_list, **settings)
         return [{"prediction": answer} for answer in answers]
 
-    def evaluation(self, model, data_loader, **kwargs):
-        items = super().evaluation(model, data_loader, **kwargs)
-        return items and [{**item, "correct": is_correct(item)} for item in items]
-
-    def describe(self, record):
+    def describe(self, record, prediction):
         return {
-            "question_id": record["question_id"],
-            "question": record["question"],
+            **{key: record[key] for key in ("question_id", "question", "answer")},
             "question_type": question_type(record["question"]),
-            "answer": record["answer"],
+            "correct": is_correct(record | prediction),
         }
 
     def metrics(self, items):

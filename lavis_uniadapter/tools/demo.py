@@ -1,7 +1,4 @@
-"""The demo: a small BLIP, trained on stills and frozen, adapts to video by UniAdapter.
-
-It uses the same runner, tasks and recipes as real runs.
-"""
+"""The demo: a small BLIP, trained on stills and frozen, adapts to video by UniAdapter."""
 
 from __future__ import annotations
 
@@ -41,13 +38,7 @@ Cell = tuple[Tensor, str, bool]  # a clip, the text above it, and whether it is 
 
 
 def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ()) -> dict:
-    """Run the three stages; returns, and writes as ``demo.json``, what the table shows.
-
-    Args:
-        task: one of ``STAGES``.
-        seed: of the weights and of the order of training.
-        options: ``section.key=value`` for every stage.
-    """
+    """Run the three stages of a task, with ``options`` for each; returns what the table shows."""
     started = time.perf_counter()
     say = launch.logger.info
 

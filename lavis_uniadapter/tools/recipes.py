@@ -32,11 +32,7 @@ def comparisons() -> dict[str, Path]:
 
 
 def find(name: str, known: Mapping[str, Path]) -> Path:
-    """The file of a recipe, given its name or the path of a file.
-
-    Raises:
-        ConfigError: if it is neither; names the nearest recipe.
-    """
+    """The file of a recipe, given its name or the path of a file, or a ConfigError."""
     path = known.get(name, Path(name))
     if not path.is_file():
         raise ConfigError(
@@ -47,25 +43,14 @@ def find(name: str, known: Mapping[str, Path]) -> Path:
 
 
 def copy(name: str, target: Path) -> Path:
-    """Copy a recipe, or a comparison given as ``compare/NAME``; returns the new file.
-
-    Paths relative to the recipe's folder become absolute.
-
-    Raises:
-        ConfigError: if there is no such recipe, or the target exists.
-    """
+    """Copy a recipe, or a comparison given as ``compare/NAME``, or raise ConfigError."""
     known = runs() | {f"compare/{name}": path for name, path in comparisons().items()}
     source = find(name, known)
     if target.exists():
         raise ConfigError(f"'{target}' exists. Name another file or delete it.")
     if not target.parent.is_dir():
         raise ConfigError(f"No folder '{target.parent}'. Make it, or name another file.")
-    text = re.sub(
-        r"(?<=cfg_path: )\.\.?/[^\s,}]+",
-        lambda path: str((source.parent / path[0]).resolve()),
-        source.read_text(),
-    )
-    target.write_text(text)
+    target.write_bytes(source.read_bytes())
     return target
 
 

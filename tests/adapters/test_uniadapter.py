@@ -26,7 +26,8 @@ from small_models import (
 
 from lavis_uniadapter.adapters.bank import BackboneGeometry
 from lavis_uniadapter.adapters.uniadapter import UniAdapterSet
-from lavis_uniadapter.backbone import attach, build_visual_encoder
+from lavis_uniadapter.backbone import attach
+from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.methods import AdapterConfig
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arithmetic import Text, Vision
-from lavis_uniadapter.backbone import encode_frames
+from lavis_uniadapter.backbone.vision import encode_frames
 
 TEXT = Text(width=32, depth=2, mlp=64, vocabulary=168)
 VISION = Vision(width=32, depth=2, patch=16)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,73 @@ def test_saving_replaces_an_adapter_and_nothing_else(build_model, tmp_path):
             model.save_adapter(folder)
     assert mine.read_text() == "years of work"
     assert [*mine.parent.iterdir()] == [mine]
+
+
+def test_other_files_of_the_folder_stay(build_model, tmp_path):
+    folder = tmp_path / "adapter"
+    (folder / "plots").mkdir(parents=True)
+    (folder / "plots" / "loss.txt").write_text("loss")
+    (folder / "log.txt").write_text("log")
+    (tmp_path / "link").symlink_to(folder)
+    model = build_model()
+    for place in (folder, tmp_path / "link"):
+        model.save_adapter(place)
+    assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG, CARD, "plots", "log.txt"}
+    assert (folder / "plots" / "loss.txt").read_text() == "loss"
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "link"}
+
+
+@pytest.mark.parametrize("content", ['{"peft_type": "LORA"}', '{"format_version": 4}', "[]", "{"])
+def test_config_of_another_library_is_not_overwritten(build_model, tmp_path, content):
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(ConfigError, match=f"{CONFIG} save_adapter did not write"):
+        build_model().save_adapter(tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / CONFIG]
+    assert (tmp_path / CONFIG).read_text() == content
+
+
+def stop_at_change(monkeypatch, step):
+    """From the ``step``-th rename on, nothing changes on the disk: what a kill leaves."""
+    calls = []
+
+    def stopped(original):
+        def call(*args, **kwargs):
+            calls.append(args)
+            if len(calls) >= step:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", stopped(os.replace))
+    monkeypatch.setattr(Path, "rename", stopped(Path.rename))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_kill_while_saving_loses_no_adapter_and_blocks_no_save(
+    build_model, tmp_path, monkeypatch, step
+):
+    model = build_model()
+    folder = tmp_path / "adapter"
+    model.save_adapter(folder)
+    (folder / "log.txt").write_text("log")
+    perturb(model.adapters)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_change(patch, step)
+        model.save_adapter(folder)
+    wholes = [folder] if folder.exists() else [*tmp_path.glob(".adapter.*.old")]
+    assert wholes
+    for whole in wholes:
+        model.load_adapter(whole, "whole")
+    assert [path.read_text() for path in tmp_path.rglob("log.txt")] == ["log"]
+    model.save_adapter(folder)
+    model.load_adapter(folder, "again")
+
+
+@pytest.mark.parametrize("name", ["active", "layer", "a.b", ""])
+def test_bad_name_is_refused_before_files_are_read(build_model, tmp_path, name):
+    with pytest.raises(KeyError, match="A name is not empty, has no dot"):
+        build_model().load_adapter(tmp_path / "missing", name)
 
 
 # --- what is refused ----------------------------------------------------------------------------

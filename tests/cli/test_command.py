@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -97,11 +96,9 @@ def test_a_copied_recipe_is_the_recipe(tmp_path):
         recipes.copy("msrvtt_retrieval", copy)
 
 
-@pytest.mark.parametrize("name", recipes.comparisons())
-def test_a_copied_comparison_runs_the_same_recipes(name, tmp_path):
-    copy = recipes.copy(f"compare/{name}", tmp_path / "my.yaml")
-    ours, original = read_plan(copy), read_plan(recipes.comparisons()[name])
-    assert ours == original
+def test_a_copied_comparison_runs_the_same_recipes(tmp_path):
+    copy = recipes.copy("compare/flickr_retrieval", tmp_path / "my.yaml")
+    assert read_plan(copy) == read_plan(recipes.comparisons()["flickr_retrieval"])
 
 
 @pytest.mark.parametrize("options", [[], ["run.evaluate=True"]], ids=["train", "evaluate"])
@@ -154,17 +151,3 @@ def test_dry_run_checks_and_leaves_no_run(tiny, tmp_path, capsys, command, optio
 def test_dry_run_names_missing_files(tiny, capsys):
     assert main(["train", "msrvtt_retrieval", "--dry-run", "run.cache_root=empty"]) == 2
     assert "msrvtt" in capsys.readouterr().err
-
-
-@pytest.mark.processes
-def test_torchrun_starts_the_command(tiny):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "-m", "uniadapter_cli", "train", "shapes_retrieval"]
-    done = subprocess.run(
-        [*command, *tiny, "--dry-run"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("items: train 12, val 4, test 5") == 1  # on the first rank alone

@@ -73,7 +73,7 @@ def test_recipes_come_with_the_wheel(uniadapter, environment, tmp_path):
         assert f"  {name} " in listed.stdout
     copied = uniadapter("cp", "compare/shapes_methods", "my.yaml")
     assert copied.returncode == 0, copied.stderr
-    assert str(environment.parent) in (tmp_path / "my.yaml").read_text()
+    assert "cfg_path: shapes_retrieval" in (tmp_path / "my.yaml").read_text()
 
 
 @pytest.mark.processes

@@ -70,5 +70,5 @@ def test_written_files_are_synchronised_before_they_take_their_place(tmp_path, m
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda *a: (events.append("replace"), replace(*a)))
     write_contents(tmp_path)
-    assert events == ["fsync"] * 3 + ["replace"] * 3
+    assert events[:3] == ["fsync"] * 3 and events.count("replace") == 3
     assert contents_of(tmp_path) == {"a.json": b"new", "b.json": b"neu", "c.json": b"3"}

@@ -297,8 +297,8 @@ def test_any_option_is_read_or_refused(config_file, options):
         ([f"{PROCESSOR}=blip_video_train"], f"{PROCESSOR} is 'blip_video_train'; it must be"),
         ([f"datasets.{DATASET}.generate=[1]"], "generate is .*; it must be a section"),
         ([f"datasets.{DATASET}.build_info.videos=x"], "build_info.videos is 'x'; it must be a"),
-        (["run.max_epoch=True"], "run.max_epoch is True; it must be a valid integer"),
-        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a finite number"),
+        (["run.max_epoch=True"], "run.max_epoch is True; it must be a whole number"),
+        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a number"),
         (
             [f"run.max_epoch=-{'9' * 400}"],
             r"run.max_epoch is -9+\.\.\.9+; it must be greater than or equal to 1",
@@ -306,12 +306,12 @@ def test_any_option_is_read_or_refused(config_file, options):
         ([f"run.seed={2**32}"], "run.seed is 4294967296; it must be .* to 4294967295"),
         (["run.resume_ckpt_path=5"], "run.resume_ckpt_path: no file '5'"),
         ([f"run.resume_ckpt_path={'a' * 5000}"], r"run.resume_ckpt_path: no file 'a+\.\.\.a+'"),
-        (["run.valid_splits=val"], r"run.valid_splits is 'val'; .* a list, as in \[a, b\]"),
+        (["run.valid_splits=val"], r"run.valid_splits is 'val'; .* as in \[val\]"),
         (["run.prompt=${nothing}"], "nothing"),
         (["run.output_dir=${nothing}"], "nothing"),
         (["run.prompt=???"], "run.prompt"),
         (["run.seed={"], "Option 'run.seed={' cannot be read"),
-        (["run.lr"], "Unknown configuration key 'run.lr'"),
+        (["run.lr"], "'run.lr' has no '='"),
     ],
 )
 def test_impossible_options_are_named(config_file, options, expected):

@@ -25,6 +25,7 @@ from tiny_runs import ROOT, TRAIN
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
+from lavis_uniadapter.models import lavis_models
 from lavis_uniadapter.runners import launch, run_folders
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.tasks import retrieval
@@ -382,10 +383,9 @@ def test_two_processes_train_and_test_as_one(start, options_of, tmp_path):
     ]
     for split in ("val", "test"):  # three images of three colours, so that nothing ties
         change(annotations / f"{split}.json", lambda _: records[:3])
-    command = [*(sys.executable, "-m", "torch.distributed.run", "--standalone")]
-    command += ["--nproc_per_node=2", small_lavis.__file__, "train", str(path_of(name))]
+    command = [sys.executable, small_lavis.__file__, "train", str(path_of(name)), *small]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *small], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "output/baselines/blip_retrieval_flickr/two"
     weights = ("model.load_finetuned=True", f"model.finetuned={folder / BEST}")
@@ -406,6 +406,12 @@ class InThisProcess(Executor):
 
     def wait(self):
         return uniadapter(self._command[self._command.index("uniadapter_cli") + 1 :])
+
+
+def test_a_gallery_that_leaves_a_process_nothing_is_refused(start, monkeypatch):
+    monkeypatch.setattr(lavis_models, "get_world_size", lambda: 2)
+    with pytest.raises(ConfigError, match="datasets.flickr30k, val is too small for 2 processes"):
+        start("blip_retrieval_flickr")
 
 
 def test_one_table_of_our_methods_and_lavis_models(

@@ -7,7 +7,7 @@ import torch
 from lavis.models.blip_models.blip_caption import BlipCaption
 from small_models import CAPTION, VIT, LavisDecoder, perturb
 
-from lavis_uniadapter.backbone import build_text_decoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_decoder, build_visual_encoder
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import ConfigError
 
@@ -180,6 +180,8 @@ def test_the_prompt_is_not_learnt(build, images):
         labels = model({**images, "text_input": CAPTIONS}).intermediate_output.decoder_labels
     assert model.prompt_length == 3  # [DEC] there is
     assert (labels[:, :3] == -100).all() and (labels[:, 3] != -100).all()
+    with pytest.raises(ValueError, match="does not begin with the model's prompt"):
+        model({**images, "text_input": ["a star", "a red circle"]})
 
 
 def test_no_prompt_at_all(build, images):

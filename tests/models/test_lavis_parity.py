@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.checkpoints import blip_files
 from lavis_uniadapter.checkpoints.blip_files import load_base_state_dict
 from lavis_uniadapter.common.errors import CheckpointError

@@ -20,7 +20,7 @@ from lavis.models.med import XBertLMHeadDecoder
 from omegaconf import OmegaConf
 from small_models import TYPES, VIT, skip_init
 
-from lavis_uniadapter.backbone import (
+from lavis_uniadapter.backbone.build import (
     build_text_decoder,
     build_text_encoder,
     build_visual_encoder,

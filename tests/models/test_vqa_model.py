@@ -7,7 +7,7 @@ import torch
 from lavis.models.blip_models.blip_vqa import BlipVQA
 from small_models import VIT, VQA, LavisDecoder, batch, perturb
 
-from lavis_uniadapter.backbone import (
+from lavis_uniadapter.backbone.build import (
     build_text_decoder,
     build_text_encoder,
     build_visual_encoder,

@@ -270,7 +270,7 @@ def resident_megabytes() -> float:
 @pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads memory from /proc")
 def test_memory_and_files_stay_flat(run):
-    """Over 150 steps with checkpoints between, and 10 evaluations."""
+    """Over 90 steps with checkpoints between, and 8 evaluations."""
     options = ('run.valid_splits=["val"]', "run.checkpoint_freq=4", "run.max_epoch=1")
     options += ("model.vit.width=32", "model.vit.num_heads=2")
     runner = run("shapes_retrieval", *SHORT, *options).runner
@@ -284,7 +284,7 @@ def test_memory_and_files_stay_flat(run):
         for _ in range(number):
             runner.eval_epoch("val", cur_epoch=0)
 
-    for work, few, many in ((steps, 60, 150), (evaluations, 5, 10)):
+    for work, few, many in ((steps, 30, 90), (evaluations, 3, 8)):
         work(few)
         gc.collect()
         before = open_files(), live_tensors(), resident_megabytes()

@@ -17,7 +17,7 @@ from kill_and_resume import first_difference
 from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of
 
-from lavis_uniadapter.backbone import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders

@@ -19,11 +19,11 @@ from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
-from lavis_uniadapter.runners import epoch, launch, runner
+from lavis_uniadapter.runners import epoch, launch, run_checkpoints, runner
 from lavis_uniadapter.runners.epoch import EpochProgress
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.runners.run_folders import choose_folder
-from lavis_uniadapter.runners.runner import BEST_ADAPTER
+from lavis_uniadapter.runners.runner import BEST_ADAPTER, RunnerUniAdapter
 from uniadapter_cli.main import main
 
 
@@ -198,7 +198,8 @@ def test_mixed_precision_is_near_full_precision_and_not_it(run):
 def test_compiled_visual_encoder_trains_alike(run, monkeypatch, tuning):
     """Traced, differentiated and functionalised as for the real backend, without its compiler."""
     monkeypatch.setattr(runner, "COMPILE_BACKEND", "aot_eager")
-    options = (f"model.tuning={tuning}", "run.max_epoch=1", "run.test_splits=[]")
+    options = (f"model.tuning={tuning}", "run.max_epoch=1", "run.valid_splits=[]")
+    options += ("run.test_splits=[]",)
     results = [run("shapes_retrieval", *options, f"run.compile={value}") for value in (False, True)]
     compiled = results[1].runner._model.visual_encoder.blocks[0]
     assert compiled._compiled_call_impl is not None
@@ -415,9 +416,8 @@ def test_broken_data_end_in_one_clear_error(own_data, harm, capsys):
         video = sorted((data / "videos").iterdir())[0]
         video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
         expected = video.name
-    status = main(["train", str(own_data / "own.yaml")])
+    assert main(["train", str(own_data / "own.yaml")]) == 2
     captured = capsys.readouterr()
-    assert status == 2
     assert expected in captured.err
     assert "epoch 1" not in captured.out
 
@@ -425,3 +425,26 @@ def test_broken_data_end_in_one_clear_error(own_data, harm, capsys):
 def test_configuration_error_is_raised_to_python_callers(tmp_path):
     with pytest.raises(ConfigError, match="No configuration file"):
         launch.run(tmp_path / "none.yaml")
+
+
+def test_a_best_checkpoint_of_another_epoch_is_named(run, caplog):
+    result = run("shapes_retrieval", "run.max_epoch=1", "run.test_splits=[]")
+    content = run_checkpoints.read(result.output_dir / BEST)
+    run_checkpoints.write({**content, "epoch": 7}, result.output_dir / BEST)
+    with caplog.at_level("WARNING"):
+        result.runner.eval_epoch("val", cur_epoch="best")
+    assert "is of epoch 7, and epoch 0 was the best" in caplog.text
+
+
+def test_only_the_first_validation_split_needs_the_selection_metric(run, monkeypatch):
+    """Others may lack it (question types), and LAVIS's tasks may measure nothing at all."""
+    measured = {"val": {"agg_metrics": 1.0, "mean_recall": 1.0}, "test": {"agg_metrics": 2.0}}
+
+    def eval_epoch(runner, split, cur_epoch, skip_reload=False):
+        return None if cur_epoch == 1 else measured[split]
+
+    monkeypatch.setattr(RunnerUniAdapter, "eval_epoch", eval_epoch)
+    result = run("shapes_retrieval", "run.valid_splits=[val,test]", "run.test_splits=[]")
+    assert result.runner.best == {"epoch": 0, "value": 1.0, "agg_metrics": 1.0}
+    summary = json.loads((result.output_dir / "summary.json").read_text())
+    assert summary["best"] == {"score": 1.0, "epoch": 0}

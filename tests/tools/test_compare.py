@@ -144,7 +144,7 @@ def stub_children(monkeypatch):
     ("jobs", "processes", "threads", "policy"),
     [(1, 1, "8", None), (2, 1, "4", "PASSIVE"), (1, 2, "4", "PASSIVE"), (4, 4, "1", "PASSIVE")],
 )
-def test_runs_beside_each_other_share_the_processors(
+def test_concurrent_runs_share_the_processors(
     plan_file, stub_children, tmp_path, monkeypatch, jobs, processes, threads, policy
 ):
     environments = []
@@ -320,9 +320,7 @@ def test_folder_without_results_is_named(tmp_path, capsys):
 
 
 @pytest.mark.processes
-def test_compares_for_real_and_goes_on_where_it_stopped(
-    plan_file, tmp_path, tiny_cache, monkeypatch, capsys
-):
+def test_a_comparison_runs_and_resumes(plan_file, tmp_path, tiny_cache, monkeypatch, capsys):
     """One run that finishes, and one that cannot work; then the first lacks its test."""
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]

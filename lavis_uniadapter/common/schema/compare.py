@@ -12,7 +12,7 @@ from lavis_uniadapter.common.schema.section import Numbers, Section, Text, Texts
 class RunEntry(Section):
     """A line of the comparison, run once for each seed."""
 
-    cfg_path: Text | None = option(None, "Relative to this file; null: the comparison's.")
+    cfg_path: Text | None = option(None, "A recipe; null: the comparison's.")
     options: Texts = option((), "Options over the configuration, after those for all runs.")
     learning_rates: Numbers | None = option(None, "To choose from; null: the comparison's.")
     learning_rate_of: str | None = option(None, "Take the learning rate of this run.")
@@ -27,7 +27,7 @@ Entry = Annotated[RunEntry, BeforeValidator(lambda entry: {} if entry is None el
 class PlanFile(Section):
     """A comparison file."""
 
-    cfg_path: Text | None = option(None, "For runs that name none; relative to this file.")
+    cfg_path: Text | None = option(None, "A recipe's name, or a file; for runs that give none.")
     output_dir: Text = option(..., "Folder of the results, relative to where the command runs.")
     metrics: Metrics = option(..., "Metrics of the test split; the first is plotted.")
     seeds: Seeds = option((42,), "Seeds of each run.")

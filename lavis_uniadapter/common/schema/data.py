@@ -63,11 +63,10 @@ class DatasetSection(Section):
 def read_dataset(name: str, values: Any) -> dict[str, Any]:
     """Validate a dataset's section, its processors' options and its ``generate`` section.
 
-    Returns:
-        What is given, and the defaults of the options of this package's processors.
+    Adds the defaults of this package's processors. Does not check options of LAVIS's.
 
     Raises:
-        ConfigError: naming what is wrong. Options of LAVIS's processors are not checked here.
+        ConfigError: naming what is wrong.
     """
     where = f"datasets.{name}"
     section = DatasetSection.read(values, where).model_dump(mode="json", exclude_unset=True)

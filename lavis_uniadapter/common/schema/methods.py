@@ -80,12 +80,9 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 
 def reject_unread_keys(given: Mapping[str, Any], tuning: str) -> None:
-    """Refuse keys of a user's ``model:`` section that belong to another method.
+    """Raise ConfigError for a key of a user's ``model:`` section that another method reads.
 
     It takes what the user wrote, as the defaults of a model type have the sections of all methods.
-
-    Raises:
-        ConfigError: naming the first such key.
     """
     config = METHODS[tuning]
     for name in filter(None, dict.fromkeys(method.SECTION for method in METHODS.values())):

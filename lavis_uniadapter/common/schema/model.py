@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -143,11 +143,3 @@ MODELS: dict[str, type[ModelSection]] = {
     "blip_uniadapter_vqa": VqaModel,
     "blip_uniadapter_caption": CaptionModel,
 }
-
-
-def default_file(model: Any) -> str | None:
-    """The default configuration that a ``model:`` section asks for, if it is one of ours."""
-    arch, model_type = (model.get(key) for key in ("arch", "model_type"))
-    if not (isinstance(arch, str) and isinstance(model_type, str) and arch in MODELS):
-        return None
-    return MODELS[arch].files().get(model_type)

@@ -24,10 +24,7 @@ class VideoEval(Section):
 
 
 class VideoTrain(VideoEval):
-    """``blip_video_train``: a random frame of each segment, cropped, flipped and augmented.
-
-    All frames of a clip are treated alike.
-    """
+    """``blip_video_train``: a random frame of each segment; all are cropped and changed alike."""
 
     name: Literal["blip_video_train"] = option(  # type: ignore[assignment]
         "blip_video_train", "Name of the processor."

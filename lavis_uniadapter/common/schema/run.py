@@ -89,7 +89,7 @@ class RunSection(Evaluation):
     test_splits: Texts = option((), "Tested in the end.")
     batch_size_train: Size | None = option(None, "On each process. Needed to train.")
     batch_size_eval: Size = option(..., "On each process.")
-    num_workers: Count = option(..., "Processes that read data, beside each training process.")
+    num_workers: Count = option(..., "Processes that read data, for each training process.")
     check_files: bool = option(True, "Open every image and video before training starts.")
     use_dist_eval_sampler: bool = option(True, "Evaluate a share of each split on each process.")
 

@@ -16,11 +16,16 @@ from lavis_uniadapter.common.errors import ConfigError, nearest, unknown_key
 
 # What a value must be, by pydantic's type of error, where its own words are not those of YAML.
 MUST = {
+    "bool_type": "be True or False",
     "dict_type": "be a section",
+    "finite_number": "be a number",
+    "float_type": "be a number",
+    "int_type": "be a whole number",
     "model_type": "be a section",
     "string_pattern_mismatch": "be a name without / or \\",
+    "string_type": "be a text",
     "too_short": "not be empty",
-    "tuple_type": "be a list, as in [a, b]",
+    "tuple_type": "be a list, as in [val]",
 }
 
 
@@ -69,14 +74,10 @@ class Section(BaseModel):
 
     @classmethod
     def read(cls, values: Any, where: str) -> Self:
-        """Validate a section of a file.
-
-        Args:
-            values: a mapping, an OmegaConf section, or None for an empty one.
-            where: the section's dotted path, for messages.
+        """Validate a mapping, an OmegaConf section, or None for an empty one.
 
         Raises:
-            ConfigError: naming the key, its value, and what it must be.
+            ConfigError: naming the key, with the dotted path ``where`` before it, and its value.
         """
         if OmegaConf.is_config(values):
             values = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)

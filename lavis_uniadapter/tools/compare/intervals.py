@@ -27,10 +27,8 @@ def paired_difference(
     """How much higher a metric is than the reference's, over the queries that both answered.
 
     Queries and seeds are resampled with replacement, the same ones on both sides. Runs are paired
-    by seed; a line of one run, such as zero-shot, is paired with every run of the other.
-
-    Returns:
-        None if a run has no outcomes of the metric, or they are of other queries.
+    by seed; a line of one run, such as zero-shot, is paired with every run of the other. None if a
+    run has no outcomes of the metric, or they are of other queries.
     """
     pairs = [
         (one.outcomes.get(metric, ()), other.outcomes.get(metric, ()))

@@ -9,14 +9,13 @@ from pathlib import Path
 from lavis_uniadapter.common.config import read_yaml
 from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
+from lavis_uniadapter.tools import recipes
 
 
 def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = None) -> PlanFile:
-    """Read a comparison file; each run gets its configuration's full path and all its options.
+    """Read a comparison file; each run gets the full path of its recipe and all its options.
 
-    Args:
-        options: for every run, including the base; they win over the file's.
-        output_dir: replaces the file's.
+    ``options`` are for every run, the base included, and win over the file's.
 
     Raises:
         ConfigError: naming what is wrong.
@@ -31,13 +30,17 @@ def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = 
 def _complete(
     plan: PlanFile, folder: Path, options: Sequence[str], output_dir: str | None
 ) -> PlanFile:
+    known = recipes.runs()
+
     def complete(name: str, run: RunEntry, common: Sequence[str]) -> RunEntry:
         cfg_path = run.cfg_path or plan.cfg_path
-        if not cfg_path or not (folder / cfg_path).is_file():
-            raise ConfigError(f"cfg_path of '{name}' is {cfg_path!r}, which is no file.")
+        if cfg_path is None:
+            raise ConfigError(f"'{name}' has no cfg_path.")
+        file = folder / cfg_path
+        path = file if file.is_file() else recipes.find(cfg_path, known)
         rates = plan.learning_rates if run.learning_rates is None else run.learning_rates
         changes = {
-            "cfg_path": str((folder / cfg_path).resolve()),
+            "cfg_path": str(path.resolve()),
             "options": (*common, *run.options, *options),
             "learning_rates": () if run.learning_rate_of or run.evaluate else rates,
         }

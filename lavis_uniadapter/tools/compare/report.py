@@ -21,11 +21,7 @@ from lavis_uniadapter.tools.compare.running import Line
 def rows_of(
     lines: Sequence[Line], metrics: Sequence[str], reference: str | None = None
 ) -> list[dict[str, Any]]:
-    """A row a line: means over seeds, sample standard deviations, and paired differences.
-
-    Args:
-        reference: name of the line that differences are taken from.
-    """
+    """A row a line: means over seeds, sample standard deviations, and differences."""
     rows = []
     others = next((line.runs for line in lines if line.name == reference), [])
     for line in lines:
@@ -136,11 +132,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], metric: str, picture: Path) -> None
 
 
 def added_lines(added: Sequence[str]) -> list[Line]:
-    """Lines of finished runs' folders, given as NAME=FOLDER; of one name, seeds of one line.
-
-    Raises:
-        ConfigError: naming what is no such pair, or a folder without a finished run.
-    """
+    """Lines of finished runs, each given as NAME=FOLDER, by name; or a ConfigError."""
     lines: dict[str, Line] = {}
     for item in added:
         name, equals, folder = item.partition("=")

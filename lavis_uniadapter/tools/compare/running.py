@@ -49,12 +49,9 @@ Job = tuple[Line, str, tuple[str, ...]]
 
 
 class Comparison:
-    """Runs a plan; runs that have finished before are not repeated.
+    """Runs a plan, ``jobs`` runs at a time, each in one process or several.
 
-    Args:
-        plan: what to run, from ``read_plan``.
-        jobs: runs at a time; processor threads are divided among them.
-        processes: of each run, by torchrun; 1: a plain process.
+    Runs that have finished before are not repeated. Processor threads are divided among the jobs.
     """
 
     def __init__(self, plan: PlanFile, jobs: int = 1, processes: int = 1):

@@ -1,5 +1,7 @@
 """Miniature benchmarks in an empty folder."""
 
+import multiprocessing
+
 import pytest
 from clips import write_clip
 from published import MSRVTT, DiDeMo
@@ -12,6 +14,14 @@ def clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     write_clip(path, num_frames=4)
     return path
+
+
+@pytest.fixture
+def leaves_no_workers():
+    """Check that no process that the test has started is left."""
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.fixture

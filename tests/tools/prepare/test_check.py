@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -57,16 +56,12 @@ def checked(folder, capsys):
     return run
 
 
-def no_workers_are_left():
-    return not multiprocessing.active_children()
-
-
+@pytest.mark.usefixtures("leaves_no_workers")
 def test_a_whole_folder_passes(checked):
     for options in ((), ("--thorough", "--threads", 1)):
         status, report, wrong = checked(*options)
         assert (status, wrong) == (0, {})
         assert "4 files in" in report and "4 can be read, 0 cannot" in report
-    assert no_workers_are_left()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,6 +149,7 @@ def test_a_video_and_the_frames_beside_it_are_examined_each(folder, checked):
     assert set(wrong) == {f"videos/one.mp4{EXTRACTED_SUFFIX}", "videos/three.mp4"}
 
 
+@pytest.mark.usefixtures("leaves_no_workers")
 def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, monkeypatch, request):
     for name in ("a", "b", "c"):
         (folder / f"{name}.mp4").write_bytes(b"x")
@@ -166,7 +162,6 @@ def test_an_interruption_ends_the_check_with_what_was_found(folder, checked, mon
     assert status == 130
     assert wrong == {"a.mp4": "a.mp4 is bad"}
     assert report.startswith(f"interrupted after 1 of 7 files\n1 files in {folder}: 0 can be read")
-    assert no_workers_are_left()
 
 
 # --- what is searched, annotations, output --------------------------------------------------------

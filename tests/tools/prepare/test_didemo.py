@@ -92,3 +92,11 @@ def test_published_numbers(did, undecoded, monkeypatch):
             (did.videos / f"{split}{n}.mp4").touch()
     did.save()
     assert counts_in(did.succeed(*did.val, counts=None))["retrieval_train.json"] == (84, 84)
+
+
+def test_videos_in_subfolders_are_not_used(did):
+    did.records["train"][0]["video"] = "part/1@N00_a.avi"
+    did.save()
+    (did.videos / "part").mkdir()
+    (did.videos / "1@N00_a.avi").rename(did.videos / "part/1@N00_a.avi")
+    assert "part/1@N00_a.avi: missing" in did.fail()

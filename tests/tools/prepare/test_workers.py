@@ -1,10 +1,10 @@
 """Files are examined in worker processes, whatever they do to the decoder."""
 
-import multiprocessing
 import os
 import signal
 
 import decoders
+import pytest
 
 from lavis_uniadapter.tools.prepare import workers
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
@@ -16,6 +16,7 @@ def examined(examine, files, workers=1, seconds=SECONDS):
     return dict(examine_isolated(examine, files, workers, seconds))
 
 
+@pytest.mark.usefixtures("leaves_no_workers")
 def test_a_decoder_that_hangs_or_dies_does_not_stop_the_check():
     assert examined(decoders.harmful, [*decoders.HARMS, "whole"], workers=2) == {
         "hangs": f"it took longer than {SECONDS} s to decode",
@@ -25,7 +26,6 @@ def test_a_decoder_that_hangs_or_dies_does_not_stop_the_check():
         "raises": 'KeyError: "a decoder\'s own error"',
         "whole": None,
     }
-    assert not multiprocessing.active_children()
 
 
 def test_a_file_is_not_blamed_for_what_an_earlier_one_did_to_the_process():
@@ -33,11 +33,11 @@ def test_a_file_is_not_blamed_for_what_an_earlier_one_did_to_the_process():
     assert examined(decoders.harmed_by_an_earlier_file, files) == dict.fromkeys(files)
 
 
+@pytest.mark.usefixtures("leaves_no_workers")
 def test_workers_work_side_by_side_and_take_any_name(tmp_path):
     names = [os.fsdecode(b"caf\xe9"), "new\nline"]
     paths = [str(tmp_path / name) for name in names]
     assert examined(decoders.meet, paths, 2, 60) == dict(zip(paths, names, strict=True))
-    assert not multiprocessing.active_children()
 
 
 def test_no_files_need_no_workers():
