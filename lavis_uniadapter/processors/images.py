@@ -5,7 +5,6 @@ LAVIS's benchmark data sets are read by LAVIS's own processors, without any of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import IO
 
 import numpy as np
@@ -13,8 +12,8 @@ from PIL import Image, ImageOps
 
 from lavis_uniadapter.processors.decoding import images_read_whole
 
-# Pillow's modes with more than 8 bits per channel, and the value of white; None: unknown.
-_DEEP = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535, "F": None}
+# Pillow's modes with more than 8 bits per channel, and the value of white.
+_DEEP = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535, "F": 1}
 
 
 class ImageError(ValueError):
@@ -24,7 +23,7 @@ class ImageError(ValueError):
 def read_image(
     source: str | IO[bytes],
     max_pixels: int = 100_000_000,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Read an image, turned as its EXIF orientation says.
 
@@ -55,8 +54,6 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     white = _DEEP[image.mode]
-    if white is None:
-        white = 1.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= white):
         raise ImageError(f"its pixels (mode {image.mode}) are outside 0 to {white:g}")
     scaled = values.astype(np.float32)  # exact for 16 bits

@@ -72,7 +72,7 @@ class Engine:
 
     @classmethod
     def from_config(
-        cls, cfg: str | Path, options: Sequence[str] = (), adapter: str | Path | None = None
+        cls, cfg: str | Path, options: Sequence[str] = (), adapter: str | os.PathLike | None = None
     ) -> Engine:
         """Build what a retrieval recipe describes.
 

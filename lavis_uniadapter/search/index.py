@@ -134,7 +134,7 @@ class Index:
         engine = Engine.from_config(recipe, options, adapter)
         asked = {"store": store, "window": window, "fingerprint": engine.fingerprint()}
         with contextlib.ExitStack() as held:
-            opened: list[Any] = [None, None]
+            opened: list[Any] = [None, None]  # on the other ranks
 
             def prepare() -> tuple[dict[str, Any], Work]:
                 held.enter_context(sole_user(folder))
@@ -154,7 +154,8 @@ class Index:
 
             about, work = on_main_process(prepare, errors=_ERRORS)
             reading = {"window": about["window"], "workers": workers, "timeout": timeout}
-            return update(*opened, engine, work, Path(about["root"]), **reading)
+            manifest, vectors = opened
+            return update(manifest, vectors, engine, work, Path(about["root"]), **reading)
 
     @classmethod
     def open(
@@ -253,13 +254,12 @@ class Index:
         _check_threshold(min_probability, judged=text is not None and rerank > 0)
         encoded, vector = self._encode(text, image, like)
         candidates = self._shortlist(vector, max(4 * top, rerank))
-        reranked = rerank if encoded is not None else 0
-        if not reranked:
+        if encoded is None or rerank == 0:
             yield Stage("done", moments(candidates, vector, self.root, top))
             return
         yield Stage("shortlist", moments(candidates, vector, self.root, top))
         judged: list[Candidate] = []
-        total = min(reranked, len(candidates))
+        total = min(rerank, len(candidates))
         for some in batches(candidates[:total], min(self.engine.batch_size, _STEP)):
             read = {c.stored.id: self._read(c.stored) for c in some}
             with self._lock:
@@ -303,7 +303,7 @@ class Index:
 
     def _match(
         self,
-        text: TextFeatures | None,
+        text: TextFeatures,
         some: Sequence[Candidate],
         read: dict[int, VisualFeatures | Tensor | None],
     ) -> list[Candidate]:

@@ -23,9 +23,12 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here"
-)
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here"
+    ),
+]
 
 
 @contextlib.contextmanager
@@ -84,7 +87,7 @@ def page(browser, index):
 
 
 def wait(browser, condition):
-    return WebDriverWait(browser, 20).until(condition)
+    return WebDriverWait(browser, 60).until(condition)
 
 
 def find(browser, selector):
