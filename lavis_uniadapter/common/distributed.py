@@ -39,6 +39,8 @@ def init_process_group(device: str) -> None:
     """Join torchrun's group, or make one of size 1. Does nothing where there is one."""
     global _host_group
     if dist.is_initialized():
+        if _host_group is None and dist.get_backend() != "gloo":  # the caller's own group
+            _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         return
     backend = "nccl" if device == "cuda" else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

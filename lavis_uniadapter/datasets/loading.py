@@ -20,6 +20,7 @@ from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 
 POLL = 1.0  # seconds between two looks at the workers while a batch is awaited
+PINNING = "in pin memory thread"  # in PyTorch's messages
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class BatchLoader:
                 raise DatasetError(str(error).rpartition("DatasetError: ")[2].strip()) from None
             except (RuntimeError, OSError, EOFError) as error:
                 # "Caught" by a worker: an error in the code that reads
-                if str(error).startswith("Caught") or not self._loader.num_workers:
+                by_worker = str(error).startswith("Caught") and PINNING not in str(error)
+                if by_worker or not self._loader.num_workers:
                     raise
                 raise DatasetError(self._describe(error)) from error
 
@@ -152,6 +154,8 @@ class BatchLoader:
         )
         if "timed out" in str(error):
             what = f"A data worker returned no batch for {self._timeout:g} s (run.data_timeout)"
+        elif PINNING in str(error):
+            what = f"A batch could not be pinned in memory ({str(error).strip().splitlines()[-1]})"
         else:
             said = (str(error).strip() or type(error).__name__).splitlines()[-1]
             what = f"A data worker died ({said})"

@@ -144,25 +144,29 @@ class EvaluationItems(TrainingItems):
         self.allow_missing = allow_missing
 
     def replace(self, fault: Unreadable) -> tuple[int, Any]:
-        annotation, index = self.dataset.annotation, fault.index
-        record = annotation[index]
-        key = "video" if "video" in record else "image"
-        # many questions may be about one clip
-        names = dict.fromkeys(other[key] for other in [*annotation[index:], *annotation[:index]])
-        most = MAX_REPLACEMENTS if self.allow_missing else 0
-        try:
-            for name in list(names)[1 : most + 1]:
-                annotation[index] = {**record, key: name}
-                item, failure = self.try_to_read(index)
-                if failure is None:
-                    return index, item
-        finally:
-            annotation[index] = record
+        item = self._read_with_another_visual(fault.index) if self.allow_missing else None
+        if item is not None:
+            return fault.index, item
         raise DatasetError(
             f"'{fault.file}' cannot be read ({fault.reason}). Replace the file; or set "
             "allow_missing: True of the dataset, and its items are scored as wrong and counted, as "
             "long as others can be read."
         )
+
+    def _read_with_another_visual(self, index: int) -> Any:
+        annotation, record = self.dataset.annotation, self.dataset.annotation[index]
+        key = "video" if "video" in record else "image"
+        # many questions may be about one clip
+        names = dict.fromkeys(other[key] for other in [*annotation[index:], *annotation[:index]])
+        try:
+            for name in list(names)[1 : MAX_REPLACEMENTS + 1]:
+                annotation[index] = {**record, key: name}
+                item, failure = self.try_to_read(index)
+                if failure is None:
+                    return item
+        finally:
+            annotation[index] = record
+        return None
 
 
 def file_of(dataset: Dataset, index: int) -> str:

@@ -162,9 +162,9 @@ def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
     return [
         f"{section}.{key}"
         for section in ("datasets", "model", "run")
-        for key in sorted({*noted[section], *config[section]})
-        if noted[section].get(key) != config[section].get(key)
-        and not (section == "run" and key in MAY_DIFFER)
+        for before, now in [(noted.get(section) or {}, config[section])]
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not (section == "run" and key in MAY_DIFFER)
     ]
 
 
@@ -203,7 +203,12 @@ def _read_lavis_metrics(folder: Path, split: str) -> Mapping[str, Any]:
             f"'{folder}' holds neither {SUMMARY} nor {LAVIS_RESULTS}: no finished run of this "
             "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
         )
-    last = json.loads(path.read_text().splitlines()[-1])
+    try:
+        last = json.loads(path.read_text().splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise FileNotFoundError(
+            f"'{path}' does not end in a result of one of LAVIS's tasks ({error}). Evaluate again."
+        ) from error
     # captioning and classification name the split
     return _in_percent(last[split]) if split in last else last
 

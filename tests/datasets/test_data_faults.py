@@ -373,3 +373,29 @@ def clips_options(options):
     from tiny_runs import TINY_CLIPS, TINY_RUN
 
     return [*TINY_CLIPS, *TINY_RUN, *options]
+
+
+def test_an_unreadable_item_of_any_dataset_is_named():
+    """Also where records are no list called annotation."""
+
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise OSError("gone")
+
+    with pytest.raises(DatasetError, match="'item 1' cannot be read .OSError: gone"):
+        EvaluationItems(Broken(), 0).__getitems__([1])
+
+
+def test_a_batch_that_cannot_be_pinned_is_a_data_error(monkeypatch):
+    loader = BatchLoader(EvaluationItems([1, 2], 1), range(2), batch_size=2, num_workers=1)
+    error = RuntimeError("Caught RuntimeError in pin memory thread\nRuntimeError: out of memory")
+
+    def fail(batches):
+        raise error
+
+    monkeypatch.setattr(loader, "_await", fail)
+    with pytest.raises(DatasetError, match="pinned in memory .RuntimeError: out of memory"):
+        next(iter(loader))

@@ -297,6 +297,14 @@ def lavis_run(folder: Path, results: dict) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("content", ["", '{"txt_r1": 7'])
+def test_a_result_of_lavis_that_was_cut_off_is_named(tmp_path, content):
+    folder = lavis_run(tmp_path / "a", {})
+    (folder / "evaluate.txt").write_text(content)
+    with pytest.raises(FileNotFoundError, match=r"evaluate\.txt' does not end in a result"):
+        run_folders.read(folder)
+
+
 def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
     retrieval = lavis_run(tmp_path / "a", {"txt_r1": 70.0, "img_r1": 60.0, "agg_metrics": 80.0})
     summary = run_folders.read(retrieval)
