@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,17 @@ def _given(value: object) -> object:
     return (value.strip() or None) if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    value = _given(value)
+    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)
+    return int(str(value)) if is_number else value
+
+
+def _name(value: object) -> object:
+    # 7 of JSON is the 7 of a table
+    return str(value) if type(value) is int else _given(value)
+
+
 Captions = Annotated[
     list[Text],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -63,13 +75,13 @@ Captions = Annotated[
 ]
 # Identifiers are collated to tensors of 64 bits.
 Number = Annotated[
-    Annotated[int, Field(strict=False, ge=0, lt=2**63)] | None,
-    BeforeValidator(_given),
+    Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None,
+    BeforeValidator(_number),
     Field(description="a whole number, or nothing,"),
 ]
 Name = Annotated[
-    int | str | None,
-    BeforeValidator(_given),
+    str | None,
+    BeforeValidator(_name),
     Field(description="a string or a whole number, or nothing,"),
 ]
 # Records of LAVIS's with the places of the user's, or what is wrong there.

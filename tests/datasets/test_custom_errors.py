@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.building import check_built
-from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.datasets.custom import CustomQABuilder, CustomRetrievalBuilder
+from lavis_uniadapter.datasets.layouts import layout
+from lavis_uniadapter.datasets.records import DatasetError, check_records, problems
 
 # Errors of the configuration
 
@@ -206,3 +208,18 @@ def test_wrong_answer_lists_are_named(name, content, problem, mine):
     message = error_of("qa", "images", {"test": test, "answer_list": str(path)})
     assert f"{path}{problem}" in message
     assert "build_info.annotations.answer_list has 1 problem(s)" in message
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "3.0", "1_000", -1, 2**63])
+def test_what_is_no_whole_number_is_no_question_id(value):
+    record = {"video": "a.mp4", "question": "b", "answer": "c", "question_id": value}
+    schema = layout("video", **CustomQABuilder.fields)
+    (problem,) = problems(check_records([record], schema, "a.json"))
+    assert "question_id" in problem.text
+
+
+def test_a_number_of_json_is_that_of_a_table():
+    schema = layout("image", **CustomRetrievalBuilder.fields)
+    records = [{"image": "a.png", "caption": "b", "image_id": value} for value in (7, "7", " 7 ")]
+    found = list(check_records(records, schema, "a.json"))
+    assert [item.record.image_id for item in found] == ["7"] * 3

@@ -197,5 +197,9 @@ def test_a_damaged_archive_is_named(videos, tmp_path, harm):
             archive.writestr("about.json", json.dumps({"num_frames": 8, "image_size": 32}))
             if harm == "no picture":
                 archive.writestr("00000.jpg", b"no picture")
+    harmed = path.read_bytes()
+    if harm != "no picture":  # found when it is decoded
+        assert extract(videos, tmp_path / "frames") == 2  # and not replaced
+    assert path.read_bytes() == harmed
     with pytest.raises(VideoDecodeError, match="clip0.mp4.frames.zip"):
         decode_frames(tmp_path / "frames/part0/clip0.mp4", lambda n: [0], 32)

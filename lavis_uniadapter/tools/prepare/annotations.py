@@ -133,9 +133,12 @@ def _faults(published: Sequence[Split], allow_other_counts: bool) -> Iterator[st
 def _write(folder: Path, contents: Mapping[str, bytes], overwrite: bool) -> None:
     files = {folder / name: content for name, content in contents.items()}
     other = [path for path, new in files.items() if path.is_file() and path.read_bytes() != new]
-    # held out in an earlier run; its videos may now be trained on
-    left_over = {folder / "retrieval_val.json"}.difference(files)
-    other += filter(Path.is_file, left_over)
+    left_over = folder / "retrieval_val.json"
+    if left_over not in files and left_over.exists():
+        raise FileExistsError(
+            f"{left_over} is of another run, and its videos may now be trained on. Delete it, hold "
+            "the same videos out, or name another --output."
+        )
     if other and not overwrite:
         raise FileExistsError(
             f"{', '.join(map(str, other))} exist with other contents. Replace them with "
@@ -143,8 +146,6 @@ def _write(folder: Path, contents: Mapping[str, bytes], overwrite: bool) -> None
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_together(files)
-    for path in left_over:
-        path.unlink(missing_ok=True)
 
 
 def _left_out(published: Sequence[Split], usable: Sequence[Split]) -> Iterator[str]:

@@ -80,10 +80,15 @@ def _extract(video: Path, target: Path, number: int, image_size: int) -> str | N
 
 
 def _is_extracted(target: Path, number: int, image_size: int) -> bool:
+    if not target.exists():
+        return False
     try:
         about = read_about(str(target))
-    except (OSError, ValueError):  # there is none, or it is damaged
-        return False
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{target} is no archive of frames that can be read ({error}). Delete it, and it is "
+            "extracted again."
+        ) from error
     found = about["num_frames"], about["image_size"]
     if found != (min(number, about["source_frames"]), image_size):
         raise ConfigError(
