@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common.distributed import gather
+from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 
@@ -106,10 +108,10 @@ class BatchLoader:
         Raises:
             DatasetError: naming what cannot be read, or what a worker read when it hung or died.
         """
-        batches = self._start_workers()
-        while True:
+        batches = from_workers(self._loader, self._timeout)
+        for number in itertools.count():
             try:
-                yield Batch(*self._await(batches))
+                read = next(batches)
             except StopIteration:
                 return
             except DatasetError as error:
@@ -120,42 +122,22 @@ class BatchLoader:
                 by_worker = str(error).startswith("Caught") and PINNING not in str(error)
                 if by_worker or not self._loader.num_workers:
                     raise
-                raise DatasetError(self._describe(error)) from error
+                raise DatasetError(self._describe(error, number)) from error
+            yield Batch(*read)
 
-    def _start_workers(self) -> Iterator[Any]:
-        """PyTorch's iterator, without its handler of SIGCHLD.
-
-        The handler raises a worker's death wherever this process is, in an optimizer step too.
-        Without it, PyTorch notices the death while a batch is awaited.
-        """
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if not in_main_thread or not hasattr(signal, "SIGCHLD"):  # as on Windows
-            return iter(self._loader)
-        handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(self._loader)
-        signal.signal(signal.SIGCHLD, handler)
-        return batches
-
-    def _await(self, batches: Iterator[Any]) -> Any:
-        """The next batch; PyTorch looks for dead workers each time that its timeout ends."""
-        until = time.monotonic() + self._timeout
-        while True:
-            try:
-                return next(batches)
-            except RuntimeError as error:
-                timed_out = str(error).startswith("DataLoader timed out")
-                if not timed_out or time.monotonic() >= until:
-                    raise
-
-    def _describe(self, error: Exception) -> str:
+    def _describe(self, error: Exception, number: int) -> str:
+        """The failure of a batch, by its number in this pass."""
+        if PINNING in str(error):
+            indices = next(itertools.islice(self._loader.batch_sampler, number, None))
+            files = name_some(f"'{file_of(self.dataset, index)}'" for index in indices)
+            said = re.findall(r"^[\w.]+: .*", str(error), re.MULTILINE) or [str(error)]
+            return f"A batch could not be pinned in memory ({said[-1]}). Its items: {files}."
         reading = ", ".join(
             f"'{file_of(self.dataset, index)}' (for {seconds:.0f} s)"
             for index, seconds in self._items.in_progress()
         )
         if "timed out" in str(error):
             what = f"A data worker returned no batch for {self._timeout:g} s (run.data_timeout)"
-        elif PINNING in str(error):
-            what = f"A batch could not be pinned in memory ({str(error).strip().splitlines()[-1]})"
         else:
             said = (str(error).strip() or type(error).__name__).splitlines()[-1]
             what = f"A data worker died ({said})"
@@ -163,6 +145,38 @@ class BatchLoader:
             f"{what}. Files being read: {reading or 'none'}. Check such a file with uniadapter "
             "prepare check; if it fails again, remove it from the annotations."
         )
+
+
+def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
+    """What a loader's workers read; a death is raised here, while this process waits for them.
+
+    PyTorch looks for dead workers each time that the loader's own ``timeout`` ends, so that must be
+    short (`POLL`). Its handler of SIGCHLD, which is removed, would raise a death wherever this
+    process is, in an optimizer step too.
+
+    Args:
+        timeout: seconds without anything read, after which RuntimeError is raised.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and hasattr(signal, "SIGCHLD"):  # which Windows does not have
+        handler = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
+        signal.signal(signal.SIGCHLD, handler)
+    else:
+        batches = iter(loader)
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            read = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            timed_out = str(error).startswith("DataLoader timed out")
+            if not timed_out or time.monotonic() >= until:
+                raise
+            continue
+        yield read
+        until = time.monotonic() + timeout
 
 
 def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadable]]) -> tuple:

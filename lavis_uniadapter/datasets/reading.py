@@ -154,8 +154,11 @@ class EvaluationItems(TrainingItems):
         )
 
     def _read_with_another_visual(self, index: int) -> Any:
-        annotation, record = self.dataset.annotation, self.dataset.annotation[index]
+        annotation = getattr(self.dataset, "annotation", None)
+        record = annotation[index] if annotation else {}
         key = "video" if "video" in record else "image"
+        if key not in record:
+            return None
         # many questions may be about one clip
         names = dict.fromkeys(other[key] for other in [*annotation[index:], *annotation[:index]])
         try:

@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 from rotten_videos import KINDS, make_rotten
 from tiny_runs import TRAIN, torchrun
+from torch._utils import ExceptionWrapper
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.datasets import reading
-from lavis_uniadapter.datasets.loading import BatchLoader
+from lavis_uniadapter.datasets import loading, reading
 from lavis_uniadapter.datasets.reading import EvaluationItems, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.evaluation import caption_metrics
@@ -240,10 +240,11 @@ def test_a_worker_that_hangs_or_dies_is_noticed_and_its_file_named(run, clips, m
 def test_a_connection_to_a_worker_that_breaks_is_its_death(run, clips, monkeypatch, error):
     options, _ = clips
 
-    def broken(loader, batches):
+    def broken(*_):
         raise error
+        yield
 
-    monkeypatch.setattr(BatchLoader, "_await", broken)
+    monkeypatch.setattr(loading, "from_workers", broken)
     with pytest.raises(DatasetError, match=r"A data worker died \("):
         run("shapes_retrieval", *options)
 
@@ -385,17 +386,27 @@ def test_an_unreadable_item_of_any_dataset_is_named():
         def __getitem__(self, index):
             raise OSError("gone")
 
-    with pytest.raises(DatasetError, match="'item 1' cannot be read .OSError: gone"):
-        EvaluationItems(Broken(), 0).__getitems__([1])
+    for allow_missing in (False, True):
+        with pytest.raises(DatasetError, match="'item 1' cannot be read .OSError: gone"):
+            EvaluationItems(Broken(), 0, allow_missing).__getitems__([1])
 
 
-def test_a_batch_that_cannot_be_pinned_is_a_data_error(monkeypatch):
-    loader = BatchLoader(EvaluationItems([1, 2], 1), range(2), batch_size=2, num_workers=1)
-    error = RuntimeError("Caught RuntimeError in pin memory thread\nRuntimeError: out of memory")
+def test_a_batch_that_cannot_be_pinned_is_named(run, clips, monkeypatch):
+    """The thread that pins batches for a GPU hands its errors over as workers do."""
+    options, _ = clips
+    runner = run("shapes_retrieval", *options, evaluate=True).runner
+    from_workers = loading.from_workers
 
-    def fail(batches):
-        raise error
+    def fail_to_pin_the_second(*arguments):
+        yield next(from_workers(*arguments))
+        try:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        except RuntimeError:
+            ExceptionWrapper(where="in pin memory thread for device 0").reraise()
 
-    monkeypatch.setattr(loader, "_await", fail)
-    with pytest.raises(DatasetError, match="pinned in memory .RuntimeError: out of memory"):
-        next(iter(loader))
+    monkeypatch.setattr(loading, "from_workers", fail_to_pin_the_second)
+    with pytest.raises(DatasetError, match=r"pinned.*\(RuntimeError: CUDA error: .*\)") as raised:
+        list(runner.dataloaders["test"])
+    # batches of three of the five test clips
+    names = [Path(file_of(runner.datasets["test"], index)).name for index in range(5)]
+    assert [name in str(raised.value) for name in names] == [False, False, False, True, True]
