@@ -22,6 +22,12 @@ def choose_amp(requested: str | None, device: str) -> str | None:
     return "bf16" if native else None
 
 
+def autocast(amp: str | None, device: torch.device) -> torch.autocast:
+    """Inside, compute as ``run.amp`` says."""
+    dtype = AMP_DTYPES.get(amp or "")
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
 def describe(run_cfg: DictConfig) -> str:
     """The format's name, such as float32 or bf16."""
     amp = run_cfg.amp or "float32"

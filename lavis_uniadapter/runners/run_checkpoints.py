@@ -90,5 +90,10 @@ def clean(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
-    for path in folder.glob(".adapter_*-*"):
+    # of adapter_files.save: the old folder, if it was moved away and the new one not yet in place
+    for path in folder.glob(".adapter_*.old"):
+        target = folder / path.name.split(".")[1]
+        if not target.exists():
+            path.rename(target)
+    for path in [*folder.glob(".adapter_*.old"), *folder.glob(".adapter_*.new")]:
         shutil.rmtree(path)

@@ -144,10 +144,13 @@ def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | N
         try:
             with sole_user(folder):
                 noted = json.loads((folder / CONFIG).read_text())
+            differences = _differences(noted, config)
         except FolderInUse as error:
             logger.info("%s It is left alone.", error)
             continue
-        differences = _differences(noted, config)
+        except (ValueError, TypeError, AttributeError, KeyError):
+            logger.info("'%s' is no run of this package: its %s is another.", folder, CONFIG)
+            continue
         if not differences:
             return folder
         logger.info(
@@ -162,9 +165,9 @@ def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
     return [
         f"{section}.{key}"
         for section in ("datasets", "model", "run")
-        for before, now in [(noted.get(section) or {}, config[section])]
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not (section == "run" and key in MAY_DIFFER)
+        for key in sorted({*noted[section], *config[section]})
+        if noted[section].get(key) != config[section].get(key)
+        and not (section == "run" and key in MAY_DIFFER)
     ]
 
 
@@ -204,13 +207,14 @@ def _read_lavis_metrics(folder: Path, split: str) -> Mapping[str, Any]:
             "package's runner or of LAVIS's. Give the folder with checkpoint_best.pth in it."
         )
     try:
-        last = json.loads(path.read_text().splitlines()[-1])
-    except (ValueError, IndexError) as error:
+        last = json.loads(path.read_text().strip().splitlines()[-1])
+        # captioning and classification name the split
+        measured = _in_percent(last[split]) if split in last else last
+        return {name: value for name, value in measured.items() if isinstance(value, int | float)}
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise FileNotFoundError(
             f"'{path}' does not end in a result of one of LAVIS's tasks ({error}). Evaluate again."
         ) from error
-    # captioning and classification name the split
-    return _in_percent(last[split]) if split in last else last
 
 
 def _in_percent(metrics: Mapping[str, float]) -> Mapping[str, float]:

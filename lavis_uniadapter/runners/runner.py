@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.atomic import write_text
 from lavis_uniadapter.common.distributed import largest
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView, TrainingShard
@@ -28,7 +29,7 @@ from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.runners import run_checkpoints, run_folders, training_state
 from lavis_uniadapter.runners.epoch import EpochProgress, TrainingEpoch
 from lavis_uniadapter.runners.faults import FaultLog
-from lavis_uniadapter.runners.precision import AMP_DTYPES
+from lavis_uniadapter.runners.precision import autocast
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
 from lavis_uniadapter.runners.signals import Interrupted, InterruptionWatch
 
@@ -111,10 +112,6 @@ class RunnerUniAdapter(RunnerBase):
         if self._scaler is None and self.amp == "fp16":
             self._scaler = torch.amp.GradScaler(self.device.type)
         return self._scaler
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AMP_DTYPES.get(self.amp)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def create_loaders(self, datasets, is_trains, collate_fns, **_):
         """A `BatchLoader` for each split; items are sharded over ranks, in training shuffled."""
@@ -247,7 +244,7 @@ class RunnerUniAdapter(RunnerBase):
 
     def losses(self, samples: dict[str, Any]) -> dict[str, Tensor]:
         """The losses of a batch by name; the one to minimise is ``loss``."""
-        with self._autocast():
+        with autocast(self.amp, self.device):
             return lavis_versions.losses(self.task, self.model, samples)
 
     # --- evaluation -----------------------------------------------------------------------------
@@ -282,7 +279,7 @@ class RunnerUniAdapter(RunnerBase):
         self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
         if not getattr(self.task, "reads_batches", False):  # LAVIS's own
             loader = SamplesView(loader)
-        with self.watch.raising(), self._autocast():
+        with self.watch.raising(), autocast(self.amp, self.device):
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
         if results is None:
             return None
@@ -333,7 +330,7 @@ class RunnerUniAdapter(RunnerBase):
                 if (source / BEST_ADAPTER).is_dir():
                     there = self.output_dir / BEST_ADAPTER
                     shutil.copytree(source / BEST_ADAPTER, there, dirs_exist_ok=True)
-        (self.output_dir / run_folders.LOG).write_text("".join(kept))
+        write_text(self.output_dir / run_folders.LOG, "".join(kept))
 
 
 def compile_visual_encoder(model: torch.nn.Module) -> None:

@@ -297,12 +297,19 @@ def lavis_run(folder: Path, results: dict) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("content", ["", '{"txt_r1": 7'])
+@pytest.mark.parametrize("content", ["", '{"txt_r1": 7', "7", "[7]"])
 def test_a_result_of_lavis_that_was_cut_off_is_named(tmp_path, content):
     folder = lavis_run(tmp_path / "a", {})
     (folder / "evaluate.txt").write_text(content)
     with pytest.raises(FileNotFoundError, match=r"evaluate\.txt' does not end in a result"):
         run_folders.read(folder)
+
+
+def test_only_numbers_of_a_result_of_lavis_are_read(tmp_path):
+    folder = lavis_run(tmp_path / "a", {"txt_r1": 7, "note": "s", "list": [1]})
+    with open(folder / "evaluate.txt", "a") as file:
+        file.write("\n")
+    assert run_folders.read(folder).metrics == {"txt_r1": 7}
 
 
 def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
