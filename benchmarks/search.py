@@ -22,7 +22,7 @@ from benchmarks.models import our_retrieval
 from lavis_uniadapter.backbone.features import VisualFeatures
 from lavis_uniadapter.common.distributed import init_process_group
 from lavis_uniadapter.common.schema import Evaluation
-from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.runners.precision import choose_amp
 from lavis_uniadapter.search.engine import Engine
 from lavis_uniadapter.search.index import Index
@@ -80,7 +80,12 @@ def _originals(generator: torch.Generator) -> torch.Tensor:
 def _engine(device: str) -> Engine:
     model = our_retrieval(224, frame_aware=True, device=device)
     return Engine(
-        model, VideoEval(), str, Evaluation(), amp=choose_amp("auto", device), batch_size=8
+        model,
+        BlipVideoEvalProcessor(),
+        str,
+        Evaluation(),
+        amp=choose_amp("auto", device),
+        batch_size=8,
     )
 
 
@@ -118,7 +123,7 @@ def indexing(device: str, repeats: int) -> dict[str, Any]:
             repeats,
         )
     alone, whole = (taken[name]["median"] for name in ("encoder alone", "index"))
-    return {"clips": CLIPS, "amp": engine._amp, "seconds": taken, "share_of_encoder": alone / whole}
+    return {"clips": CLIPS, "amp": engine.amp, "seconds": taken, "share_of_encoder": alone / whole}
 
 
 def updating(device: str, repeats: int) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class _Instant(Engine):
     """Encodes in no time, so that what surrounds the model is measured."""
 
     def __init__(self) -> None:
-        self.visual, self.batch_size = VideoEval(), 64
+        self.processor, self.batch_size = BlipVideoEvalProcessor(), 64
 
     def encode(self, clips: torch.Tensor) -> VisualFeatures:
         feat = F.normalize(torch.ones(len(clips), DIM), dim=1)
@@ -186,7 +191,7 @@ def reranking(device: str, repeats: int) -> dict[str, Any]:
     query, alone = (taken[name]["median"] for name in ("query", "second stage alone"))
     return {
         "candidates": CANDIDATES,
-        "amp": engine._amp,
+        "amp": engine.amp,
         "seconds_uncached": uncached,
         "seconds": taken,
         "times_the_second_stage": query / alone,

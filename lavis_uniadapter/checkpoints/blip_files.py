@@ -166,10 +166,14 @@ def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
 
     ``leave_out`` are tensors that its checkpoint did not have, which differ from run to run.
     """
+    base = base_state_dict(model)
+    return hash_tensors({key: value for key, value in base.items() if key not in leave_out})
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of names, shapes and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(base_state_dict(model).items()):
-        if key in leave_out:
-            continue
+    for key, value in sorted(tensors.items()):
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

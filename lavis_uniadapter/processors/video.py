@@ -44,7 +44,7 @@ class BlipVideoEvalProcessor(BaseProcessor):
         return cls(**(cfg or {}))
 
     def __call__(self, path):
-        return self._normalise(self._decode(path, positions=0.5))
+        return self.normalise(self._decode(path, positions=0.5))
 
     def _decode(self, path, positions: Tensor | float) -> Tensor:
         """One frame per segment, uint8 (T, 3, H, W)."""
@@ -54,7 +54,7 @@ class BlipVideoEvalProcessor(BaseProcessor):
 
         return decode_frames(path, choose, self.options.image_size).permute(0, 3, 1, 2)
 
-    def _normalise(self, frames: Tensor) -> Tensor:
+    def normalise(self, frames: Tensor) -> Tensor:
         """uint8 (T, 3, H, W) to normalised float (3, T, H, W)."""
         clip = functional_video.to_tensor(frames.permute(0, 2, 3, 1))
         return functional_video.normalize(clip, self.options.mean, self.options.std)
@@ -86,4 +86,4 @@ class BlipVideoTrainProcessor(BlipVideoEvalProcessor):
         if torch.rand(()) < options.flip_prob:
             frames = frames.flip(-1)
         frames = randaugment_clip(frames, options.randaug_ops, options.randaug_magnitude)
-        return self._normalise(frames)
+        return self.normalise(frames)

@@ -18,7 +18,6 @@ from lavis_uniadapter.common.atomic import atomic
 from lavis_uniadapter.common.config import read_yaml
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.search.engine import Engine
-from lavis_uniadapter.search.indexing import describe_difference
 from lavis_uniadapter.search.manifest import FILE, Manifest
 from lavis_uniadapter.search.store import Store, open_store
 
@@ -151,8 +150,9 @@ def check_fingerprint(
     folder: Path, about: dict[str, Any], now: dict[str, str], command: str
 ) -> None:
     """Check that the model and its processors are those of the index."""
-    if different := describe_difference(about["fingerprint"], now):
+    different = [part for part, value in about["fingerprint"].items() if value != now[part]]
+    if different:
         raise ConfigError(
-            f"The index in '{folder}' was built with another {different}. To rebuild it, run: "
-            f"{command}"
+            f"The index in '{folder}' was built with another {', '.join(different)}. To rebuild "
+            f"it, run: {command}"
         )

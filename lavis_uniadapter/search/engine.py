@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,14 @@ from lavis.common.registry import registry
 from torch import Tensor
 
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.checkpoints.blip_files import hash_tensors
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema import Evaluation
-from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
-from lavis_uniadapter.runners.precision import AMP_DTYPES
+from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
+from lavis_uniadapter.runners.precision import autocast
 
 # Options of a visual processor that decide what the model sees.
 _VISUAL_OPTIONS = ("image_size", "n_frms", "mean", "std")
@@ -47,8 +48,7 @@ class Engine:
 
     Args:
         model: in evaluation mode, on its device.
-        visual: size, number and normalisation of frames.
-        text_processor: of evaluation.
+        processor: of frames; a function of texts.
         settings: of the two stages (``run:``).
         amp: ``bf16``, ``fp16`` or None.
         batch_size: clips that are encoded together.
@@ -57,65 +57,39 @@ class Engine:
     def __init__(
         self,
         model: BlipUniAdapterRetrieval,
-        visual: VideoEval,
-        text_processor: Any,
+        processor: BlipVideoEvalProcessor,
+        text_processor: Callable[[str], str],
         settings: Evaluation,
         amp: str | None,
         batch_size: int,
     ):
         self.model = model
-        self.visual = visual
+        self.processor = processor
         self.settings = settings
         self.batch_size = batch_size
+        self.amp = amp
         self._text_processor = text_processor
-        self._amp = amp
 
     @classmethod
     def from_config(
         cls, cfg: str | Path, options: Sequence[str] = (), adapter: str | os.PathLike | None = None
     ) -> Engine:
-        """Build what a retrieval recipe describes.
-
-        Args:
-            cfg: the recipe's file.
-            options: ``section.key=value`` over it. Unless they say otherwise, bf16 is used where
-                the hardware has it.
-            adapter: folder of a trained adapter; None: BLIP as it is.
-
-        Raises:
-            ConfigError, CheckpointError: naming what is wrong.
-        """
-        config = load_recipe(cfg, options, adapter)
-        model_cls = registry.get_model_class(config.model_cfg.arch)
-        if not issubclass(model_cls, BlipUniAdapterRetrieval):
-            raise ConfigError(
-                f"Search needs a retrieval model, and model.arch is '{config.model_cfg.arch}'. Use "
-                "a recipe such as msrvtt_retrieval."
-            )
-        require_weights(config)
-        section = next(iter(config.datasets_cfg.values()))
-        given = section.vis_processor.eval
-        visual = VideoEval.read({k: given[k] for k in _VISUAL_OPTIONS if k in given}, "eval")
-        text = section.text_processor.eval
-        text_processor = registry.get_processor_class(text.name).from_config(text)
-        run = config.run_cfg
-        model = model_cls.from_config(config.model_cfg).to(run.device).eval()
-        if config.model_cfg.adapter_ckpt is None:
-            model.adapters.active = None  # an untrained adapter would only disturb
+        """Build what a retrieval recipe describes; see ``load_recipe``."""
+        config = load_recipe(BlipUniAdapterRetrieval, cfg, options, adapter)
+        run, processors = config.run_cfg, build_processors(config)
         settings = Evaluation.pick(run, "run")
-        return cls(model, visual, text_processor, settings, run.amp, run.batch_size_eval)
+        return cls(build_model(config), *processors, settings, run.amp, run.batch_size_eval)
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of all that decides what an encoded segment or text is, by part."""
+        """Hashes of what decides how segments are encoded, and of the vocabulary, by part."""
         model = self.model
         active = model.adapters.active_set
-        adapter = {} if active is None else active.state_dict()
         vocabulary = json.dumps(model.tokenizer.get_vocab(), sort_keys=True)
         return {
             "model": model.base_fingerprint,
-            "adapter": _hash_tensors(adapter),
-            "tokenizer": _hash(vocabulary.encode()),
-            "frames": json.dumps(self.visual.model_dump(include=set(_VISUAL_OPTIONS))),
+            "adapter": hash_tensors({} if active is None else active.state_dict()),
+            "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
+            "frames": self.processor.options.model_dump_json(),
         }
 
     # --- encoding ---------------------------------------------------------------------------------
@@ -127,18 +101,14 @@ class Engine:
         Args:
             clips: uint8 RGB (clips, frames, image_size, image_size, 3).
         """
-        mean, std = (
-            torch.tensor(value, device=self.model.device)[:, None, None, None]
-            for value in (self.visual.mean, self.visual.std)
-        )
-        pixels = clips.to(self.model.device).permute(0, 4, 1, 2, 3).float().div_(255)
-        with self._autocast():
-            return self.model.encode_visual(pixels.sub_(mean).div_(std))
+        pixels = normalise(self.processor, clips, self.model.device)
+        with autocast(self.amp, self.model.device):
+            return self.model.encode_visual(pixels)
 
     @torch.inference_mode()
     def encode_text(self, text: str) -> TextFeatures:
         """Encode one text, prepared as in evaluation."""
-        with self._autocast():
+        with autocast(self.amp, self.model.device):
             return self.model.encode_text([self._text_processor(text)])
 
     @torch.inference_mode()
@@ -151,7 +121,7 @@ class Engine:
             None,
             text.feat.expand(number, -1),
         )
-        with self._autocast():
+        with autocast(self.amp, self.model.device):
             logits = self.model.match(texts, visuals).float()
         similarity = (visuals.feat.float() @ text.feat.float().t())[:, 0]
         return Scores(
@@ -159,39 +129,65 @@ class Engine:
             probability=logits.softmax(dim=1)[:, 1].cpu(),
         )
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._amp is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, dtype=AMP_DTYPES[self._amp])
-
 
 def load_recipe(
-    cfg: str | Path, options: Sequence[str] = (), adapter: str | os.PathLike | None = None
+    model_cls: type[TunedBlip],
+    cfg: str | Path,
+    options: Sequence[str] = (),
+    adapter: str | os.PathLike | None = None,
 ) -> Any:
-    """The configuration of a recipe for inference, with the folder of an adapter.
+    """The configuration of a recipe for inference.
+
+    Args:
+        model_cls: the kind of model that it must have.
+        cfg: the recipe's file.
+        options: ``section.key=value`` over it. Unless they say otherwise, bf16 is used where the
+            hardware has it.
+        adapter: folder of a trained adapter; None: BLIP as it is.
 
     Raises:
-        ConfigError: naming the first thing that is wrong.
+        ConfigError: naming the first thing that is wrong, also that the weights would be random.
     """
     if adapter and not os.path.isdir(adapter):
         raise ConfigError(f"There is no adapter folder '{adapter}'.")
     config = load_config(cfg, ["run.amp=auto", *options, "run.evaluate=True"])
-    if adapter:  # an option would not keep every character of a path
-        config.model_cfg.adapter_ckpt = str(adapter)
-    return config
-
-
-def require_weights(config: Any) -> None:
-    """Refuse a model with random weights.
-
-    Raises:
-        ConfigError: if ``model.pretrained`` is null.
-    """
-    if config.model_cfg.pretrained is None:
+    model = config.model_cfg
+    if not issubclass(registry.get_model_class(model.arch), model_cls):
+        names = registry.mapping["model_name_mapping"].items()
+        wanted = next(name for name, known in names if known is model_cls)
+        raise ConfigError(f"model.arch of '{cfg}' is '{model.arch}'; it must be '{wanted}' here.")
+    if model.pretrained is None:
         raise ConfigError(
             "model.pretrained is null, so the model would be random. Give BLIP's weights: "
             "model.pretrained=PATH."
         )
+    if adapter:  # an option would not keep every character of a path
+        model.adapter_ckpt = str(adapter)
+    return config
+
+
+def build_model(config: Any) -> Any:
+    """The model of a configuration, in evaluation mode on its device."""
+    section = config.model_cfg
+    model = registry.get_model_class(section.arch).from_config(section)
+    if section.adapter_ckpt is None:
+        model.adapters.active = None  # an untrained adapter would only disturb
+    return model.to(config.run_cfg.device).eval()
+
+
+def build_processors(config: Any) -> tuple[BlipVideoEvalProcessor, Callable[[str], str]]:
+    """The evaluation processors of frames and of texts, those of a recipe for images too."""
+    section = next(iter(config.datasets_cfg.values()))
+    given, text = section.vis_processor.eval, section.text_processor.eval
+    options = {key: given[key] for key in _VISUAL_OPTIONS if key in given}
+    text_processor = registry.get_processor_class(text.name).from_config(text)
+    return BlipVideoEvalProcessor(**options), text_processor
+
+
+def normalise(processor: BlipVideoEvalProcessor, clips: Tensor, device: torch.device) -> Tensor:
+    """uint8 clips (clips, frames, H, W, 3) as float (clips, 3, frames, H, W) for a model."""
+    frames = clips.to(device).permute(0, 1, 4, 2, 3)
+    return torch.stack([processor.normalise(clip) for clip in frames])
 
 
 class TokenCache:
@@ -230,18 +226,6 @@ class TokenCache:
 
 def _size(features: VisualFeatures) -> int:
     return features.embeds.nbytes + features.feat.nbytes + features.frame_feat.nbytes
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _hash_tensors(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def batches(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -280,7 +280,7 @@ class Index:
                 encoded = self.engine.encode_text(_checked(text))
                 return encoded, encoded.feat[0]
             if image is not None:
-                clip = image_clip(image, self.engine.visual.image_size)
+                clip = image_clip(image, self.engine.processor.options.image_size)
                 return None, self.engine.encode(clip).feat[0]
             return None, self.segment(int(like or 0)).feat.float()
 
@@ -332,7 +332,7 @@ class Index:
         path = self.root / stored.file
         try:
             stored.check_file(path)
-            return read_segment(path, stored.segment, self.engine.visual)
+            return read_segment(path, stored.segment, self.engine.processor.options)
         except (RuntimeError, ValueError, OSError):
             return None  # it was readable when it was indexed; the next update lists it
 

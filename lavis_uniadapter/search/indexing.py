@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lavis_uniadapter.common.distributed import gather
-from lavis_uniadapter.common.errors import ConfigError, name_some
+from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.search.engine import Engine
 from lavis_uniadapter.search.manifest import (
     IndexedFile,
@@ -208,26 +208,23 @@ def update(
     if manifest is not None and store is not None and work.gone:
         _delete(manifest, store, work.gone)
     rank, world = get_rank(), get_world_size()
-    share = range(rank, len(work.files), world)
-    to_read = [FileToRead(root / work.files[n].path, work.files[n].hash) for n in share]
-    parts = read_parts(to_read, window, engine.visual, workers, timeout)
-    encoded = (
-        [_numbered(file, share[file.file]) for file in files]
-        for files in encode_parts(engine, parts)
-    )
-    with _Progress(len(work.files)) as progress:
-        for batch in _gathered(encoded):
+    to_read = [
+        FileToRead(n, root / work.files[n].path, work.files[n].hash)
+        for n in range(rank, len(work.files), world)
+    ]
+    parts = read_parts(to_read, window, engine.processor.options, workers, timeout)
+    clips, hidden = 0, not is_main_process() or not work.files
+    with tqdm(total=len(work.files), desc="index", unit=" files", disable=hidden) as bar:
+        for batch in _gathered(encode_parts(engine, parts)):
             if manifest is not None and store is not None:
                 _write(manifest, store, work, batch, summary)
-            progress.add(batch)
+            clips += sum(len(done.feat) for done in batch)
+            rate = clips / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:.1f} clips/s", refresh=False)
+            bar.update(len(batch))
     if manifest is not None:
         summary.files, summary.segments = manifest.counts()
     return summary
-
-
-def _numbered(file: EncodedFile, number: int) -> EncodedFile:
-    file.file = number
-    return file
 
 
 def _gathered(encoded: Iterator[list[EncodedFile]]) -> Iterator[list[EncodedFile]]:
@@ -289,29 +286,3 @@ def _delete(manifest: Manifest, store: Store, paths: Sequence[str]) -> None:
     with manifest.pending(ids) as database:
         store.delete(ids)
         delete_files(database, paths)
-
-
-class _Progress:
-    """A bar of files with clips per second and the time that is left."""
-
-    def __init__(self, total: int):
-        self._clips = 0
-        hidden = not is_main_process() or total == 0
-        self._bar = tqdm(total=total, desc="index", unit=" files", disable=hidden)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, batch: Sequence[EncodedFile]) -> None:
-        self._clips += sum(len(done.feat) for done in batch)
-        rate = self._clips / max(self._bar.format_dict["elapsed"], 1e-9)
-        self._bar.set_postfix_str(f"{rate:.1f} clips/s", refresh=False)
-        self._bar.update(len(batch))
-
-
-def describe_difference(built: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Which parts of two fingerprints differ; empty if none."""
-    return name_some(part for part in built if built[part] != now.get(part))

@@ -21,8 +21,6 @@ from lavis_uniadapter.search.store import Store
 
 FORMAT_VERSION = 1
 FILE = "manifest.sqlite"
-# Ids in one statement; SQLite's limit was 999 before 3.32.
-_AT_ONCE = 900
 
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -159,11 +157,12 @@ class Manifest:
         return found.fetchone() is not None
 
     def _create(self, about: dict[str, Any]) -> None:
-        rows = "".join(
-            f"INSERT INTO about VALUES ({_quoted(key)}, {_quoted(json.dumps(value))});\n"
-            for key, value in about.items()
-        )
-        self._database.executescript(f"BEGIN;\n{_SCHEMA}\n{rows}COMMIT;")
+        rows = [(key, json.dumps(value)) for key, value in about.items()]
+        with self._database:
+            self._database.execute("BEGIN")
+            for statement in _SCHEMA.split(";"):
+                self._database.execute(statement)
+            self._database.executemany("INSERT INTO about VALUES (?, ?)", rows)
 
     def _read_about(self) -> dict[str, Any]:
         rows = self._database.execute("SELECT key, value FROM about")
@@ -194,19 +193,17 @@ class Manifest:
 
     def segments(self, ids: Sequence[int]) -> list[StoredSegment]:
         """Segments by their ids, in that order; unknown ids are skipped."""
+        rows = self._database.execute(
+            "SELECT segments.id, path, start, end, frames, times, feat, frame_feat, size, mtime_ns "
+            "FROM segments JOIN files ON files.id = segments.file "
+            "WHERE segments.id IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(ids))],
+        )
         found = {}
-        for some in _chunks(ids):
-            marks = ",".join("?" * len(some))
-            rows = self._database.execute(
-                "SELECT segments.id, path, start, end, frames, times, feat, frame_feat, "
-                "size, mtime_ns FROM segments JOIN files ON files.id = segments.file "
-                f"WHERE segments.id IN ({marks})",
-                some,
-            )
-            for number, path, start, end, frames, times, feat, frame_feat, *state in rows:
-                segment = Segment(start, end, tuple(json.loads(frames)), tuple(json.loads(times)))
-                each = _tensor(frame_feat).unflatten(0, (len(segment.times), -1))
-                found[number] = StoredSegment(number, path, segment, _tensor(feat), each, *state)
+        for number, path, start, end, frames, times, feat, frame_feat, *state in rows:
+            segment = Segment(start, end, tuple(json.loads(frames)), tuple(json.loads(times)))
+            each = _tensor(frame_feat).unflatten(0, (len(segment.times), -1))
+            found[number] = StoredSegment(number, path, segment, _tensor(feat), each, *state)
         return [found[number] for number in ids if number in found]
 
     # --- writing ----------------------------------------------------------------------------------
@@ -246,16 +243,12 @@ class Manifest:
 
     def ids_of(self, paths: Iterable[str]) -> list[int]:
         """Ids of the segments of files."""
-        ids = []
-        for some in _chunks(list(paths)):
-            marks = ",".join("?" * len(some))
-            rows = self._database.execute(
-                "SELECT segments.id FROM segments JOIN files ON files.id = segments.file "
-                f"WHERE path IN ({marks})",
-                some,
-            )
-            ids += [row[0] for row in rows]
-        return ids
+        rows = self._database.execute(
+            "SELECT segments.id FROM segments JOIN files ON files.id = segments.file "
+            "WHERE path IN (SELECT value FROM json_each(?))",
+            [json.dumps(list(paths))],
+        )
+        return [row[0] for row in rows]
 
     def touch(self, file: IndexedFile) -> None:
         """Note the new size and time of a file whose content is what it was."""
@@ -304,12 +297,3 @@ def _tensor(content: bytes) -> Tensor:
 
 def _rows(values: Iterable[Any]) -> list[tuple[Any]]:
     return [(value,) for value in values]
-
-
-def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), _AT_ONCE):
-        yield list(values[start : start + _AT_ONCE])
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

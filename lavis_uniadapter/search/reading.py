@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.datasets.loading import POLL, from_workers
 from lavis_uniadapter.datasets.reading import READ_ERRORS
 from lavis_uniadapter.processors.decoding import decode_errors, open_video, read_frames
 from lavis_uniadapter.processors.images import read_image
@@ -102,8 +101,9 @@ def image_clip(image, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FileToRead:
-    """A file, and the hash of what is known of it already."""
+    """A file, its position in the work, and the hash that is known of its content."""
 
+    number: int
     path: Path
     known_hash: str | None = None
 
@@ -114,15 +114,11 @@ class MediaFiles(IterableDataset):
     Args:
         files: a file whose content has its known hash is not decoded.
         window, visual: see ``read_segments``.
-        reading: (workers,) shared; the number of the file that each worker reads, or -1.
+        reading: (workers,) shared; the position in ``files`` of what each worker reads, or -1.
     """
 
     def __init__(
-        self,
-        files: Sequence[FileToRead],
-        window: float,
-        visual: VideoEval,
-        reading: Tensor,
+        self, files: Sequence[FileToRead], window: float, visual: VideoEval, reading: Tensor
     ):
         self._files, self._window, self._visual = files, window, visual
         self._reading = reading
@@ -130,22 +126,22 @@ class MediaFiles(IterableDataset):
     def __iter__(self) -> Iterator[Part]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in range(first, len(self._files), step):
-            self._reading[first] = number
-            yield from self._read(number)
+        for position in range(first, len(self._files), step):
+            self._reading[first] = position
+            yield from self._read(self._files[position])
         self._reading[first] = -1
 
-    def _read(self, number: int) -> Iterator[Part]:
-        file, first = self._files[number], 0
+    def _read(self, file: FileToRead) -> Iterator[Part]:
+        first = 0
         try:
             digest = hash_file(file.path)
             if digest != file.known_hash:
                 for segments, clips in read_segments(file.path, self._window, self._visual):
-                    yield Part(number, first, segments, clips)
+                    yield Part(file.number, first, segments, clips)
                     first += len(segments)
-            yield Part(number, first, hash=digest)
+            yield Part(file.number, first, hash=digest)
         except READ_ERRORS as error:
-            yield Part(number, problem=getattr(error, "reason", "") or str(error))
+            yield Part(file.number, problem=getattr(error, "reason", "") or str(error))
 
 
 def read_parts(
@@ -157,58 +153,35 @@ def read_parts(
     it, the files that were being read are read again, one at a time; a first part with ``first`` 0
     replaces what came before.
     """
-    left = list(range(len(files)))
+    left = {file.number: file for file in files}
     while left:
-        numbers = list(left)
+        some = list(left.values())
         reading = torch.full((max(workers, 1),), -1).share_memory_()
-        dataset = MediaFiles([files[n] for n in numbers], window, visual, reading)
+        loader = DataLoader(
+            MediaFiles(some, window, visual, reading),
+            batch_size=None,
+            num_workers=min(workers, len(some)),
+            timeout=min(timeout, POLL) if workers else 0,
+            worker_init_fn=_silence,
+        )
         try:
-            for part in _load(dataset, min(workers, len(numbers)), timeout):
-                number = numbers[part.file]
-                yield replace(part, file=number)
+            for part in from_workers(loader, timeout):
+                yield part
                 if part.is_last:
-                    left.remove(number)
-            return
+                    del left[part.file]
         except RuntimeError as error:
-            suspects = [numbers[index] for index in reading.tolist() if index >= 0]
+            being_read = (some[position] for position in reading.tolist() if position >= 0)
+            suspects = [file for file in being_read if file.number in left]
             if not suspects:
                 raise
-            if len(numbers) == 1:
+            if len(some) == 1:
                 hangs = "timed out" in str(error)
                 what = f"it takes over {timeout:g} s to decode" if hangs else "its decoder crashes"
-                yield Part(suspects[0], problem=what)
+                yield Part(some[0].number, problem=what)
                 return
-            left = [number for number in left if number not in suspects]
-            for number in suspects:
-                for part in read_parts([files[number]], window, visual, 1, timeout):
-                    yield replace(part, file=number)
-
-
-def _load(dataset: MediaFiles, workers: int, timeout: float) -> Iterator[Part]:
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        timeout=min(timeout, 1.0) if workers else 0,
-        worker_init_fn=_silence,
-    )
-    handler = signal.getsignal(signal.SIGCHLD)
-    parts = iter(loader)
-    # PyTorch's handler would raise a worker's death wherever this process happens to be
-    signal.signal(signal.SIGCHLD, handler)
-    waiting_since = time.monotonic()
-    while True:
-        try:
-            part = next(parts)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            timed_out = str(error).startswith("DataLoader timed out")
-            if timed_out and time.monotonic() - waiting_since < timeout:
-                continue
-            raise
-        yield part
-        waiting_since = time.monotonic()
+            for file in suspects:
+                yield from read_parts([file], window, visual, 1, timeout)
+                del left[file.number]
 
 
 def _silence(_: int) -> None:

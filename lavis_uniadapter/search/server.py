@@ -125,7 +125,7 @@ class _Server:
     def __init__(self, index: Index, answerer: Answerer | None):
         self._index = index
         self._answerer = answerer
-        self._decoding = asyncio.Semaphore(1)  # of uploads, which may be large
+        self._decoding = asyncio.Semaphore(1)  # of uploaded images, which may be large
 
     async def page(self, request: Request) -> Response:
         return FileResponse(PAGE / "index.html")
@@ -149,8 +149,9 @@ class _Server:
         rerank = _number(given, "rerank", 32, 0, MAX_RERANK)
         arguments: dict[str, Any] = {"top": top, "rerank": rerank}
         if request.method == "POST":
+            content = await _body(request)
             async with self._decoding:
-                arguments["image"] = await run_in_threadpool(_image, await _body(request))
+                arguments["image"] = await run_in_threadpool(_image, content)
         elif "like" in given:
             arguments["like"] = _number(given, "like", 0, 0, 2**62)
         else:

@@ -328,7 +328,9 @@ def test_a_base_that_was_replaced_since_is_noticed(build, media, trained, option
 def test_random_weights_and_other_tasks_are_refused(media, tmp_path, options):
     with pytest.raises(ConfigError, match="model.pretrained is null"):
         Index.build(tmp_path / "index", media, RECIPE, TINY)
-    with pytest.raises(ConfigError, match="needs a retrieval model"):
+    with pytest.raises(
+        ConfigError, match="is 'blip_uniadapter_vqa'; it must be 'blip_uniadapter_retrieval'"
+    ):
         Index.build(tmp_path / "index", media, "shapes_qa", ["run.device=cpu"])
     with pytest.raises(ConfigError, match="model.pretrained is null"):
         Answerer(recipes.runs()["shapes_qa"], ["run.device=cpu"])

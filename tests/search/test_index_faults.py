@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from tiny_runs import ROOT
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.runners.run_folders import FolderInUse, sole_user
-from lavis_uniadapter.search import Index, indexing, reading
+from lavis_uniadapter.search import Index, indexing, reading, store
 from lavis_uniadapter.search.manifest import FILE, Manifest
 
 
@@ -65,30 +66,46 @@ def test_a_damaged_or_foreign_index_is_one_line(build, media, tmp_path):
         Index.open(folder)
 
 
-@pytest.mark.parametrize("after", ["store", "record"])
-def test_a_change_that_was_cut_short_is_undone(build, own_media, tmp_path, monkeypatch, after):
-    """Killed between store and record: the index opens, and the next update completes it."""
+@pytest.mark.parametrize("reverted", [False, True])
+@pytest.mark.parametrize("before", ["NumPyStore.add", "insert_file"])
+def test_a_change_that_was_cut_short_is_undone(
+    build, own_media, tmp_path, monkeypatch, before, reverted
+):
+    """Killed between store and record: the index opens, and the next update completes it.
+
+    ``reverted``: by then the files are again as the record has them, and their vectors are gone.
+    """
     build(own_media)
+    copy = shutil.copytree(own_media, tmp_path / "copy")
     write_clip(own_media / "short.mp4", 2, seed=9)
     write_image(own_media / "new.png", seed=8)
 
     class Killed(BaseException):
         pass
 
+    module = store if before == "NumPyStore.add" else indexing
+    change = operator.attrgetter(before)(module)
+
     def killed(*arguments):
+        if not len(arguments[-1]):  # the file that cannot be read has no segments
+            return change(*arguments)
         raise Killed
 
-    if after == "store":
-        monkeypatch.setattr(indexing, "insert_file", killed)
-    else:
-        monkeypatch.setattr("lavis_uniadapter.search.store.NumPyStore.add", killed)
+    monkeypatch.setattr(f"{module.__name__}.{before}", killed)
     with pytest.raises(Killed):
         build(own_media)
     monkeypatch.undo()
     all_hits(tmp_path / "index", rerank=0)  # it opens
+    if reverted:
+        (own_media / "new.png").unlink()
+        shutil.copy2(copy / "short.mp4", own_media)
     build(own_media)
     build(own_media, tmp_path / "anew")
-    assert all_hits(tmp_path / "index") == all_hits(tmp_path / "anew")
+    for rerank in (0, 50):
+        assert all_hits(tmp_path / "index", rerank) == all_hits(tmp_path / "anew", rerank)
+    index = Index.open(tmp_path / "index")
+    assert len(index.store) == len(index)
+    index.close()
 
 
 def test_a_file_that_vanished_since_is_not_judged(build, own_media, tmp_path):
@@ -207,7 +224,8 @@ def test_a_slow_file_beside_one_that_kills_its_reader_is_not_lost(build, media, 
 
     monkeypatch.setattr(reading, "read_segments", harmful)
     visual = VideoEval(image_size=64, n_frms=2)
-    files = [reading.FileToRead(media / name) for name in ("a.png", "short.mp4")]
+    names = ("a.png", "short.mp4")
+    files = [reading.FileToRead(number, media / name) for number, name in enumerate(names)]
     parts = [part for part in reading.read_parts(files, 3.0, visual, 2, 60) if part.is_last]
     assert {part.file: part.problem for part in parts} == {0: None, 1: "its decoder crashes"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 from urllib.parse import unquote
 
 import anyio
+import httpx
 import pytest
 from PIL import Image
 from search_media import write_image
@@ -124,6 +126,29 @@ def test_an_upload_that_is_no_image_or_a_bomb_is_refused(client):
         answer = client.post("/api/search", content=content)
         assert answer.status_code == 400 and named in answer.json()["error"]
     assert client.post("/api/search", content=b"x" * (MAX_UPLOAD + 1)).status_code == 413
+
+
+def test_an_upload_that_stalls_keeps_nobody_waiting(index, media):
+    app = make_app(index)
+
+    async def upload_beside_a_stalled_one():
+        async def never():
+            await asyncio.Event().wait()
+
+        scope = {
+            **{"type": "http", "method": "POST", "path": "/api/search", "query_string": b""},
+            "headers": [(b"host", b"127.0.0.1")],
+        }
+        stalled = asyncio.create_task(app(scope, never, never))
+        await asyncio.sleep(0)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            content = (media / "a.png").read_bytes()
+            answer = await asyncio.wait_for(client.post("/api/search", content=content), 60)
+        stalled.cancel()
+        return answer
+
+    assert asyncio.run(upload_beside_a_stalled_one()).status_code == 200
 
 
 @pytest.mark.parametrize(
