@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import cv2
@@ -9,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lavis_uniadapter.search import Index
-from lavis_uniadapter.search.manifest import Manifest
+from lavis_uniadapter.search.manifest import FILE, Manifest
 from lavis_uniadapter.tools import recipes
 
 FILES = {"short.mp4": 1, "long.mp4": 3, "sub/other.mp4": 1, "a.png": 1, "sub/b.jpg": 1}
@@ -57,3 +59,12 @@ def all_hits(folder, rerank=50) -> list[tuple]:
     return sorted(
         (h.file, h.start, h.end, round(h.probability if rerank else h.similarity, 3)) for h in hits
     )
+
+
+def number_of_segments(folder) -> int:
+    """What an indexer has committed so far."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder / FILE}?mode=ro", uri=True)) as db:
+            return db.execute("SELECT COUNT(*) FROM segments").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0

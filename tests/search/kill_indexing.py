@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from lavis.common.registry import registry  # noqa: E402
-from search_media import RECIPE, TINY, write_clip, write_image  # noqa: E402
+from search_media import RECIPE, TINY, number_of_segments, write_clip, write_image  # noqa: E402
 
 import lavis_uniadapter  # noqa: E402, F401
 from lavis_uniadapter.common.config import load_config  # noqa: E402
@@ -40,16 +39,17 @@ def main() -> int:
         options = _prepare(folder)
         Index.build(folder / "reference", folder / "media", RECIPE, options, window=3.0)
         expected = _content(folder / "reference")
+        total = number_of_segments(folder / "reference")
         draw = random.Random(0)
         for number in range(kills):
             index = folder / "index"
             shutil.rmtree(index, ignore_errors=True)
-            partial = _kill(index, folder / "media", options, draw.uniform(0.0, 3.0))
+            partial = _kill(index, folder / "media", options, draw.randrange(total))
             Index.build(index, folder / "media", RECIPE, options, window=3.0)
             if _content(index) != expected:
                 print(f"kill {number + 1}: the index differs")
                 return 1
-            print(f"kill {number + 1}: at {partial} of {len(expected)} segments, completed alike")
+            print(f"kill {number + 1}: at {partial} of {total} segments, completed alike")
     return 0
 
 
@@ -67,8 +67,8 @@ def _prepare(folder: Path) -> list[str]:
     return [*TINY, f"model.pretrained={folder / 'base.pth'}"]
 
 
-def _kill(index: Path, media: Path, options: list[str], after: float) -> int:
-    """Start an indexer, kill it some seconds after its first commit; returns what it had done."""
+def _kill(index: Path, media: Path, options: list[str], least: int) -> int:
+    """Start an indexer, kill it when it has committed so many segments; returns how many."""
     command = [sys.executable, "-m", "uniadapter_cli", "search", "index", str(media)]
     command += ["--index", str(index), "--cfg", str(RECIPE), "--window", "3", "--options", *options]
     process = subprocess.Popen(
@@ -78,13 +78,13 @@ def _kill(index: Path, media: Path, options: list[str], after: float) -> int:
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while process.poll() is None and not (index / "manifest.sqlite").exists():
-        time.sleep(0.01)
-    time.sleep(after)
+    while process.poll() is None and number_of_segments(index) < least:
+        pass
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return len(_content(index))
+    _content(index)  # it opens
+    return number_of_segments(index)
 
 
 def _content(folder: Path) -> list[tuple]:

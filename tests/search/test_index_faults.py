@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import os
@@ -14,7 +13,15 @@ import sys
 import time
 
 import pytest
-from search_media import FILES, RECIPE, all_hits, segments_of, write_clip, write_image
+from search_media import (
+    FILES,
+    RECIPE,
+    all_hits,
+    number_of_segments,
+    segments_of,
+    write_clip,
+    write_image,
+)
 from tiny_runs import ROOT
 
 from lavis_uniadapter.common.errors import ConfigError
@@ -186,26 +193,18 @@ def test_a_killed_indexer_leaves_an_index_that_a_second_run_completes(
             command(*arguments, "--options", *options),
             **{"env": environment(), "stderr": subprocess.DEVNULL, "start_new_session": True},
         )
-        had = _number_of_segments(folder)
-        while process.poll() is None and _number_of_segments(folder) <= had:
+        had = number_of_segments(folder)
+        while process.poll() is None and number_of_segments(folder) <= had:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert had < _number_of_segments(folder) < 168
+    assert had < number_of_segments(folder) < 168
     all_hits(folder, rerank=0)  # it opens
     summary = build(many, folder)
     assert summary.unchanged > 0 and summary.segments == 168
     build(many, tmp_path / "anew")
     assert segments_of(folder) == segments_of(tmp_path / "anew")
     assert all_hits(folder, rerank=0) == all_hits(tmp_path / "anew", rerank=0)
-
-
-def _number_of_segments(folder) -> int:
-    try:
-        with contextlib.closing(sqlite3.connect(f"file:{folder / FILE}?mode=ro", uri=True)) as db:
-            return db.execute("SELECT COUNT(*) FROM segments").fetchone()[0]
-    except sqlite3.OperationalError:  # not there yet
-        return 0
 
 
 def test_a_slow_file_beside_one_that_kills_its_reader_is_not_lost(build, media, monkeypatch):
