@@ -97,7 +97,7 @@ def score_gallery(
     was_training = scorer.training
     scorer.train(False)
     try:
-        texts, lengths = _encode_texts(scorer, list(dataset.text))
+        texts, lengths = encode_texts(scorer, list(dataset.text))
         visuals = _encode_visuals(scorer, data_loader, len(dataset), settings.feature_memory)
         gallery = _Gallery(texts, lengths, *visuals)
         v2t, t2v = _score(scorer, gallery, settings)
@@ -133,8 +133,12 @@ def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple
     )
 
 
-def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, Tensor]:
-    """``texts`` and ``lengths`` of a ``_Gallery``."""
+def encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, Tensor]:
+    """Encode texts, each rank its share; every rank must call it.
+
+    Returns:
+        All texts, padded to the longest, and their (texts,) lengths in tokens, on the CPU.
+    """
     tokens = scorer.tokenize(texts)
     lengths = tokens["attention_mask"].sum(dim=1).cpu()
     feat = torch.zeros(len(texts), scorer.embed_dim, device=scorer.device)
