@@ -147,8 +147,8 @@ def _answerer(args: argparse.Namespace):
     from lavis_uniadapter.tools.predict import QuestionAnswerer
     from lavis_uniadapter.tools.predict.lists import read_answers, read_questions
 
-    questions = [(None, question) for question in args.question]
-    questions += read_questions(args.questions) if args.questions else []
+    questions = read_questions(args.questions) if args.questions else {}
+    questions[None] = [*args.question, *questions.get(None, [])]
     answers = read_answers(args.answers) if args.answers else None
     return QuestionAnswerer(*_recipe(args), questions=questions, answers=answers, top=args.top)
 

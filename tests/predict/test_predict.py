@@ -18,9 +18,10 @@ from tiny_runs import ROOT
 from torch import Tensor
 
 from lavis_uniadapter.common import resumable
+from lavis_uniadapter.common.distributed import destroy_process_group
 from lavis_uniadapter.search.engine import build_model, load_recipe
 from lavis_uniadapter.tools import recipes
-from lavis_uniadapter.tools.predict import Captioner, Matcher, predict
+from lavis_uniadapter.tools.predict import Captioner, Matcher, predict, predictors
 from uniadapter_cli.main import main
 
 READABLE = [*(f"{i}.mp4" for i in range(5)), "a.png", "sub/b.jpg", "sub/long.mp4"]
@@ -76,9 +77,10 @@ def test_captions_with_scores_and_what_cannot_be_read(recipe_of, model_of, media
     recipe, output = recipe_of("caption"), tmp_path / "out.jsonl"
     assert main(arguments(recipe, media, output)) == 1
     printed = capsys.readouterr().out
-    assert f"8 records of 8 files: {output}" in printed
-    assert "1 files cannot be read" in printed and "broken.mp4: " in printed
-    assert [r["file"] for r in records(tmp_path / "out.unreadable.jsonl")] == ["broken.mp4"]
+    assert f"{output}: 8 records of 8 files\nunreadable: 1, in " in printed
+    assert "broken.mp4: decord says" in printed
+    unreadable = tmp_path / "out.jsonl.unreadable.jsonl"
+    assert [r["file"] for r in records(unreadable)] == ["broken.mp4"]
     found = records(output)
     assert [list(record) for record in found] == [["file", "caption", "score"]] * 8
     assert [record["file"] for record in found] == sorted(READABLE)
@@ -89,7 +91,7 @@ def test_captions_with_scores_and_what_cannot_be_read(recipe_of, model_of, media
         )
         assert record["caption"] == text
         assert record["score"] == pytest.approx(score, abs=2e-4)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.unreadable.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [output.name, unreadable.name]
 
     table = tmp_path / "out.csv"
     assert main(arguments(recipe, media / "sub", table)) == 0
@@ -246,23 +248,34 @@ def test_a_killed_run_continues_and_leaves_the_same_file(
     capsys.readouterr()
     assert main(arguments(every_task, media, output)) == 1
     earlier = 3 if every_task.task == "qa" else 7  # batches of one file, because of two questions
-    assert f"of 8 files, {earlier} of them earlier" in capsys.readouterr().out
+    assert f"of 8 files, {earlier} done earlier" in capsys.readouterr().out
     assert output.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 @pytest.mark.processes
-def test_two_processes_write_the_file_of_one(recipe_of, media, tmp_path):
-    recipe = recipe_of("caption")
-    assert main(arguments(recipe, media, tmp_path / "one.csv")) == 1
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def test_two_processes_write_what_one_writes(recipe_of, media, tmp_path):
+    """Also where the second process has nothing to read."""
+    together = []
+    for name, source in (("all", media), ("few", media / "sub")):
+        for task in ("caption", "retrieval"):
+            line = arguments(recipe_of(task), source, tmp_path / f"{task}-{name}-1.jsonl")
+            assert main(line) == (source is media)
+            together.append([word.replace("-1.jsonl", "-2.jsonl") for word in line])
+    destroy_process_group()
+    script = ROOT / "tests/predict_over_ranks.py"
     done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", "-m", "uniadapter_cli"]
-        + arguments(recipe, media, tmp_path / "two.csv"),
+        [sys.executable, str(script), str(tmp_path), json.dumps(together)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         **{"capture_output": True, "text": True, "timeout": 300},
     )
-    assert "8 records of 8 files" in done.stdout, done.stderr
-    assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
+    assert done.returncode == 0, done.stderr
+    for path in tmp_path.glob("*-1.jsonl"):
+        for one, two in zip(
+            records(path), records(Path(str(path).replace("-1.", "-2."))), strict=True
+        ):
+            for key in ("probability", "similarity"):  # the last digit depends on the batch
+                assert one.pop(key, None) == pytest.approx(two.pop(key, None), abs=2e-5)
+            assert one == two
 
 
 def test_what_was_begun_with_something_else_is_not_continued(
@@ -297,6 +310,27 @@ def test_a_file_that_changed_meanwhile_is_read_again(recipe_of, media, tmp_path,
     assert captions["0.mp4"] == captions["3.mp4"]
 
 
+def test_an_output_that_another_process_writes_is_refused(recipe_of, media, tmp_path, capsys):
+    output = tmp_path / "out.csv"
+    with resumable.continued(output, {}, overwrite=False):
+        assert main(arguments(recipe_of("caption"), media, output)) == 2
+    assert "Another process writes" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
+    recipe_of, media, tmp_path, monkeypatch, capsys
+):
+    line = arguments(recipe_of("caption"), media / "sub", tmp_path / "out.csv")
+    monkeypatch.setattr(
+        resumable, "atomic", lambda path: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
+    assert main(line) == 2
+    assert "No space left. Once that" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line) == 0
+    assert "2 records of 2 files, 2 done earlier" in capsys.readouterr().out
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -304,7 +338,7 @@ def test_a_file_that_changed_meanwhile_is_read_again(recipe_of, media, tmp_path,
     ("task", "given", "named"),
     [
         ("caption", ["--output", "out.txt"], "must end in .jsonl or .csv"),
-        ("caption", ["--output", "no/out.csv"], "Cannot write into the folder 'no'"),
+        ("caption", ["--output", "no/out.csv"], "Cannot write 'no/out.csv'"),
         (
             "caption",
             ["--output", "there.csv"],
@@ -326,6 +360,7 @@ def test_a_file_that_changed_meanwhile_is_read_again(recipe_of, media, tmp_path,
         ("qa", ["--questions", "bad.csv"], "bad.csv:1: has no column 'question'"),
         ("qa", ["--questions", "elsewhere.csv"], "question about 'x.mp4'"),
         ("qa", ["--question", "a", "--answers", "bad.txt"], "bad.txt:2"),
+        ("qa", ["--question", "a", "--answers", "odd.txt"], "which has no token"),
         ("retrieval", ["--text", "a", "--rerank", "-1"], "--rerank must be"),
     ],
 )
@@ -337,6 +372,7 @@ def test_a_mistake_is_one_line(recipe_of, task, given, named, tmp_path, monkeypa
     (tmp_path / "bad.csv").write_text("file,qestion\na.png,why?\n")
     (tmp_path / "elsewhere.csv").write_text("file,question\nx.mp4,why?\n")
     (tmp_path / "bad.txt").write_text("red\n\nblue")
+    (tmp_path / "odd.txt").write_text("red\n\u200b", encoding="utf-8")
     before = sorted(path.name for path in tmp_path.iterdir())
     start = ["predict", task, "media", "--cfg", f"shapes_{task}", "--output", "out.csv"]
     options = [] if "--options" in given else ["--options", *recipe_of(task).options]
@@ -344,6 +380,19 @@ def test_a_mistake_is_one_line(recipe_of, task, given, named, tmp_path, monkeypa
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and named in error
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_scores_that_are_not_finite_are_refused(recipe_of, media, tmp_path, capsys, monkeypatch):
+    def spoilt(config):
+        model = build_model(config)
+        torch.nn.init.constant_(model.visual_encoder.patch_embed.proj.bias, float("nan"))
+        return model
+
+    monkeypatch.setattr(predictors, "build_model", spoilt)
+    for task in ("retrieval", "caption"):
+        assert main(arguments(recipe_of(task), media, tmp_path / "out.csv")) == 2
+        assert "Scores are not finite" in capsys.readouterr().err.splitlines()[-1]
+        (tmp_path / "out.csv.partial").unlink()
 
 
 def test_a_folder_without_media_and_a_file_that_is_none(recipe_of, tmp_path, capsys):

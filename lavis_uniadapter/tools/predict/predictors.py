@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.evaluation.answer_ranking import tokenise_answers
 from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.caption import BlipUniAdapterCaption
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
@@ -31,9 +33,9 @@ from lavis_uniadapter.tools.predict.lists import recipe_answers
 
 logger = logging.getLogger("lavis_uniadapter")
 
+PathLike = str | os.PathLike
 Record = dict[str, Any]
-# Of scores in the output; the rest is noise of the order in which numbers are added.
-_DIGITS = 5
+DIGITS = 5  # of scores in the output; further ones depend on the batch
 
 
 class Predictor(ABC):
@@ -50,13 +52,9 @@ class Predictor(ABC):
 
     MODEL: type[TunedBlip]
     columns: Sequence[str]  # of the output
+    given: Mapping[str, Any]  # what decides the records, beside model and processor
 
-    def __init__(
-        self,
-        cfg: str | os.PathLike,
-        options: Sequence[str] = (),
-        adapter: str | os.PathLike | None = None,
-    ):
+    def __init__(self, cfg: PathLike, options: Sequence[str], adapter: PathLike | None):
         recipe = recipes.find(str(cfg), recipes.runs())
         self.config = load_recipe(self.MODEL, recipe, options, adapter)
         self.processor, self.text_processor = build_processors(self.config)
@@ -71,17 +69,20 @@ class Predictor(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What decides the records, by names for messages."""
-        # it reads the model and the processor alone
-        parts = Engine.fingerprint(self)  # type: ignore[arg-type]
-        return {**parts, "amp": self.amp, **self.given()}
+        parts = Engine.fingerprint(self)  # type: ignore[arg-type]  # reads model and processor
+        return {**parts, "amp": self.amp, **self.given}
 
-    @abstractmethod
-    def given(self) -> dict[str, Any]:
-        """The part of ``identity`` that is not in every prediction."""
+    def _settings(self, *names: str) -> dict[str, Any]:
+        """Some of the recipe's ``run:``."""
+        return {name: getattr(self.settings, name) for name in names}
 
     def select(self, files: Iterable[str]) -> list[str]:
         """The files that there is something to predict about."""
         return list(files)
+
+    def prepare(self) -> None:
+        """What every rank does before the first file of a folder: load the model."""
+        self.model.eval()
 
     @torch.inference_mode()
     def __call__(self, files: Sequence[str], clips: Tensor) -> list[list[Record]]:
@@ -90,10 +91,20 @@ class Predictor(ABC):
         Args:
             files: their names.
             clips: uint8 RGB (files, frames, image_size, image_size, 3).
+
+        Raises:
+            FloatingPointError: if a score is not finite.
         """
         video = normalise(self.processor, clips, self.model.device)
         with autocast(self.amp, self.model.device):
-            return self._predict(files, video)
+            records = self._predict(files, video)
+        values = (v for each in records for r in each for v in r.values() if isinstance(v, float))
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError(
+                "Scores are not finite: the model's weights are spoiled, or they overflow in "
+                "run.amp. Use another adapter, or --options run.amp=null."
+            )
+        return records
 
     @abstractmethod
     def _predict(self, files: Sequence[str], video: Tensor) -> list[list[Record]]:
@@ -101,15 +112,12 @@ class Predictor(ABC):
 
     def finish(self, by_file: Mapping[str, Sequence[Record]]) -> list[Record]:
         """The output's records, made from those of all files."""
-        return [
-            {"file": file, **_rounded(record)}
-            for file, records in by_file.items()
-            for record in records
-        ]
+        every = ((file, record) for file, records in by_file.items() for record in records)
+        return [{"file": file, **_rounded(record)} for file, record in every]
 
 
 def _rounded(record: Record) -> Record:
-    return {k: round(v, _DIGITS) if isinstance(v, float) else v for k, v in record.items()}
+    return {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in record.items()}
 
 
 class Captioner(Predictor):
@@ -122,35 +130,40 @@ class Captioner(Predictor):
     MODEL = BlipUniAdapterCaption
     columns = ("file", "caption", "score")
 
-    def __init__(self, *recipe, captions: int = 1, **more):
-        super().__init__(*recipe, **more)
-        if not 1 <= captions <= self.settings.num_beams:
+    def __init__(
+        self,
+        cfg: PathLike,
+        options: Sequence[str] = (),
+        adapter: PathLike | None = None,
+        *,
+        captions: int = 1,
+    ):
+        super().__init__(cfg, options, adapter)
+        self._number, beams = captions, self.settings.num_beams
+        if not 1 <= captions <= beams:
             raise ConfigError(
-                f"--captions is {captions}, and run.num_beams {self.settings.num_beams}. Ask for 1 "
-                "caption or more, and for no more than beams (--options run.num_beams=N)."
+                f"--captions is {captions}, and run.num_beams {beams}. Ask for 1 caption or more, "
+                "and for no more than beams (--options run.num_beams=N)."
             )
-        self._how = {
-            "num_captions": captions,
-            "num_beams": self.settings.num_beams,
-            "max_length": self.settings.max_len,
-            "min_length": self.settings.min_len,
-        }
-
-    def given(self):
-        return self._how
+        self.given = {"captions": captions, **self._settings("num_beams", "max_len", "min_len")}
 
     def _predict(self, files, video):
-        scored = self.model.generate_with_scores({"video": video}, **self._how)
+        scored = self.model.generate_with_scores(
+            {"video": video},
+            num_captions=self._number,
+            num_beams=self.settings.num_beams,
+            max_length=self.settings.max_len,
+            min_length=self.settings.min_len,
+        )
         records = [{"caption": text, "score": score} for text, score in scored]
-        number = self._how["num_captions"]
-        return [records[i : i + number] for i in range(0, len(records), number)]
+        return [records[i : i + self._number] for i in range(0, len(records), self._number)]
 
 
 class QuestionAnswerer(Predictor):
     """Answers to questions, with their probabilities among candidates, or scores.
 
     Args:
-        questions: (file, question) pairs; a question without a file is about every file.
+        questions: by the file that they are about; None: every file.
         answers: candidates, which are ranked; see ``RankedAnswer``. None: the recipe's, if it
             ranks (``run.inference_method``) and their file is there. Otherwise answers are
             generated, with scores; see ``ScoredText``.
@@ -161,33 +174,30 @@ class QuestionAnswerer(Predictor):
 
     def __init__(
         self,
-        *recipe,
-        questions: Sequence[tuple[str | None, str]],
+        cfg: PathLike,
+        options: Sequence[str] = (),
+        adapter: PathLike | None = None,
+        *,
+        questions: Mapping[str | None, Sequence[str]],
         answers: Sequence[str] | None = None,
         top: int = 1,
-        **more,
     ):
-        super().__init__(*recipe, **more)
+        super().__init__(cfg, options, adapter)
         if answers is None and self.settings.inference_method == "rank":
             answers = recipe_answers(self.config)
-        how = f"ranked among {len(answers)} candidates" if answers else "generated"
-        logger.info("answers are %s", how)
-        self._questions, self._answers, self._top = list(questions), answers, top
-        self._for_all = [question for file, question in questions if file is None]
-        self._of_file: dict[str, list[str]] = {}
-        for file, question in questions:
-            if file is not None:
-                self._of_file.setdefault(file, []).append(question)
-        most = len(self._for_all) + max(map(len, self._of_file.values()), default=0)
+        self._of_all = questions.get(None, ())
+        self._of_file = {file: each for file, each in questions.items() if file is not None}
+        self._answers, self._top = answers, top
+        most = len(self._of_all) + max(map(len, self._of_file.values()), default=0)
         self.batch_size = max(1, self.batch_size // max(1, most))
         ranked = ("rank", "answer", "probability")
         self.columns = ("file", "question", *(ranked if answers else ("answer", "score")))
+        names = ("num_ans_candidates",) if answers else ("num_beams", "max_len", "min_len")
+        asked = {"questions": list(questions.items()), "answers": answers, "top": top}
+        self.given = {**asked, **self._settings(*names)}
 
-    def given(self):
-        names = ("num_ans_candidates",) if self._answers else ("num_beams", "max_len", "min_len")
-        settings = {name: getattr(self.settings, name) for name in names}
-        lists = {"questions": self._questions, "answers": self._answers, "top": self._top}
-        return {**lists, **settings}
+    def _asked(self, file: str) -> list[str]:
+        return [*self._of_all, *self._of_file.get(file, ())]
 
     def select(self, files):
         files = list(files)
@@ -196,36 +206,43 @@ class QuestionAnswerer(Predictor):
                 f"There is a question about '{min(absent)}', and no such image or video. Write "
                 "file names as they are below the folder."
             )
-        return [file for file in files if self._for_all or file in self._of_file]
+        return [file for file in files if self._asked(file)]
+
+    def prepare(self):
+        if self._answers is None:
+            logger.info("answers are generated")
+            return
+        logger.info("answers are ranked among %d candidates", len(self._answers))
+        try:
+            tokenise_answers(self._answers, self.model.tokenizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def _predict(self, files, video):
-        asked = [self._for_all + self._of_file.get(file, []) for file in files]
-        numbers = [number for number, questions in enumerate(asked) for _ in questions]
-        flat = [question for questions in asked for question in questions]
+        asked = [(number, q) for number, file in enumerate(files) for q in self._asked(file)]
         samples = {
             "video": video,
-            "text_input": [self.text_processor(question) for question in flat],
-            "visual_index": torch.tensor(numbers, device=video.device),
+            "text_input": [self.text_processor(question) for _, question in asked],
+            "visual_index": torch.tensor([number for number, _ in asked], device=video.device),
         }
-        records: list[list[Record]] = [[] for _ in files]
-        for number, question, found in zip(numbers, flat, self._answer(samples), strict=True):
-            records[number] += [{"question": question, **record} for record in found]
+        records = [[] for _ in files]
+        for (number, question), found in zip(asked, self._answer(samples), strict=True):
+            records[number] += [{"question": question, **answer} for answer in found]
         return records
 
     def _answer(self, samples: dict[str, Any]) -> list[list[Record]]:
         settings = self.settings
         if self._answers is None:
-            scored = self.model.generate_with_scores(
-                samples, settings.num_beams, settings.max_len, settings.min_len
-            )
+            how = settings.num_beams, settings.max_len, settings.min_len
+            scored = self.model.generate_with_scores(samples, *how)
             return [[{"answer": text, "score": score}] for text, score in scored]
-        candidates = settings.num_ans_candidates
+        ranked = self.model.rank_answers(samples, self._answers, settings.num_ans_candidates)
         return [
             [
-                {"rank": rank, "answer": best.answer, "probability": best.probability}
-                for rank, best in enumerate(ranked[: self._top], 1)
+                {"rank": rank, "answer": each.answer, "probability": each.probability}
+                for rank, each in enumerate(best[: self._top], 1)
             ]
-            for ranked in self.model.rank_answers(samples, self._answers, candidates)
+            for best in ranked
         ]
 
 
@@ -246,59 +263,56 @@ class Matcher(Predictor):
     columns = ("text", "rank", "file", "probability", "similarity")
 
     def __init__(
-        self, *recipe, texts: Sequence[str], top: int = 10, rerank: int | None = None, **more
+        self,
+        cfg: PathLike,
+        options: Sequence[str] = (),
+        adapter: PathLike | None = None,
+        *,
+        texts: Sequence[str],
+        top: int = 10,
+        rerank: int | None = None,
     ):
-        super().__init__(*recipe, **more)
+        super().__init__(cfg, options, adapter)
         self._texts, self._top = list(texts), top
         self._rerank = self.settings.k_test if rerank is None else rerank
-        self._best = torch.empty(len(self._texts), 0)  # similarities so far
+        asked = {"texts": self._texts, "top": top, "rerank": self._rerank}
+        self.given = {**asked, **self._settings("itc_weight")}
 
-    def given(self):
-        lists = {"texts": self._texts, "top": self._top, "rerank": self._rerank}
-        return {**lists, "itc_weight": self.settings.itc_weight}
-
-    @functools.cached_property
-    def _engine(self) -> Engine:
+    def prepare(self):
         parts = self.model, self.processor, self.text_processor, self.settings
-        return Engine(*parts, self.amp, self.batch_size)
-
-    @functools.cached_property
-    def _encoded(self):
-        return self._engine.encode_texts(self._texts)
+        self._engine = Engine(*parts, self.amp, self.batch_size)
+        self._encoded = self._engine.encode_texts(self._texts)
+        self._best = torch.empty(len(self._texts), 0)  # similarities of the best so far
 
     def _predict(self, files, video):
         visuals = self.model.encode_visual({"video": video})
         similarity = (self._encoded.feat.float() @ visuals.feat.float().t()).cpu()
         best = torch.cat([self._best, similarity], dim=1)
         self._best = best.topk(min(max(self._top, self._rerank), best.shape[1]), dim=1).values
-        records: list[list[Record]] = [[] for _ in files]
         kept = {
             (text, visual): {"text": text, "similarity": float(similarity[text, visual])}
-            for text, visual in (similarity >= self._best[:, -1:]).nonzero().tolist()
+            for text, visual in self._among_best(similarity, self._best.shape[1])
         }
-        for pair, scores in self._judge(similarity, visuals).items():
-            kept[pair].update(scores)
+        if judged := self._among_best(similarity, min(self._rerank, self._best.shape[1])):
+            scores = self._engine.match(self._encoded, visuals, torch.tensor(judged))
+            values = scores.ranking.tolist(), scores.probability.tolist()
+            for pair, ranking, probability in zip(judged, *values, strict=True):
+                kept[pair].update(ranking=ranking, probability=probability)
+        records = [[] for _ in files]
         for (_, visual), record in kept.items():
             records[visual].append(record)
         return records
 
-    def _judge(self, similarity: Tensor, visuals) -> dict[tuple[int, int], dict[str, float]]:
-        """What the matching head makes of the most similar pairs, by text and visual input."""
-        if self._rerank == 0:
-            return {}
-        least = self._best[:, min(self._rerank, self._best.shape[1]) - 1]
-        pairs = (similarity >= least[:, None]).nonzero()
-        if not len(pairs):
-            return {}
-        scores = self._engine.match(self._encoded, visuals, pairs)
-        values = pairs.tolist(), scores.ranking.tolist(), scores.probability.tolist()
-        return {
-            tuple(pair): {"ranking": ranking, "probability": probability}
-            for pair, ranking, probability in zip(*values, strict=True)
-        }
+    def _among_best(self, similarity: Tensor, number: int) -> list[tuple[int, int]]:
+        """(text, visual input) pairs that are among so many best ones of the text so far."""
+        if not number:
+            return []
+        least = self._best[:, number - 1 : number]
+        # a similarity that is not a number is kept, and then refused
+        return [(t, v) for t, v in (~(similarity < least)).nonzero().tolist()]
 
     def finish(self, by_file):
-        found: list[list[Record]] = [[] for _ in self._texts]
+        found = [[] for _ in self._texts]
         for file, records in by_file.items():
             for record in records:
                 found[record["text"]].append({**record, "file": file})
@@ -308,9 +322,7 @@ class Matcher(Predictor):
             judged = sorted(candidates[: self._rerank], key=lambda record: -record["ranking"])
             # the matching head also judged files that more similar ones displaced
             rest = [{**record, "probability": None} for record in candidates[self._rerank :]]
-            for rank, record in enumerate([*judged, *rest][: self._top], 1):
-                scores = {key: record[key] for key in ("probability", "similarity")}
-                rows.append(
-                    {"text": text, "rank": rank, "file": record["file"], **_rounded(scores)}
-                )
+            for rank, best in enumerate([*judged, *rest][: self._top], 1):
+                scores = {key: best[key] for key in ("probability", "similarity")}
+                rows.append({"text": text, "rank": rank, "file": best["file"], **_rounded(scores)})
         return rows

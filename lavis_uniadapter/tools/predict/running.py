@@ -8,7 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +41,27 @@ class Summary:
         output: the file.
         records: how many it has.
         files: that were read.
-        continued: how many of them were read by earlier processes.
-        unreadable: why others could not be read, by path.
-        listed: the file that lists these.
+        continued: how many files earlier processes had done.
+        unreadable: why others could not be read, by path; listed in ``OUTPUT.unreadable.jsonl``.
     """
 
     output: Path
     records: int
     files: int
     continued: int
-    unreadable: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def listed(self) -> Path:
-        return self.output.with_name(f"{self.output.stem}.unreadable.jsonl")
+    unreadable: dict[str, str]
 
     def __str__(self) -> str:
-        earlier = f", {self.continued} of them earlier" if self.continued else ""
-        text = f"{self.records} records of {self.files} files{earlier}: {self.output}"
+        earlier = f", {self.continued} done earlier" if self.continued else ""
+        text = f"{self.output}: {self.records} records of {self.files} files{earlier}"
         if not self.unreadable:
             return text
         lines = [f"{path}: {why}" for path, why in self.unreadable.items()]
-        return (
-            f"{text}\n{len(lines)} files cannot be read, listed in {self.listed}:{listing(lines)}"
-        )
+        return f"{text}\nunreadable: {len(lines)}, in {_unreadable(self.output)}{listing(lines)}"
+
+
+def _unreadable(output: Path) -> Path:
+    return output.with_name(f"{output.name}.unreadable.jsonl")
 
 
 def predict(
@@ -100,16 +97,17 @@ def predict(
 
     def find() -> tuple[Path, Found, dict[str, str]]:
         check_output(path, overwrite)
-        return find_files(Path(source).expanduser().resolve())
+        return find_files(Path(os.path.abspath(Path(source).expanduser())))
 
     root, found, odd = on_main_process(find, errors=errors)
     files = predictor.select(found)
+    predictor.prepare()
     identity = {"folder": str(root), **predictor.identity()}
     with contextlib.ExitStack() as held:
-        opened: list[Partial | None] = [None]  # on the other ranks
+        opened: list[Partial] = []  # on the main process
 
         def begin() -> set[str]:
-            opened[0] = held.enter_context(continued(path, identity, overwrite))
+            opened.append(held.enter_context(continued(path, identity, overwrite)))
             done = opened[0].done
             return {f for f in files if f in done and done[f]["state"] == _state(found[f])}
 
@@ -117,16 +115,18 @@ def predict(
         # the same batches in every process and after every kill, so that scores are the same
         chunks = [c for c in batches(files, predictor.batch_size) if not done.issuperset(c)]
         mine = chunks[get_rank() :: get_world_size()]
-        partial, clips = opened[0], _read(root, mine, predictor, workers, timeout)
+        clips = _read(root, mine, predictor, workers, timeout)
         with tqdm(
             **{"total": len(files), "initial": len(done), "desc": "predict", "unit": " files"},
             disable=not is_main_process(),
         ) as bar:
             for entries in gathered(_entries(predictor, clips, found)):
                 bar.update(sum(entry["file"] not in done for entry in entries))
-                if partial is not None:
+                for partial in opened:
                     partial.add(entries)
-        return None if partial is None else _finish(predictor, partial, path, files, odd, len(done))
+        if not opened:
+            return None
+        return _finish(predictor, opened[0], path, files, odd, len(done))
 
 
 def find_files(source: Path) -> tuple[Path, Found, dict[str, str]]:
@@ -156,22 +156,20 @@ def _read(
     root: Path, chunks: Sequence[Sequence[str]], predictor: Predictor, workers: int, timeout: float
 ) -> Iterator[dict[str, Tensor | str]]:
     """The files of each chunk: a clip (frames, size, size, 3), or why it cannot be read."""
-    files = [file for chunk in chunks for file in chunk]
-    chunk_of = [number for number, chunk in enumerate(chunks) for _ in chunk]
+    files = [(number, file) for number, chunk in enumerate(chunks) for file in chunk]
+    to_read = [FileToRead(position, root / file) for position, (_, file) in enumerate(files)]
     read: dict[int, dict[str, Tensor | str]] = defaultdict(dict)
-    to_read = [FileToRead(number, root / file) for number, file in enumerate(files)]
-    is_read: dict[int, int] = defaultdict(int)
-    options = predictor.processor.options
-    for part in read_parts(to_read, math.inf, options, workers, timeout):
-        number, file = chunk_of[part.file], files[part.file]
+    left = [len(chunk) for chunk in chunks]
+    for part in read_parts(to_read, math.inf, predictor.processor.options, workers, timeout):
+        number, file = files[part.file]
         if part.problem is not None:
             read[number][file] = part.problem
         elif part.clips is not None:
             read[number][file] = part.clips[0]
-        is_read[number] += part.is_last
-        if is_read[number] == len(chunks[number]):
-            yield {file: read[number][file] for file in chunks[number]}
-            del read[number]
+        left[number] -= part.is_last
+        if left[number] == 0:
+            of_chunk = read.pop(number)
+            yield {file: of_chunk[file] for file in chunks[number]}
 
 
 def _entries(
@@ -208,9 +206,10 @@ def _finish(
     unreadable = {f: entry["problem"] for f, entry in entries.items() if "problem" in entry}
     records = predictor.finish(readable)
     summary = Summary(path, len(records), len(readable), continued, {**odd, **unreadable})
-    summary.listed.unlink(missing_ok=True)
-    if summary.unreadable:
-        lines = [{"file": file, "reason": why} for file, why in summary.unreadable.items()]
-        write_text(summary.listed, "".join(f"{json.dumps(line)}\n" for line in lines))
+    lines = [{"file": file, "reason": why} for file, why in summary.unreadable.items()]
+    if lines:
+        write_text(_unreadable(path), "".join(f"{json.dumps(line)}\n" for line in lines))
+    else:
+        _unreadable(path).unlink(missing_ok=True)
     partial.finish(records, predictor.columns)
     return summary
