@@ -196,7 +196,8 @@ def update(
         work: what to do, the same on every rank.
         window: seconds of a segment.
         workers: processes that read files, beside each rank.
-        timeout: seconds that a file may take before it counts as unreadable.
+        timeout: seconds without a new segment after which the file being read counts as
+            unreadable.
     """
     summary = Summary(gone=work.gone, unchanged=work.unchanged, unreadable=dict(work.unreadable))
     if manifest is not None and store is not None and work.gone:
