@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lavis_uniadapter.tools.predict import predict
 
         summary = predict(
-            args.predictor(args),
+            _predictor(args),
             args.source,
             args.output,
             workers=args.workers,
@@ -44,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(summary)
             unreadable.extend(summary.unreadable)
 
-    try:
-        return launch.exit_status(work) or int(bool(unreadable))
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+    return launch.exit_status(work) or int(bool(unreadable))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -67,7 +62,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("top", "captions"):
         if getattr(args, name, 1) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
-    if args.workers < 0 or args.timeout <= 0 or (getattr(args, "rerank", None) or 0) < 0:
+    if args.workers < 0 or not args.timeout > 0 or (getattr(args, "rerank", None) or 0) < 0:
         raise ConfigError("--workers and --rerank must be 0 or more, and --timeout above 0.")
     recipe = recipes.find(args.cfg, recipes.runs())
     arch = validate(recipe, [*args.options, "run.evaluate=True"])["model"]["arch"]
@@ -89,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
-    caption = _command(commands, "caption", _captioner, "caption each file")
+    caption = _command(commands, "caption", "caption each file")
     text = "captions of each file (default 1)"
     caption.add_argument("--captions", type=int, default=1, metavar="N", help=text)
 
-    qa = _command(commands, "qa", _answerer, "answer questions about each file")
+    qa = _command(commands, "qa", "answer questions about each file")
     text = "asked about every file; may be repeated"
     qa.add_argument("--question", action="append", default=[], metavar="TEXT", help=text)
     text = "a question on each line (.txt), or columns question and file (.csv, .tsv, .jsonl)"
@@ -104,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "ranked answers to each question (default 1)"
     qa.add_argument("--top", type=int, default=1, metavar="N", help=text)
 
-    retrieval = _command(commands, "retrieval", _matcher, "find the files that match texts")
+    retrieval = _command(commands, "retrieval", "find the files that match texts")
     text = "what to look for; may be repeated"
     retrieval.add_argument("--text", action="append", default=[], metavar="TEXT", help=text)
     text = "a text on each line (.txt), or a column text (.csv, .tsv, .jsonl)"
@@ -116,9 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, predictor, text: str) -> argparse.ArgumentParser:
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(predictor=predictor)
     add = parser.add_argument
     add("source", metavar="DIR_OR_FILE", help="images and videos; a folder with its subfolders")
     add("--cfg", required=True, metavar="RECIPE", help="recipe, by name or file")
@@ -133,29 +127,16 @@ def _command(commands, name: str, predictor, text: str) -> argparse.ArgumentPars
     return parser
 
 
-def _recipe(args: argparse.Namespace) -> tuple:
-    return args.cfg, args.options, args.adapter
+def _predictor(args: argparse.Namespace):
+    from lavis_uniadapter.tools.predict import Captioner, Matcher, QuestionAnswerer, lists
 
-
-def _captioner(args: argparse.Namespace):
-    from lavis_uniadapter.tools.predict import Captioner
-
-    return Captioner(*_recipe(args), captions=args.captions)
-
-
-def _answerer(args: argparse.Namespace):
-    from lavis_uniadapter.tools.predict import QuestionAnswerer
-    from lavis_uniadapter.tools.predict.lists import read_answers, read_questions
-
-    questions = read_questions(args.questions) if args.questions else {}
+    recipe = args.cfg, args.options, args.adapter
+    if args.command == "caption":
+        return Captioner(*recipe, captions=args.captions)
+    if args.command == "retrieval":
+        texts = [*args.text, *(lists.read_texts(args.texts) if args.texts else [])]
+        return Matcher(*recipe, texts=texts, top=args.top, rerank=args.rerank)
+    questions = lists.read_questions(args.questions) if args.questions else {}
     questions[None] = [*args.question, *questions.get(None, [])]
-    answers = read_answers(args.answers) if args.answers else None
-    return QuestionAnswerer(*_recipe(args), questions=questions, answers=answers, top=args.top)
-
-
-def _matcher(args: argparse.Namespace):
-    from lavis_uniadapter.tools.predict import Matcher
-    from lavis_uniadapter.tools.predict.lists import read_texts
-
-    texts = [*args.text, *(read_texts(args.texts) if args.texts else [])]
-    return Matcher(*_recipe(args), texts=texts, top=args.top, rerank=args.rerank)
+    answers = lists.read_answers(args.answers) if args.answers else None
+    return QuestionAnswerer(*recipe, questions=questions, answers=answers, top=args.top)

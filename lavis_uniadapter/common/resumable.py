@@ -27,7 +27,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"'{path}': the output's name must end in {' or '.join(FORMATS)}.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"Cannot write '{path}'. Name a file in a folder that can be written.")
+        raise ConfigError(
+            f"Cannot write '{path}'. Name a file in a folder that exists and can be written."
+        )
     if path.exists() and not overwrite:
         raise ConfigError(f"'{path}' exists and is complete. To replace it, give --overwrite.")
 

@@ -25,7 +25,7 @@ from lavis_uniadapter.search.manifest import (
     insert_file,
 )
 from lavis_uniadapter.search.reading import FileToRead, Part, read_parts
-from lavis_uniadapter.search.segments import Segment, find_media, take_odd_names
+from lavis_uniadapter.search.segments import Segment, find_media, take_unusable
 from lavis_uniadapter.search.store import Store
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
     if not present:
         what = f"; the index has {len(of_scope)} of them" if of_scope else ""
         raise ConfigError(f"'{scope}' holds no images or videos{what}. Check the folder.")
-    unreadable = take_odd_names(present)
+    unreadable = take_unusable(present)
     files = []
     for path, status in present.items():
         now = IndexedFile(path, status.st_size, status.st_mtime_ns)

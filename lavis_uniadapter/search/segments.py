@@ -55,7 +55,7 @@ def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield path.relative_to(root).as_posix(), path.stat()
 
 
-def take_odd_names(found: dict[str, os.stat_result]) -> dict[str, str]:
+def take_unusable(found: dict[str, os.stat_result]) -> dict[str, str]:
     """Remove files whose names are not UTF-8; returns what is wrong, by escaped path."""
     odd = [path for path in found if path.encode("utf-8", "replace") != os.fsencode(path)]
     for path in odd:

@@ -67,7 +67,8 @@ def _read(path: str, schema: type[R]) -> list[R]:
     """The records of a file; ConfigError names the first that is wrong, and its line."""
     items: list[Any] = list(read_records(path, schema, (".txt", *FORMATS)))
     if wrong := problems(items):
-        raise ConfigError(f"{wrong[0]}." + (f" {len(wrong)} records are wrong." * (len(wrong) > 1)))
+        more = f" ({len(wrong) - 1} more records are wrong)" if len(wrong) > 1 else ""
+        raise ConfigError(f"{wrong[0]}{more}")
     return [item.record for item in items]
 
 

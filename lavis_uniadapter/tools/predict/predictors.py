@@ -8,7 +8,8 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,11 +34,11 @@ from lavis_uniadapter.tools.predict.lists import recipe_answers
 
 logger = logging.getLogger("lavis_uniadapter")
 
-PathLike = str | os.PathLike
 Record = dict[str, Any]
 DIGITS = 5  # of scores in the output; further ones depend on the batch
 
 
+@dataclass
 class Predictor(ABC):
     """A recipe for inference. Its model is loaded when it is first needed.
 
@@ -50,17 +51,22 @@ class Predictor(ABC):
         ConfigError: naming the first thing that is wrong.
     """
 
-    MODEL: type[TunedBlip]
-    columns: Sequence[str]  # of the output
-    given: Mapping[str, Any]  # what decides the records, beside model and processor
+    cfg: str | os.PathLike
+    options: Sequence[str] = ()
+    adapter: str | os.PathLike | None = None
 
-    def __init__(self, cfg: PathLike, options: Sequence[str], adapter: PathLike | None):
-        recipe = recipes.find(str(cfg), recipes.runs())
-        self.config = load_recipe(self.MODEL, recipe, options, adapter)
+    MODEL: ClassVar[type[TunedBlip]]
+    columns: ClassVar[Sequence[str]]  # of the output
+    independent: ClassVar[bool] = True  # whether a file's records say nothing of other files
+
+    def __post_init__(self):
+        recipe = recipes.find(str(self.cfg), recipes.runs())
+        self.config = load_recipe(self.MODEL, recipe, self.options, self.adapter)
         self.processor, self.text_processor = build_processors(self.config)
         run = self.config.run_cfg
         self.settings = Evaluation.pick(run, "run")
         self.amp, self.batch_size = run.amp, run.batch_size_eval
+        self.given: dict[str, Any] = {}  # what decides the records, beside model and processor
 
     @functools.cached_property
     def model(self) -> Any:
@@ -120,6 +126,7 @@ def _rounded(record: Record) -> Record:
     return {k: round(v, DIGITS) if isinstance(v, float) else v for k, v in record.items()}
 
 
+@dataclass
 class Captioner(Predictor):
     """Captions by beam search, with their scores; see ``ScoredText``.
 
@@ -127,38 +134,35 @@ class Captioner(Predictor):
         captions: for each file; the best ones of the search.
     """
 
+    captions: int = field(default=1, kw_only=True)
+
     MODEL = BlipUniAdapterCaption
     columns = ("file", "caption", "score")
 
-    def __init__(
-        self,
-        cfg: PathLike,
-        options: Sequence[str] = (),
-        adapter: PathLike | None = None,
-        *,
-        captions: int = 1,
-    ):
-        super().__init__(cfg, options, adapter)
-        self._number, beams = captions, self.settings.num_beams
-        if not 1 <= captions <= beams:
+    def __post_init__(self):
+        super().__post_init__()
+        beams = self.settings.num_beams
+        if not 1 <= self.captions <= beams:
             raise ConfigError(
-                f"--captions is {captions}, and run.num_beams {beams}. Ask for 1 caption or more, "
-                "and for no more than beams (--options run.num_beams=N)."
+                f"--captions is {self.captions}, and run.num_beams {beams}. Ask for 1 caption or "
+                "more, and for no more than beams (--options run.num_beams=N)."
             )
-        self.given = {"captions": captions, **self._settings("num_beams", "max_len", "min_len")}
+        self.given = {"captions": self.captions}
+        self.given |= self._settings("num_beams", "max_len", "min_len")
 
     def _predict(self, files, video):
         scored = self.model.generate_with_scores(
             {"video": video},
-            num_captions=self._number,
+            num_captions=self.captions,
             num_beams=self.settings.num_beams,
             max_length=self.settings.max_len,
             min_length=self.settings.min_len,
         )
         records = [{"caption": text, "score": score} for text, score in scored]
-        return [records[i : i + self._number] for i in range(0, len(records), self._number)]
+        return [records[i : i + self.captions] for i in range(0, len(records), self.captions)]
 
 
+@dataclass
 class QuestionAnswerer(Predictor):
     """Answers to questions, with their probabilities among candidates, or scores.
 
@@ -170,34 +174,28 @@ class QuestionAnswerer(Predictor):
         top: ranked answers to each question.
     """
 
+    questions: Mapping[str | None, Sequence[str]] = field(kw_only=True)
+    answers: Sequence[str] | None = field(default=None, kw_only=True)
+    top: int = field(default=1, kw_only=True)
+
     MODEL = BlipUniAdapterVQA
 
-    def __init__(
-        self,
-        cfg: PathLike,
-        options: Sequence[str] = (),
-        adapter: PathLike | None = None,
-        *,
-        questions: Mapping[str | None, Sequence[str]],
-        answers: Sequence[str] | None = None,
-        top: int = 1,
-    ):
-        super().__init__(cfg, options, adapter)
-        if answers is None and self.settings.inference_method == "rank":
-            answers = recipe_answers(self.config)
-        self._of_all = questions.get(None, ())
-        self._of_file = {file: each for file, each in questions.items() if file is not None}
-        self._answers, self._top = answers, top
-        most = len(self._of_all) + max(map(len, self._of_file.values()), default=0)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.answers is None and self.settings.inference_method == "rank":
+            self.answers = recipe_answers(self.config)
+        ranked = self.answers is not None
+        self._of_file = {file: each for file, each in self.questions.items() if file is not None}
+        most = max(map(len, map(self._asked, [None, *self._of_file])))
         self.batch_size = max(1, self.batch_size // max(1, most))
-        ranked = ("rank", "answer", "probability")
-        self.columns = ("file", "question", *(ranked if answers else ("answer", "score")))
-        names = ("num_ans_candidates",) if answers else ("num_beams", "max_len", "min_len")
-        asked = {"questions": list(questions.items()), "answers": answers, "top": top}
-        self.given = {**asked, **self._settings(*names)}
+        found = ("rank", "answer", "probability") if ranked else ("answer", "score")
+        self.columns = ("file", "question", *found)
+        asked = {"questions": list(self.questions.items()), "answers": self.answers}
+        settings = ("num_ans_candidates",) if ranked else ("num_beams", "max_len", "min_len")
+        self.given = {**asked, "top": self.top, **self._settings(*settings)}
 
-    def _asked(self, file: str) -> list[str]:
-        return [*self._of_all, *self._of_file.get(file, ())]
+    def _asked(self, file: str | None) -> list[str]:
+        return [*self.questions.get(None, ()), *self._of_file.get(file, ())]
 
     def select(self, files):
         files = list(files)
@@ -209,12 +207,12 @@ class QuestionAnswerer(Predictor):
         return [file for file in files if self._asked(file)]
 
     def prepare(self):
-        if self._answers is None:
+        if self.answers is None:
             logger.info("answers are generated")
             return
-        logger.info("answers are ranked among %d candidates", len(self._answers))
+        logger.info("answers are ranked among %d candidates", len(self.answers))
         try:
-            tokenise_answers(self._answers, self.model.tokenizer)
+            tokenise_answers(self.answers, self.model.tokenizer)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -232,20 +230,21 @@ class QuestionAnswerer(Predictor):
 
     def _answer(self, samples: dict[str, Any]) -> list[list[Record]]:
         settings = self.settings
-        if self._answers is None:
+        if self.answers is None:
             how = settings.num_beams, settings.max_len, settings.min_len
             scored = self.model.generate_with_scores(samples, *how)
             return [[{"answer": text, "score": score}] for text, score in scored]
-        ranked = self.model.rank_answers(samples, self._answers, settings.num_ans_candidates)
+        ranked = self.model.rank_answers(samples, self.answers, settings.num_ans_candidates)
         return [
             [
                 {"rank": rank, "answer": each.answer, "probability": each.probability}
-                for rank, each in enumerate(best[: self._top], 1)
+                for rank, each in enumerate(best[: self.top], 1)
             ]
             for best in ranked
         ]
 
 
+@dataclass
 class Matcher(Predictor):
     """For each text the files that match it best, in two stages, as in evaluation.
 
@@ -259,36 +258,31 @@ class Matcher(Predictor):
             ``run.k_test``.
     """
 
+    texts: Sequence[str] = field(kw_only=True)
+    top: int = field(default=10, kw_only=True)
+    rerank: int | None = field(default=None, kw_only=True)
+
     MODEL = BlipUniAdapterRetrieval
     columns = ("text", "rank", "file", "probability", "similarity")
+    independent = False
 
-    def __init__(
-        self,
-        cfg: PathLike,
-        options: Sequence[str] = (),
-        adapter: PathLike | None = None,
-        *,
-        texts: Sequence[str],
-        top: int = 10,
-        rerank: int | None = None,
-    ):
-        super().__init__(cfg, options, adapter)
-        self._texts, self._top = list(texts), top
-        self._rerank = self.settings.k_test if rerank is None else rerank
-        asked = {"texts": self._texts, "top": top, "rerank": self._rerank}
+    def __post_init__(self):
+        super().__post_init__()
+        self._rerank = self.settings.k_test if self.rerank is None else self.rerank
+        asked = {"texts": list(self.texts), "top": self.top, "rerank": self._rerank}
         self.given = {**asked, **self._settings("itc_weight")}
 
     def prepare(self):
         parts = self.model, self.processor, self.text_processor, self.settings
         self._engine = Engine(*parts, self.amp, self.batch_size)
-        self._encoded = self._engine.encode_texts(self._texts)
-        self._best = torch.empty(len(self._texts), 0)  # similarities of the best so far
+        self._encoded = self._engine.encode_texts(self.texts)
+        self._best = torch.empty(len(self.texts), 0)  # similarities of the best so far
 
     def _predict(self, files, video):
         visuals = self.model.encode_visual({"video": video})
         similarity = (self._encoded.feat.float() @ visuals.feat.float().t()).cpu()
         best = torch.cat([self._best, similarity], dim=1)
-        self._best = best.topk(min(max(self._top, self._rerank), best.shape[1]), dim=1).values
+        self._best = best.topk(min(max(self.top, self._rerank), best.shape[1]), dim=1).values
         kept = {
             (text, visual): {"text": text, "similarity": float(similarity[text, visual])}
             for text, visual in self._among_best(similarity, self._best.shape[1])
@@ -312,17 +306,17 @@ class Matcher(Predictor):
         return [(t, v) for t, v in (~(similarity < least)).nonzero().tolist()]
 
     def finish(self, by_file):
-        found = [[] for _ in self._texts]
+        found = [[] for _ in self.texts]
         for file, records in by_file.items():
             for record in records:
                 found[record["text"]].append({**record, "file": file})
         rows = []
-        for text, candidates in zip(self._texts, found, strict=True):
+        for text, candidates in zip(self.texts, found, strict=True):
             candidates.sort(key=lambda record: -record["similarity"])
             judged = sorted(candidates[: self._rerank], key=lambda record: -record["ranking"])
             # the matching head also judged files that more similar ones displaced
             rest = [{**record, "probability": None} for record in candidates[self._rerank :]]
-            for rank, best in enumerate([*judged, *rest][: self._top], 1):
+            for rank, best in enumerate([*judged, *rest][: self.top], 1):
                 scores = {key: best[key] for key in ("probability", "similarity")}
                 rows.append({"text": text, "rank": rank, "file": best["file"], **_rounded(scores)})
         return rows

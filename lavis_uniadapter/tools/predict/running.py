@@ -25,7 +25,7 @@ from lavis_uniadapter.datasets.records import listing
 from lavis_uniadapter.search.engine import batches
 from lavis_uniadapter.search.indexing import gathered
 from lavis_uniadapter.search.reading import FileToRead, read_parts
-from lavis_uniadapter.search.segments import MEDIA_EXTENSIONS, find_media, is_video, take_odd_names
+from lavis_uniadapter.search.segments import MEDIA_EXTENSIONS, find_media, is_video, take_unusable
 from lavis_uniadapter.tools.predict.predictors import Predictor
 
 # What is known of a file: its path below the folder, and size and time.
@@ -108,8 +108,9 @@ def predict(
 
         def begin() -> set[str]:
             opened.append(held.enter_context(continued(path, identity, overwrite)))
-            done = opened[0].done
-            return {f for f in files if f in done and done[f]["state"] == _state(found[f])}
+            earlier = {file: entry["state"] for file, entry in opened[0].done.items()}
+            same = {f for f, state in earlier.items() if f in found and state == _state(found[f])}
+            return same if predictor.independent or len(same) == len(earlier) else set()
 
         done = on_main_process(begin, errors=errors)
         # the same batches in every process and after every kill, so that scores are the same
@@ -144,7 +145,7 @@ def find_files(source: Path) -> tuple[Path, Found, dict[str, str]]:
     found = dict(find_media(source, source))
     if not found:
         raise ConfigError(f"'{source}' holds no images or videos. Check the folder.")
-    odd = take_odd_names(found)
+    odd = take_unusable(found)
     return source, dict(sorted(found.items(), key=lambda item: is_video(item[0]))), odd
 
 
