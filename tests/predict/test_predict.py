@@ -334,13 +334,19 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
 def test_matches_do_not_depend_on_a_file_that_is_gone(recipe_of, media, tmp_path, monkeypatch):
     """It may have kept others from being judged."""
     recipe, own = recipe_of("retrieval"), Path(shutil.copytree(media, tmp_path / "own"))
-    more = ["--rerank", "1", "--top", "1"]
-    killed_after(monkeypatch, 2, arguments(recipe, own, tmp_path / "out.jsonl", *more))
+    lines = {
+        name: [
+            *arguments(recipe, own, tmp_path / f"{name}.jsonl", "--rerank", "1", "--top", "1"),
+            "run.batch_size_eval=1",
+        ]
+        for name in ("out", "anew")
+    }
+    killed_after(monkeypatch, 5, lines["out"])
     for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()[1:-1]:
         if (entry := json.loads(line)).get("records"):
             (own / entry["file"]).unlink()
-    for name in ("out", "anew"):
-        assert main(arguments(recipe, own, tmp_path / f"{name}.jsonl", *more)) == 1
+    for line in lines.values():
+        assert main(line) == 1
     assert records(tmp_path / "out.jsonl") == records(tmp_path / "anew.jsonl")
 
 
