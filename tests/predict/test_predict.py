@@ -334,6 +334,8 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
 def test_matches_do_not_depend_on_a_file_that_is_gone(recipe_of, media, tmp_path, monkeypatch):
     """It may have kept others from being judged."""
     recipe, own = recipe_of("retrieval"), Path(shutil.copytree(media, tmp_path / "own"))
+    (own / "4.mp4").unlink()
+    (own / "sub/long.mp4").unlink()
     lines = {
         name: [
             *arguments(recipe, own, tmp_path / f"{name}.jsonl", "--rerank", "1", "--top", "1"),
@@ -341,7 +343,7 @@ def test_matches_do_not_depend_on_a_file_that_is_gone(recipe_of, media, tmp_path
         ]
         for name in ("out", "anew")
     }
-    killed_after(monkeypatch, 5, lines["out"])
+    killed_after(monkeypatch, 6, lines["out"])
     for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()[1:-1]:
         if (entry := json.loads(line)).get("records"):
             (own / entry["file"]).unlink()
