@@ -45,6 +45,7 @@ class Split:
         captions: of each video, by the file name that the published files give it.
         source: where videos are listed, for messages.
         published: number of videos, and of captions of each.
+        written: False if only its numbers are checked.
     """
 
     recipe: str
@@ -52,6 +53,7 @@ class Split:
     captions: dict[str, list[str]]
     source: str
     published: tuple[int, int]
+    written: bool = True
 
     @property
     def captioning(self) -> bool:
@@ -127,12 +129,11 @@ def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
     yield Split("msrvtt_retrieval", "train", _files(train, captions), source, number)
     test = _files(queries, queries)
     yield Split("msrvtt_retrieval", "test", test, str(args.test_csv), (MSRVTT_QUERIES, 1))
-    if args.retrieval_only:
-        return
     for name, videos in MSRVTT.items():
         chosen = _files((v for v, split in official.items() if split == name), captions)
         number, source = (videos, MSRVTT_CAPTIONS), f"split {name!r} of {args.data}"
-        yield Split("msrvtt_caption", name.removesuffix("idate"), chosen, source, number)
+        name = name.removesuffix("idate")
+        yield Split("msrvtt_caption", name, chosen, source, number, not args.retrieval_only)
 
 
 def didemo(args: argparse.Namespace) -> Iterator[Split]:

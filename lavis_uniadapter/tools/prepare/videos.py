@@ -42,8 +42,8 @@ def usable_videos(splits: Sequence[Split], folder: Path, skip_missing: bool) -> 
         raise DatasetError(
             f"{len(refused)} of {len(annotated)} videos in {folder} cannot be used:{listing(lines)}"
             f"\n{len(evaluated)} of them are for validation or test, which must be complete; "
-            f"{len(refused) - len(evaluated)} are for training alone, and --skip-missing leaves "
-            "such out."
+            f"{len(refused) - len(evaluated)} are for training only, and --skip-missing leaves "
+            "them out."
         )
     return {video: name for video, name in names.items() if video not in unusable}
 

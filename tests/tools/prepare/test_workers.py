@@ -40,6 +40,10 @@ def test_workers_work_side_by_side_and_take_any_name(tmp_path):
     assert examined(decoders.meet, paths, 2, 60) == dict(zip(paths, names, strict=True))
 
 
+def test_workers_share_the_cores():
+    assert examined(decoders.threads, ["a"]) == {"a": "1"}
+
+
 def test_no_files_need_no_workers():
     assert examined(decoders.harmful, []) == {}
 
