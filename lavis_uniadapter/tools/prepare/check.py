@@ -15,6 +15,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from lavis_uniadapter.common.atomic import write_text
+from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.datasets.records import (
     DatasetError,
     Place,
@@ -31,6 +32,7 @@ from lavis_uniadapter.processors.decoding import (
     image_problem,
 )
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
+from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
 
@@ -44,7 +46,7 @@ def check(args: argparse.Namespace) -> int:
     for path, (place, is_image) in _named_files(args.annotations, args.folder).items():
         found = path if is_image else clip_file(path)
         if os.path.lexists(found):
-            files.setdefault(found, is_image)
+            files[found] = is_image  # as training reads it, whatever its name
         else:
             wrong[path] = f"named by {place}, and there is no such file"
     if not files and not wrong:
@@ -72,6 +74,8 @@ def check(args: argparse.Namespace) -> int:
     for path, why in wrong.items():
         # A name in another encoding than the system's cannot be printed as it is.
         print(f"    {path}: {why}".encode("utf-8", "backslashreplace").decode())
+    if args.output is not None:
+        print(f"written to {args.output}")
     if checked < total:
         return 130
     return 1 if wrong else 0
@@ -85,11 +89,12 @@ def examine(file: tuple[str, bool], thorough: bool) -> str | None:
     path, is_image = file
     if is_image:
         return image_problem(path, whole=True)
-    return frames_problem(path, range if thorough else _ends)
+    return frames_problem(path, range if thorough else _frames_read)
 
 
-def _ends(num_frames: int) -> list[int]:
-    return sorted({0, num_frames // 2, num_frames - 1})
+def _frames_read(num_frames: int) -> list[int]:
+    """What a run reads by default: the last frame before training, and those of evaluation."""
+    return sorted({0, *sample_frame_indices(num_frames, VideoEval().n_frms), num_frames - 1})
 
 
 def find_files(folder: Path) -> tuple[dict[str, bool], dict[str, str]]:

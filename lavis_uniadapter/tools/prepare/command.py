@@ -108,10 +108,10 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "check",
         help="find videos, images and extracted frames that cannot be read",
-        description="Decode the first, middle and last frame of every video and of every archive "
-        "of extracted frames below a folder, and every image as a whole. Exit status: 0 if all can "
-        "be read, 1 if not, 2 for a wrong call, 130 if interrupted, which still reports what was "
-        "found so far.",
+        description="Decode every image below a folder, and of every video and archive of extracted "
+        "frames the first frame, the last, and the 8 that evaluation samples by default. Exit "
+        "status: 0 if all can be read, 1 if not, 2 for a wrong call, 130 if interrupted, after "
+        "reporting what was found so far.",
     )
     add = parser.add_argument
     add("folder", type=_folder, metavar="DIR", help="searched with its subfolders")
