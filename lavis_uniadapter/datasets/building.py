@@ -12,11 +12,13 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.datasets.overlap import check_overlap
 from lavis_uniadapter.datasets.preflight import (
     as_list,
     check_annotations,
     check_dataset,
     leave_out,
+    unreadable_files,
 )
 from lavis_uniadapter.datasets.records import SPLITS, DatasetError, listing
 
@@ -72,6 +74,13 @@ def _annotations(config: Mapping) -> MutableMapping:
     return (config.get("build_info") or {}).get("annotations") or {}
 
 
+def _check_records(datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
+    for by_split in datasets.values():
+        for split, dataset in by_split.items():
+            check_dataset(dataset, split)
+    check_overlap(datasets)
+
+
 def check_built(
     datasets: Mapping[str, Mapping[str, BaseDataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
@@ -83,6 +92,7 @@ def check_built(
         DatasetError: listing what is missing or malformed.
         ConfigError: missing files are to be left out but files are not checked.
     """
+    on_main_process(_check_records, datasets, errors=(DatasetError,))
     images = 0
     for name, by_split in datasets.items():
         skip_missing = datasets_cfg[name].get("skip_missing", False)
@@ -94,12 +104,14 @@ def check_built(
         for split, dataset in by_split.items():
             training = split == "train"
             allowed = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
-            unusable = on_main_process(check_dataset, dataset, split, files, errors=(DatasetError,))
+            unusable: dict[str, str] = {}
+            if files:
+                unusable = on_main_process(unreadable_files, dataset, split, errors=())
             what = f"{name}, {split}: {len(unusable)} files cannot be read"
             if unusable and not allowed:
                 reasons = [f"{path}: {why}" for path, why in unusable.items()]
                 raise DatasetError(
-                    f"{what}. Get them again, correct the visual folder, or remove their records "
+                    f"{what}. Download them again, correct the visual folder, or remove their records "
                     "from the annotations (skip_missing: True leaves them out of training, "
                     f"allow_missing: True scores them as wrong in evaluation):{listing(reasons)}"
                 )

@@ -32,7 +32,12 @@ from lavis_uniadapter.datasets.layouts import (
     Identifier,
     layout,
 )
-from lavis_uniadapter.datasets.preflight import annotation_fault, as_list, section_faults
+from lavis_uniadapter.datasets.preflight import (
+    annotation_fault,
+    as_list,
+    blank_texts,
+    section_faults,
+)
 from lavis_uniadapter.datasets.records import (
     FORMATS,
     SPLITS,
@@ -121,7 +126,6 @@ class CustomBuilder(BaseDatasetBuilder):
         return self._build(self._read())
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
-        self.build_processors()
         folder, _ = self._paths()
         datasets = {}
         for split in filter(read.__contains__, SPLITS):
@@ -149,18 +153,18 @@ class CustomBuilder(BaseDatasetBuilder):
         annotations = (info and info.annotations) or {}
         reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
         folder = _storages(getattr(info, self.data_type, None))
-        files = {key: _storages(source) for key, source in annotations.items()}
-        given = {key: paths for key, paths in files.items() if paths}
-        return folder[0] if len(folder) == 1 else None, given
+        files = {key: _storages(source) for key, source in annotations.items() if source}
+        return folder[0] if len(folder) == 1 else None, files
 
     def _read(self) -> dict[str, list[Any]]:
         """LAVIS's records by split."""
+        self.build_processors()
         folder, paths = self._paths()
         faults = list(section_faults(self.data_type, folder, paths))
         read: dict[str, list[Any]] = {}
         for key, files in paths.items():
             read[key] = self._read_files(key, files)
-            if wrong := problems(read[key]):
+            if wrong := problems(read[key]) or self._blank_texts(key, read[key]):
                 faults.append(annotation_fault(key, wrong))
         raise_if_any(faults, "The dataset cannot be used")
         return read
@@ -170,8 +174,12 @@ class CustomBuilder(BaseDatasetBuilder):
         items: list[Any] = [item for path in files for item in read_records(path, schema)]
         return items if problems(items) else list(self._convert(items, key == "train"))
 
+    def _blank_texts(self, key: str, items: Sequence[Found]) -> list[Problem]:
+        process = self.text_processors["train" if key == "train" else "eval"] or str
+        return list(blank_texts(((item.place, dict(item.record)) for item in items), process))
+
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        text, unique = (Text, ()) if training else (Texts, ("image_id",))
+        text, unique = (Text, None) if training else (Texts, "image_id")
         schema = layout(self.visual_key, unique, caption=text, image_id=Identifier)
         return check_placed(lavis_captions(items, training, self.numbered), schema, "")
 
@@ -191,8 +199,8 @@ def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Co
         new = {own.visual_key: own.file, "caption": [], "image_id": image_id}
         first, record = by_file.setdefault(own.file, (place, new))
         if own.image_id not in (None, record["image_id"]):
-            text = f"gives '{own.file}' the image_id {image_id!r}, and {first} gives it "
-            yield place, Problem(place, f"{text}{record['image_id']!r}; give a file one image_id")
+            ids = f"the image_id {image_id!r} here, and {record['image_id']!r} in {first}"
+            yield place, Problem(place, f"'{own.file}' has {ids}; give each file one")
         record["caption"] += own.caption
         for caption in own.caption if training else ():
             yield place, {**record, "caption": caption}
@@ -251,7 +259,7 @@ class CustomQABuilder(CustomBuilder):
         super().__init__(cfg)
         # Named now, as an evaluation removes the training split and needs the same candidates.
         _, paths = super()._paths()
-        if "train" in paths and "answer_list" not in paths:
+        if paths.get("train") and "answer_list" not in paths:
             self.config.build_info.annotations.answer_list = {"storage": paths["train"]}
 
     def _paths(self) -> tuple[str | None, dict[str, list[str]]]:

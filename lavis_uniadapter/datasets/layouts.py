@@ -72,7 +72,7 @@ class Answer(Record):
 
 def layout(
     visual_key: str,
-    unique: tuple[str, ...] = (),
+    unique: str | None = None,
     side_files: tuple[CheckContent, ...] = (),
     **fields: Any,
 ) -> type[VisualRecord]:
@@ -135,12 +135,12 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
     coco_caption.NoCapsEvalDataset: layout("image", caption=References, img_id=Identifier),
     video_caption.VideoCaptionDataset: layout("video", caption=Caption, image_id=Identifier),
     video_caption.VideoCaptionEvalDataset: layout("video", caption=References, image_id=Identifier),
-    VideoQADataset: layout("video", unique=("question_id",), **_QUESTION),
-    ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
+    VideoQADataset: layout("video", unique="question_id", **_QUESTION),
+    ImageQADataset: layout("image", unique="question_id", **_QUESTION),
     coco_vqa.COCOVQADataset: layout("image", question=Text, answer=Texts),
     coco_vqa.COCOVQAEvalDataset: layout(
         "image",
-        unique=("question_id",),
+        unique="question_id",
         side_files=(
             answer_problems,
             partial(coco_problems, list_key="questions"),

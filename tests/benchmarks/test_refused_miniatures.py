@@ -86,7 +86,7 @@ def test_question_id_twice(start):
         records[3]["question_id"] = records[1]["question_id"]
 
     path = "msrvtt/annotations/qa_test.json"
-    refused(start, "msrvtt_qa", path, edit, r"record 3: has the question_id 22, as .*record 1 has")
+    refused(start, "msrvtt_qa", path, edit, r"record 3: repeats the question_id 22 of .*record 1")
 
 
 @pytest.mark.parametrize("evaluate", [True, False])

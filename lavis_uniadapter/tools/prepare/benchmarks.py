@@ -74,7 +74,7 @@ Text = Annotated[str, Field(description="a string")]
 class Listed(Record):
     """A row of MSRVTT_train.9k.csv, MSRVTT_train.7k.csv or MSRVTT_JSFUSION_test.csv."""
 
-    unique = ("video_id",)
+    unique = "video_id"
     video_id: VideoId
     sentence: Text = ""  # of the test
 
@@ -82,7 +82,7 @@ class Listed(Record):
 class Video(Record):
     """An entry of ``videos`` in MSRVTT_data.json."""
 
-    unique = ("video_id",)
+    unique = "video_id"
     video_id: VideoId
     split: Annotated[Literal["train", "validate", "test"], Field(description=" or ".join(MSRVTT))]
 

@@ -169,15 +169,15 @@ ERRORS = {
     ),
     "repeated in training": (
         lambda m: m.train_csv([*TRAINING["9k"], "video0"]),
-        r"train.csv:10: has the video_id 'video0', as .*train.csv:2 has",
+        r"train.csv:10: repeats the video_id 'video0' of .*train.csv:2",
     ),
     "repeated in the test": (
         lambda m: m.test_rows.append(m.test_rows[0]),
-        r"test.csv:4: has the video_id 'video10', as .*test.csv:2 has",
+        r"test.csv:4: repeats the video_id 'video10' of .*test.csv:2",
     ),
     "repeated video": (
         lambda m: m.data["videos"].append(m.data["videos"][0]),
-        r"record 10: has the video_id 'video0', as .*record 0 has",
+        r"record 10: repeats the video_id 'video0' of .*record 0",
     ),
     "split": (
         lambda m: m.data["videos"][0].update(split="training"),
@@ -190,7 +190,7 @@ ERRORS = {
     "part": (lambda m: m.data.pop("videos") and [], "data.json is not .*'videos'.*; download it"),
     "record": (
         lambda m: m.data["videos"].append("video1"),
-        r"'videos' of .*data.json, record 10: must be an object, .* and is 'video1'",
+        r"'videos' of .*data.json, record 10: must be an object, .* not 'video1'",
     ),
     "empty name": (
         lambda m: m.test_rows[0].update(video_id=""),
@@ -243,7 +243,7 @@ def test_files_that_are_not_as_published_are_named(msr, name, content, message):
 def test_a_training_list_without_ids_is_named(msr):
     write_csv(msr.root / "train.csv", [{"vid_key": "video0"}])
     message = msr.fail("--train-csv", msr.root / "train.csv")
-    assert "train.csv:1: has no column 'video_id', but 'vid_key'" in message
+    assert "train.csv:1: has no column 'video_id'; its columns are 'vid_key'" in message
 
 
 def test_the_folder_of_videos_must_exist(msr, capsys):
