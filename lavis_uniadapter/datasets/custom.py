@@ -1,6 +1,6 @@
 """LAVIS dataset builders for a user's own images or videos, annotated in JSON, JSONL, CSV or TSV.
 
-A file is read with the schema of its task, and its records are made into those of LAVIS's own
+Files are read by the schema of the task, and their records are converted to those of LAVIS's own
 dataset classes.
 """
 
@@ -57,20 +57,15 @@ logger = logging.getLogger(__name__)
 _CONFIGS = PACKAGE_ROOT / "configs" / "datasets" / "custom"
 
 
-def _given(value: object) -> object:
-    """An identifier of a table, in which none is an empty cell."""
-    return (value.strip() or None) if isinstance(value, str) else value
+def _text(value: object) -> object:
+    """An identifier as text, as 7 in JSON is the 7 of a table; an empty cell is None."""
+    return (str(value).strip() or None) if type(value) in (int, str) else value
 
 
 def _number(value: object) -> object:
-    value = _given(value)
-    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)
-    return int(str(value)) if is_number else value
-
-
-def _name(value: object) -> object:
-    # 7 of JSON is the 7 of a table
-    return str(value) if type(value) is int else _given(value)
+    text = _text(value)  # of at most 18 digits, which a tensor of 64 bits can hold
+    is_number = isinstance(text, str) and re.fullmatch(r"[0-9]{1,18}", text)
+    return int(str(text)) if is_number else text
 
 
 Captions = Annotated[
@@ -78,18 +73,13 @@ Captions = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1, description="a non-empty string (or a list)"),
 ]
-# Identifiers are collated to tensors of 64 bits.
 Number = Annotated[
-    Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None,
-    BeforeValidator(_number),
-    Field(description="a whole number, or nothing,"),
+    int | None, BeforeValidator(_number), Field(description="a whole number, or nothing,")
 ]
 Name = Annotated[
-    str | None,
-    BeforeValidator(_name),
-    Field(description="a string or a whole number, or nothing,"),
+    str | None, BeforeValidator(_text), Field(description="a string or a whole number, or nothing,")
 ]
-# Records of LAVIS's with the places of the user's, or what is wrong there.
+# Records for LAVIS, each with the place of the user's record, or what is wrong there.
 Converted = Iterator[tuple[Place, dict[str, Any] | Problem]]
 
 
@@ -106,7 +96,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
     task: str
     fields: Mapping[str, Any]
-    numbered: bool  # a file without image_id has its number; otherwise its name
+    numbered: bool  # the default image_id of a file is a number; otherwise it is its name
     annotation_keys: tuple[str, ...] = SPLITS
 
     def __init__(self, cfg: DictConfig | str | None = None):
@@ -164,7 +154,9 @@ class CustomBuilder(BaseDatasetBuilder):
         read: dict[str, list[Any]] = {}
         for key, files in paths.items():
             read[key] = self._read_files(key, files)
-            if wrong := problems(read[key]) or self._blank_texts(key, read[key]):
+            texts = ((item.place, dict(item.record)) for item in read[key])
+            processor = self.text_processors["train" if key == "train" else "eval"]
+            if wrong := problems(read[key]) or list(blank_texts(texts, processor)):
                 faults.append(annotation_fault(key, wrong))
         raise_if_any(faults, "The dataset cannot be used")
         return read
@@ -173,10 +165,6 @@ class CustomBuilder(BaseDatasetBuilder):
         schema = layout(self.visual_key, **self.fields)
         items: list[Any] = [item for path in files for item in read_records(path, schema)]
         return items if problems(items) else list(self._convert(items, key == "train"))
-
-    def _blank_texts(self, key: str, items: Sequence[Found]) -> list[Problem]:
-        process = self.text_processors["train" if key == "train" else "eval"] or str
-        return list(blank_texts(((item.place, dict(item.record)) for item in items), process))
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
         text, unique = (Text, None) if training else (Texts, "image_id")
@@ -206,15 +194,6 @@ def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Co
             yield place, {**record, "caption": caption}
     if not training:
         yield from by_file.values()
-
-
-def lavis_questions(items: Sequence[Found]) -> Converted:
-    """Records for LAVIS's ``VideoQADataset``, numbered unless they have numbers."""
-    for number, item in enumerate(items):
-        record = item.record.model_dump()
-        if record["question_id"] is None:
-            record["question_id"] = number
-        yield item.place, record
 
 
 @registry.register_builder("custom_retrieval")
@@ -257,7 +236,7 @@ class CustomQABuilder(CustomBuilder):
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
-        # Named now, as an evaluation removes the training split and needs the same candidates.
+        # Set here, as an evaluation removes the training split but needs the same candidates.
         _, paths = super()._paths()
         if paths.get("train") and "answer_list" not in paths:
             self.config.build_info.annotations.answer_list = {"storage": paths["train"]}
@@ -281,7 +260,11 @@ class CustomQABuilder(CustomBuilder):
         return [item for path in files for item in read_records(path, Answer, formats)]
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        return check_placed(lavis_questions(items), LAYOUTS[self.train_dataset_cls], "")
+        records = (
+            (item.place, {"question_id": n, **item.record.model_dump(exclude_none=True)})
+            for n, item in enumerate(items)
+        )
+        return check_placed(records, LAYOUTS[self.train_dataset_cls], "")
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
         candidates = read["answer_list" if "answer_list" in read else "train"]
@@ -293,8 +276,8 @@ class CustomQABuilder(CustomBuilder):
             strange = [item for item in read[split] if item.record.answer not in labels]
             if strange:
                 logger.warning(
-                    "%s: the first of %d of %d questions whose answer is not among the "
-                    "candidates, so that no ranking finds it.",
-                    *(strange[0].place, len(strange), len(read[split])),
+                    "%d of %d answers are not among the candidates, so they are never predicted. "
+                    "The first is in %s.",
+                    *(len(strange), len(read[split]), strange[0].place),
                 )
         return datasets

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 
 from lavis.datasets.datasets.base_dataset import BaseDataset
@@ -16,49 +18,41 @@ logger = logging.getLogger(__name__)
 
 
 def check_overlap(datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
-    """Warn of evaluation splits that share files with the training data.
+    """Warn of evaluation splits that share items with the training data.
 
-    Datasets are by name and split. For question answering, where other questions about the same
-    images are common practice, a file counts only with the same question.
+    An item is a file or, as benchmarks of question answering share images, a question about one.
+    Datasets are by name and split.
 
     Raises:
-        DatasetError: a split is the same as a training split, file by file and text by text.
+        DatasetError: a split has the same items with the same captions as a training split.
     """
-    by_name = (_items(by_split["train"]) for by_split in datasets.values() if "train" in by_split)
-    training = list(filter(None, by_name))
+    found = {(name, key): _items(d) for name, of in datasets.items() for key, d in of.items()}
+    training = [items for (_, split), items in found.items() if split == "train"]
     trained = set().union(*training)
-    trained_files = {(file,) for file, _ in trained}
-    for name, by_split in datasets.items():
-        for split, dataset in by_split.items():
-            if split == "train" or not trained:
-                continue
-            items = _items(dataset)
-            if items in training:
-                raise DatasetError(
-                    f"{name}, {split} is the same as the training data: {len(items)} texts of the "
-                    f"same files. Set build_info.annotations.{split} to other records."
-                )
-            asks = any("question" in record for record in dataset.annotation[:1])
-            mine: set[tuple[str, ...]] = set(items) if asks else {(file,) for file, _ in items}
-            if shared := mine & (trained if asks else trained_files):
-                logger.warning(
-                    "%s, %s: %d of %d %s are also in the training data, so its result does not "
-                    "show how well the model generalises. One of them: %s",
-                    *(name, split, len(shared), len(mine)),
-                    *("questions about a file" if asks else "files", ": ".join(min(shared))),
-                )
+    for (name, split), items in found.items():
+        if split == "train" or not items:
+            continue
+        if items in training:
+            raise DatasetError(
+                f"{name}, {split} is the same as the training data: {len(items)} items, with the "
+                f"same texts. Set build_info.annotations.{split} to other records."
+            )
+        if shared := items.keys() & trained:
+            logger.warning(
+                "%s, %s: %d of %d items are also in the training data, so the result does not show "
+                "how well the model generalises. One of them: %s",
+                *(name, split, len(shared), len(items), " ".join(min(shared)).strip()),
+            )
 
 
-def _items(dataset: BaseDataset) -> set[tuple[str, str]]:
-    """Each text of a dataset with its file, links resolved; nothing for an unknown layout."""
+def _items(dataset: BaseDataset) -> dict[tuple[str, str], set[str]]:
+    """The captions of each item of a known layout: (file with links resolved, question or "")."""
     layout = layout_of(type(dataset))
-    if layout is None:
-        return set()
-    items, files = set(), {}
-    for record in dataset.annotation:
-        name = record[layout.visual_key]
-        if name not in files:
-            files[name] = os.path.realpath(os.path.join(dataset.vis_root, name))
-        for text in as_list(record.get("question", record.get("caption"))) or [""]:
-            items.add((files[name], " ".join(text.lower().split())))
+    items = defaultdict(set)
+    resolved = functools.cache(os.path.realpath)
+    for record in dataset.annotation if layout else ():
+        texts = (record.get("question", ""), *as_list(record.get("caption")))
+        question, *captions = (" ".join(text.lower().split()) for text in texts)
+        file = resolved(os.path.join(dataset.vis_root, record[layout.visual_key]))
+        items[file, question].update(captions)
     return items

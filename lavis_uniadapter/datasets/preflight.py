@@ -97,7 +97,7 @@ def section_faults(
 
 
 def annotation_fault(key: str, wrong: Sequence[Problem]) -> str:
-    """Say that the files under a key of ``build_info.annotations`` have problems."""
+    """The message about problems in the files under a key of ``build_info.annotations``."""
     return (
         f"build_info.annotations.{key} has {len(wrong)} problem(s); correct the path, or fix or "
         f"remove the records:{listing(wrong)}"
@@ -147,21 +147,20 @@ def check_dataset(dataset: BaseDataset, split: str) -> None:
     source = f"the {split} annotations"
     wrong = record_problems(dataset.annotation, source, layout)
     if not wrong:
-        places = (Place(source, "record", index) for index in range(len(dataset)))
-        records = zip(places, dataset.annotation, strict=True)
-        blank = list(blank_texts(records, dataset.text_processor or str))
-        if blank and split == "train":
-            logger.warning("%s (one of %d such texts)", blank[0], len(blank))
-        else:
-            wrong = blank
+        placed = ((Place(source, "record", i), each) for i, each in enumerate(dataset.annotation))
+        wrong = list(blank_texts(placed, dataset.text_processor))
+        if wrong and split == "train":
+            logger.warning("%s (one of %d such texts)", wrong[0], len(wrong))
+            return
     if wrong:
         raise DatasetError(annotation_fault(split, wrong))
 
 
 def blank_texts(
-    records: Iterable[tuple[Place, Mapping[str, Any]]], process: Callable[[str], str]
+    records: Iterable[tuple[Place, Mapping[str, Any]]], processor: Callable[[str], str] | None
 ) -> Iterator[Problem]:
     """The captions and questions of which a text processor leaves nothing."""
+    process = processor or str
     nothing = process("")  # a prompt, perhaps
     for place, record in records:
         for key in ("caption", "question"):
@@ -186,16 +185,15 @@ def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
     if layout.visual_key == "video":
         problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
     paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
-    # here, as the setting is the process's and not the thread's
+    what = f"checking {split} {layout.visual_key}s"
+    # here, as Pillow has one setting for all threads
     with images_read_whole(), ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        found = pool.map(problem_of, paths)
-        what = f"checking {split} {layout.visual_key}s"
-        reasons = list(tqdm(found, total=len(paths), desc=what))
-    return {path: why for path, why in zip(paths, reasons, strict=True) if why}
+        found = tqdm(pool.map(problem_of, paths), total=len(paths), desc=what)
+        return {path: why for path, why in zip(paths, found, strict=True) if why}
 
 
 def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
-    """Remove the records of unusable files from a dataset; returns how many they were.
+    """Remove the records of unusable files from a dataset; returns their number.
 
     Raises:
         DatasetError: none would be left.
@@ -204,7 +202,7 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
     kept = [dataset.annotation[i] for i in range(before) if file_of(dataset, i) not in unusable]
     if not kept:
         raise DatasetError(
-            f"None of the {len(unusable)} files of the dataset can be used, the first being "
+            f"None of the {len(unusable)} files of the dataset can be used, such as "
             f"{min(unusable)}. Check the visual folder {dataset.vis_root}."
         )
     dataset.annotation = kept

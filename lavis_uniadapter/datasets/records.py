@@ -27,7 +27,7 @@ MAX_NAMED = 20
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be trained or evaluated on. The message lists problems and fixes."""
+    """A dataset that cannot be used. The message lists problems and fixes."""
 
 
 class Place(NamedTuple):
@@ -147,7 +147,7 @@ def check_records(values: object, schema: type[R], source: str) -> Iterator[Foun
 def check_placed(
     values: Iterable[tuple[Place, object]], schema: type[R], source: str
 ) -> Iterator[Found[R] | Problem]:
-    """Check values at their places; a value that is a `Problem` is returned as it is."""
+    """Check values at their places; a `Problem` among them is passed on."""
     first: dict[object, Place] = {}
     place = None
     for place, value in values:
@@ -176,7 +176,7 @@ def problems(items: Iterable[Found | Problem]) -> list[Problem]:
 
 
 def listing(items: Sequence[object]) -> str:
-    """The first of many items, a line each, and how many more there are."""
+    """The first items, one per line, and how many more there are."""
     lines = [str(item) for item in items[:MAX_NAMED]]
     if len(items) > MAX_NAMED:
         lines.append(f"and {len(items) - MAX_NAMED} more")
@@ -237,7 +237,7 @@ def _read_text(path: str, encoding: str = "utf-8-sig") -> str:
 
 
 def _in_short(error: Exception) -> str:
-    """An error's message without its place."""
+    """An error's message without the place in the file."""
     return getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error)
 
 

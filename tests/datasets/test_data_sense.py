@@ -28,7 +28,9 @@ def asked(*rows):
 
 def built(mine, task, **rows):
     """Datasets of a user's rows, by split, checked as before training."""
-    splits = {split: str(write(mine / f"{split}.csv", of_split)) for split, of_split in rows.items()}
+    splits = {
+        split: str(write(mine / f"{split}.csv", of_split)) for split, of_split in rows.items()
+    }
     config = config_of("images", splits)
     check_built({"mine": build(task, "images", splits)}, {"mine": config})
 
@@ -44,7 +46,7 @@ def test_files_that_are_trained_and_tested_on_are_counted(mine, caplog):
     with caplog.at_level(logging.WARNING, "lavis_uniadapter"):
         built(mine, "retrieval", train=TRAIN, val=test[2:], test=test)
     (line,) = caplog.messages
-    assert line.startswith("mine, test: 2 of 3 files are also in the training data")
+    assert line.startswith("mine, test: 2 of 3 items are also in the training data")
     assert line.endswith(os.path.join(images, "sub/one.png"))
 
 
@@ -52,7 +54,7 @@ def test_files_that_are_trained_and_tested_on_are_counted(mine, caplog):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_split_that_is_the_training_data_is_refused(mine, task, split):
     rows = asked(("two.png", "Why?"), ("two.png", "How?")) if task == "qa" else TRAIN
-    expected = rf"mine, {split} is the same as the training data: 2 texts.*annotations\.{split}"
+    expected = rf"mine, {split} is the same as the training data: 2 items.*annotations\.{split}"
     with pytest.raises(DatasetError, match=expected):
         built(mine, task, **{"train": rows, split: rows[::-1]})
 
@@ -62,7 +64,7 @@ def test_other_captions_of_the_same_files_are_no_error(mine, task, caplog):
     with caplog.at_level(logging.WARNING, "lavis_uniadapter"):
         built(mine, task, train=TRAIN, test=captioned(("sub/one.png", "c"), ("two.png", "d")))
     (line,) = caplog.messages
-    assert "2 of 2 files" in line
+    assert "2 of 2 items" in line
 
 
 def test_other_questions_about_the_same_files_are_common_practice(mine, caplog):
@@ -73,8 +75,8 @@ def test_other_questions_about_the_same_files_are_common_practice(mine, caplog):
         test = asked(("two.png", "which  Colour?"), ("two.png", "How many?"))
         built(mine, "qa", train=train, test=test)
     (line,) = caplog.messages
-    assert "mine, test: 1 of 2 questions about a file are also in the training data" in line
-    assert line.endswith("two.png: which colour?")
+    assert "mine, test: 1 of 2 items are also in the training data" in line
+    assert line.endswith("two.png which colour?")
 
 
 def lavis_dataset(cls, root, records, text_processor=None):
@@ -107,8 +109,8 @@ def test_benchmarks_of_lavis_too(tmp_path, caplog, train_cls, eval_cls, text):
     check_lavis(train, test)
     check_lavis(train, test, others=[other])
     assert [line.split(" are ")[0] for line in caplog.messages] == [
-        "lavis, test0: 1 of 2 files",
-        "lavis, test0: 2 of 2 files",
+        "lavis, test0: 1 of 2 items",
+        "lavis, test0: 2 of 2 items",
     ]
     same = lavis_dataset(eval_cls, tmp_path, [{**images[1], "caption": ["B"]}])
     with pytest.raises(DatasetError, match="lavis, test0 is the same as the training data"):
@@ -122,7 +124,7 @@ def test_vqa_trains_and_tests_on_the_same_images(tmp_path, caplog):
     check_lavis(train, test)
     assert caplog.messages == []
     check_lavis(train, lavis_dataset(COCOVQAEvalDataset, tmp_path, [record]))
-    assert "1 of 1 questions about a file" in caplog.messages[0]
+    assert "1 of 1 items" in caplog.messages[0]
 
 
 # Texts without words

@@ -183,13 +183,21 @@ def test_values_of_a_wrong_type_are_named(task, change, problem, tmp_path):
         ("a.jsonl", b"\xef\xbb\xbf\n \n", ": is empty"),
         ("a.csv", b"image,caption\r\n\r\n", ": has no records"),
         ("a.json", b" [ ]", ": has no records"),
-        ("a.csv", b"image,text\ntwo.png,x\n", ":1: has no column 'caption'; its columns are 'image', 'text'."),
+        (
+            "a.csv",
+            b"image,text\ntwo.png,x\n",
+            ":1: has no column 'caption'; its columns are 'image', 'text'.",
+        ),
         (
             "a.csv",
             b"\n\nimage;caption\n",
             ":3: has no column 'image', 'caption'; its columns are 'image;caption'",
         ),
-        ("a.csv", b"image,captions\n", ":1: has no column 'caption'; its columns are 'image', 'captions'. Did"),
+        (
+            "a.csv",
+            b"image,captions\n",
+            ":1: has no column 'caption'; its columns are 'image', 'captions'. Did",
+        ),
         ("a.csv", b"image,caption,caption\na,b,c\n", ":1: has the column 'caption' twice"),
         ("a.csv", b"image,caption\ntwo.png\n", ":2: has 1 cells, but the header has 2; put a cell"),
         ("a.csv", b"image,caption\ntwo.png,a, b\n", ":2: has 3 cells, but the header has 2"),

@@ -1,4 +1,4 @@
-"""MSR-VTT and DiDeMo: the files that are published, and the annotation files made of them."""
+"""MSR-VTT and DiDeMo: the published files, and the annotation files made from them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _read(path: Path, schema: type[R]) -> list[R]:
 def _sound(items: Iterable[Found[R] | Problem]) -> list[R]:
     items = list(items)
     if wrong := problems(items):
-        raise DatasetError(f"The files are not as they are published:{listing(wrong)}")
+        raise DatasetError(f"The files differ from the published ones:{listing(wrong)}")
     return [item.record for item in items if isinstance(item, Found)]
 
 

@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> int:
         if os.path.lexists(found):
             files[found] = is_image  # as training reads it, whatever its name
         else:
-            wrong[path] = f"named by {place}, and there is no such file"
+            wrong[path] = f"named in {place}, but there is no such file"
     if not files and not wrong:
         raise DatasetError(
             f"{args.folder} holds no videos, images or extracted frames; correct the folder."
@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> int:
     total, checked = len(files) + len(wrong), len(wrong)
     work = partial(examine, thorough=args.thorough)
     outcomes = examine_isolated(work, sorted(files.items()), args.threads, args.timeout)
-    # An interruption ends the search, but what was found before is reported.
+    # After an interruption, what was found before is still reported.
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(outcomes):
         for (path, _), why in tqdm(outcomes, total=len(files), desc="checking"):
             checked += 1
@@ -98,7 +98,7 @@ def _frames_read(num_frames: int) -> list[int]:
 
 
 def find_files(folder: Path) -> tuple[dict[str, bool], dict[str, str]]:
-    """What is named like a video, an image or extracted frames below a folder or its links.
+    """Find videos, images and extracted frames below a folder by their names; links are followed.
 
     Returns:
         By path, whether each is an image, and why folders cannot be searched.
@@ -126,7 +126,7 @@ Name = Annotated[str | None, Field(description="a file name")]
 
 
 class NamingRecord(Record):
-    """A record of any layout: all that matters is which files it names."""
+    """A record of any layout; only the files that it names matter."""
 
     video: Name = None
     image: Name = None

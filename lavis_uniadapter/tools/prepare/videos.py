@@ -73,9 +73,9 @@ def find_videos(folder: Path, annotated: Iterable[str]) -> dict[str, str]:
 
 
 def stem(name: str) -> str:
-    """A name without its video extensions.
+    """A name without all of its video extensions.
 
-    All of them: DiDeMo's download script adds ``.mp4`` to names that end in ``.avi``.
+    DiDeMo's download script adds ``.mp4`` to names that end in ``.avi``.
     """
     rest, extension = os.path.splitext(name)
     return stem(rest) if extension.lower() in VIDEO_EXTENSIONS else name

@@ -94,7 +94,7 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         "videos/empty.mp4": "the file is empty",
         "videos/truncated.mp4": "decord says",
         "videos/audio_only.mp4": "cannot find video stream",
-        "videos/vanished.mp4": f"named by {annotations}, record 3, and there is no such file",
+        "videos/vanished.mp4": f"named in {annotations}, record 3, but there is no such file",
         "videos/not_a_video.mp4": "decord says",
         "videos/header_only.mp4": "decord says",
         "videos/dangling_link.mp4": "it is a link to",
@@ -207,7 +207,7 @@ def test_files_that_annotations_name_and_that_are_not_there(folder, checked, nam
     status, report, wrong = checked("--annotations", folder.parent / name)
     line = 1 + content[: content.index("gone")].count("\n")
     place = f"{folder.parent / name}" + (", record 1" if name == "a.json" else f":{line}")
-    assert (status, wrong) == (1, {"gone.mp4": f"named by {place}, and there is no such file"})
+    assert (status, wrong) == (1, {"gone.mp4": f"named in {place}, but there is no such file"})
     assert "4 can be read, 1 cannot" in report
 
 
