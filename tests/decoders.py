@@ -8,8 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-import torch
-
 _harm: list[str] = []
 
 
@@ -45,11 +43,6 @@ def meet(path: str) -> str:
     while len(list(Path(path).parent.iterdir())) < 2:
         time.sleep(0.01)
     return os.path.basename(path)
-
-
-def threads(path: str) -> str:
-    """The number of torch's threads."""
-    return str(torch.get_num_threads())
 
 
 def hang(path: str) -> None:

@@ -47,10 +47,11 @@ def check_overlap(datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
 
 def _items(dataset: BaseDataset) -> dict[tuple[str, str], set[str]]:
     """The captions of each item of a known layout: (file with links resolved, question or "")."""
-    layout = layout_of(type(dataset))
+    if (layout := layout_of(type(dataset))) is None:
+        return {}
     items = defaultdict(set)
     resolved = functools.cache(os.path.realpath)
-    for record in dataset.annotation if layout else ():
+    for record in dataset.annotation:
         texts = (record.get("question", ""), *as_list(record.get("caption")))
         question, *captions = (" ".join(text.lower().split()) for text in texts)
         file = resolved(os.path.join(dataset.vis_root, record[layout.visual_key]))

@@ -211,14 +211,14 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
 
 
 def _clip_problem(path: str, processor: object, training: bool) -> str | None:
-    n_frms = getattr(processor, "n_frms", None)
+    n_frms = getattr(processor, "n_frms", 0)
     # LAVIS's own, which reads no extracted frames, and fewer frames than n_frms of a short clip
     is_alpro = isinstance(processor, AlproVideoBaseProcessor)
 
     def choose(num_frames: int) -> list[int]:
         if is_alpro and num_frames < n_frms:
             raise ValueError(f"it has {num_frames} frames, and n_frms is {n_frms}")
-        if training or n_frms is None:
+        if training or not n_frms:
             return [num_frames - 1]
         return sample_frame_indices(num_frames, n_frms, 0 if is_alpro else 0.5)
 
