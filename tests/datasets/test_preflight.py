@@ -17,12 +17,14 @@ from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
 from PIL import Image, ImageFile
 
-from lavis_uniadapter.datasets import preflight
+from lavis_uniadapter.datasets import preflight, reading
 from lavis_uniadapter.datasets.building import check_built
 from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset, unreadable_files
+from lavis_uniadapter.datasets.reading import EvaluationItems
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import frames_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+from lavis_uniadapter.tools.prepare.check import examine
 
 DATASETS = {
     ("video", "train"): VideoRetrievalDataset,
@@ -180,7 +182,7 @@ def test_an_evaluation_clip_damaged_between_its_ends_is_named(root):
     assert list(unreadable_files(dataset, "val")) == [str(root / "hole.mp4")]
 
 
-def test_truncated_images_are_named_before_an_evaluation(root):
+def test_truncated_images_are_named_before_an_evaluation(root, monkeypatch):
     """Training replaces them, and reads their headers alone."""
     names = [f"{index:02d}.jpg" for index in range(24)]
     for name in names:
@@ -188,7 +190,7 @@ def test_truncated_images_are_named_before_an_evaluation(root):
     for name in names[::2]:
         (root / name).write_bytes((root / name).read_bytes()[:-3000])
     val = build("image", "val", [record("image", "val", name) for name in names], root)
-    ImageFile.LOAD_TRUNCATED_IMAGES = True  # as LAVIS sets it
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS sets it
     for _ in range(3):  # as threads take turns
         unreadable = unreadable_files(val, "val")
         assert list(unreadable) == [str(root / name) for name in names[::2]]
@@ -196,6 +198,26 @@ def test_truncated_images_are_named_before_an_evaluation(root):
     assert ImageFile.LOAD_TRUNCATED_IMAGES
     train = build("image", "train", [record("image", "train", name) for name in names], root)
     assert unreadable_files(train, "train") == {}
+
+
+def test_all_checks_and_evaluation_agree_on_which_images_are_readable(root, monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS sets it
+    picture = Image.effect_noise((64, 48), 50).convert("RGB")
+    for form in ("bmp", "gif", "ico", "jpg", "png", "ppm", "tga", "tif", "webp"):
+        picture.save(root / f"whole.{form}")
+        content = (root / f"whole.{form}").read_bytes()
+        for percent in (2, 30, 60, 95, 99):
+            cut = content[: len(content) * percent // 100]
+            (root / f"{percent:02d}.{form}").write_bytes(cut)
+    names = sorted(path.name for path in root.iterdir())
+    dataset = build("image", "val", [record("image", "val", name) for name in names], root)
+    items = EvaluationItems(dataset, 0)
+    unread = [name for index, name in enumerate(names) if items.try_to_read(index)[1]]
+    assert [Path(path).name for path in unreadable_files(dataset, "val")] == unread
+    examined = [name for name in names if examine((str(root / name), True), thorough=False)]
+    assert examined == unread
+    assert "60.ico" in unread and not any(name.startswith("whole") for name in unread)
 
 
 def test_each_distinct_video_is_decoded_once(root, monkeypatch):
