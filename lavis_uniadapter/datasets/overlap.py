@@ -50,10 +50,16 @@ def _items(dataset: BaseDataset) -> dict[tuple[str, str], set[str]]:
     if (layout := layout_of(type(dataset))) is None:
         return {}
     items = defaultdict(set)
-    resolved = functools.cache(os.path.realpath)
+    real_folder = functools.cache(os.path.realpath)
+
+    @functools.cache
+    def resolve(name: str) -> str:
+        folder, name = os.path.split(os.path.join(dataset.vis_root, name))
+        path = os.path.join(real_folder(folder), name)
+        return os.path.realpath(path) if os.path.islink(path) else path
+
     for record in dataset.annotation:
         texts = (record.get("question", ""), *as_list(record.get("caption")))
         question, *captions = (" ".join(text.lower().split()) for text in texts)
-        file = resolved(os.path.join(dataset.vis_root, record[layout.visual_key]))
-        items[file, question].update(captions)
+        items[resolve(record[layout.visual_key]), question].update(captions)
     return items

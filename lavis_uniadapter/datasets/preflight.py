@@ -137,8 +137,8 @@ def check_dataset(dataset: BaseDataset, split: str) -> None:
     """Check the records of a built dataset, some of which LAVIS may just have downloaded.
 
     Raises:
-        DatasetError: listing what is wrong. Texts without words are only logged for training, where
-            published data may have some.
+        DatasetError: listing what is wrong. Texts without words are only logged for training and as
+            references of captioning, as published data may have some.
     """
     layout = layout_of(type(dataset))
     if layout is None:
@@ -149,7 +149,8 @@ def check_dataset(dataset: BaseDataset, split: str) -> None:
     if not wrong:
         placed = ((Place(source, "record", i), each) for i, each in enumerate(dataset.annotation))
         wrong = list(blank_texts(placed, dataset.text_processor))
-        if wrong and split == "train":
+        caption = layout.model_fields.get("caption")
+        if wrong and (split == "train" or (caption and not caption.is_required())):
             logger.warning("%s (one of %d such texts)", wrong[0], len(wrong))
             return
     if wrong:

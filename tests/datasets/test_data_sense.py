@@ -163,7 +163,9 @@ def test_texts_without_words_of_lavis_s_layouts(tmp_path, caplog):
     check_dataset(train, "train")
     (line,) = caplog.messages
     assert "record 1: the caption '...' is empty" in line and "one of 2 such texts" in line
-    records = [{"image": "a.jpg", "caption": ["fine", "..."]}]
+    records = [{"image": "a.jpg", "image_id": 1, "caption": ["fine", "..."]}]
+    check_dataset(lavis_dataset(CaptionEvalDataset, tmp_path, records, process), "test")
+    assert "record 0: the caption '...' is empty" in caplog.messages[1]
     test = lavis_dataset(RetrievalEvalDataset, tmp_path, records, process)
     with pytest.raises(DatasetError, match=r"record 0: the caption '\.\.\.' is empty after"):
         check_dataset(test, "test")
