@@ -63,8 +63,8 @@ def _text(value: object) -> object:
 
 
 def _number(value: object) -> object:
-    text = _text(value)  # of at most 18 digits, which a tensor of 64 bits can hold
-    is_number = isinstance(text, str) and re.fullmatch(r"[0-9]{1,18}", text)
+    text = _text(value)
+    is_number = isinstance(text, str) and re.fullmatch(r"[0-9]{1,19}", text)
     return int(str(text)) if is_number else text
 
 
@@ -73,8 +73,11 @@ Captions = Annotated[
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     Field(min_length=1, description="a non-empty string (or a list)"),
 ]
+# Identifiers are collated to tensors of 64 bits.
 Number = Annotated[
-    int | None, BeforeValidator(_number), Field(description="a whole number, or nothing,")
+    Annotated[int, Field(strict=True, lt=2**63)] | None,
+    BeforeValidator(_number),
+    Field(description="a whole number, or nothing,"),
 ]
 Name = Annotated[
     str | None, BeforeValidator(_text), Field(description="a string or a whole number, or nothing,")

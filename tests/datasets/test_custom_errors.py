@@ -229,6 +229,14 @@ def test_what_is_no_whole_number_is_no_question_id(value):
     assert "question_id" in problem.text
 
 
+@pytest.mark.parametrize("value", [2**63 - 1, str(2**63 - 1), " 7 ", "007", 0])
+def test_whole_numbers_are_question_ids(value):
+    record = {"video": "a.mp4", "question": "b", "answer": "c", "question_id": value}
+    schema = layout("video", **CustomQABuilder.fields)
+    (found,) = check_records([record], schema, "a.json")
+    assert found.record.question_id == int(value)
+
+
 def test_a_number_of_json_is_that_of_a_table():
     schema = layout("image", **CustomRetrievalBuilder.fields)
     records = [{"image": "a.png", "caption": "b", "image_id": value} for value in (7, "7", " 7 ")]

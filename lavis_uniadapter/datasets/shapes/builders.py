@@ -8,6 +8,7 @@ from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
+from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
@@ -36,19 +37,17 @@ class ShapesBuilder(BaseDatasetBuilder):
         """
         options = GENERATED[self.name].read(self.config.get("generate"), "generate")
         info = self.config.build_info
-        sources = {f"annotations.{key}": source for key, source in info.annotations.items()}
-        sources[self.data_type] = info[self.data_type]
-        storages = {key: source and source.storage for key, source in sources.items()}
-        for key, storage in storages.items():
+        for key in (self.data_type, *(f"annotations.{key}" for key in info.annotations)):
+            storage = OmegaConf.select(info, f"{key}.storage")
             if not isinstance(storage, str):
                 raise ConfigError(f"build_info.{key}.storage is {storage}; it must be a path.")
-        visual = Path(get_cache_path(storages.pop(self.data_type)))
+        visual = Path(get_cache_path(info[self.data_type].storage))
         annotations = visual.parent / "annotations"
-        for key, storage in storages.items():
-            if Path(get_cache_path(storage)).parent != annotations:
+        for key, source in info.annotations.items():
+            if Path(get_cache_path(source.storage)).parent != annotations:
                 raise ConfigError(
-                    f"build_info.{key}.storage is {storage}, but the generator writes to "
-                    f"{annotations}; keep all storage paths in one folder."
+                    f"build_info.annotations.{key}.storage is {source.storage}, but the generator "
+                    f"writes to {annotations}; keep all storage paths in one folder."
                 )
         ensure_generated(options, visual.parent)
         check_annotations(self)
