@@ -155,7 +155,7 @@ class CustomBuilder(BaseDatasetBuilder):
         folder, paths = self._paths()
         faults = list(section_faults(self.data_type, folder, paths))
         read: dict[str, list[Any]] = {}
-        for key, files in paths.items():
+        for key, files in ((key, files) for key, files in paths.items() if files):
             read[key] = self._read_files(key, files)
             texts = ((item.place, dict(item.record)) for item in read[key])
             processor = self.text_processors["train" if key == "train" else "eval"]

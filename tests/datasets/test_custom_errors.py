@@ -56,7 +56,7 @@ from lavis_uniadapter.datasets.records import DatasetError, check_records, probl
         (
             {"build_info": {"annotations": {"val": {"storage": None}}}},
             DatasetError,
-            r"annotations\.val\.storage is missing; set it to the annotation file",
+            r"cannot be used:\n- \S*annotations\.val\.storage is missing; set it .* file\.$",
         ),
         (
             {"build_info": {"annotations": {"train": None}}},
