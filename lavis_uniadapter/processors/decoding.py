@@ -150,10 +150,9 @@ def image_problem(path: str, whole: bool) -> str | None:
     if problem := file_problem(path):
         return problem
     try:
-        with Image.open(path) as image:
+        with images_read_whole(), Image.open(path) as image:
             if whole:
-                with images_read_whole():
-                    image.convert("RGB")
+                image.convert("RGB")
     except Exception as error:  # each of Pillow's many decoders raises its own
         return f"it cannot be read as an image ({error})"
     return None

@@ -12,7 +12,7 @@ from lavis.common.registry import registry
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
 
-from lavis_uniadapter.datasets.preflight import check_dataset
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.processors import decoding
 from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, read_about
@@ -99,7 +99,7 @@ def test_lavis_builder_and_checks_read_them_in_place_of_videos(tmp_path, monkeyp
         for mode in ("train", "eval")
     }
     for split, dataset in cls(config).build().items():
-        assert check_dataset(dataset, split) == {}
+        assert unreadable_files(dataset, split) == {}
         assert dataset[0]["video"].shape == (3, 2, 32, 32)
 
 
