@@ -47,6 +47,7 @@ class AdapterSet(nn.Module):
 
     KIND = "adapters"  # name of the parameters that are neither heads nor key/value adapters
     frame_aware = False  # whether matching weighs the frames of a video (PFA)
+    _hashed: tuple[int | None, str] = None, ""  # of TunedBlip.adapter_state
 
     def __init__(
         self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
@@ -95,13 +96,14 @@ class AdapterBank(nn.ModuleDict):
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
         return super().__getitem__(name)
 
     def check_name(self, name: str) -> None:
         """KeyError for a name that cannot be part of a state dict's keys."""
-        if not name or "." in name or (name not in self and hasattr(self, name)):
+        unusable = not isinstance(name, str) or not name or "." in name
+        if unusable or (name not in self and hasattr(self, name)):
             raise KeyError(
                 f"An adapter cannot be named '{name}'. A name is not empty, has no dot, and is no "
                 "attribute of the bank, as 'active' and 'layer' are. Choose another name."
@@ -124,12 +126,12 @@ class AdapterBank(nn.ModuleDict):
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Deactivate all sets inside; restore the active one afterwards."""
+        """Deactivate all sets inside; afterwards restore the active one, if it still exists."""
         before, self.active = self.active, None
         try:
             yield
         finally:
-            self.active = before
+            self.active = before if before in self else None
 
     # --- what the backbone looks up -------------------------------------------------------------
 

@@ -239,9 +239,9 @@ def _groups(pairs: Sequence[int], least: int) -> Iterator[slice]:
 def _select(gallery: _Gallery, index: Tensor) -> TextFeatures:
     """Some texts of a gallery, padded to the longest of them."""
     length = int(gallery.lengths[index].max())
-    texts, index = gallery.texts, index.to(gallery.feat.device)
-    ids, mask = texts.input_ids[index, :length], texts.attention_mask[index, :length]
-    return TextFeatures(ids, mask, None, texts.feat[index])
+    texts = gallery.texts[index.to(gallery.feat.device)]
+    ids, mask = texts.input_ids[:, :length], texts.attention_mask[:, :length]
+    return TextFeatures(ids, mask, None, texts.feat)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

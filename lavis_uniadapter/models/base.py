@@ -18,7 +18,7 @@ from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import build_visual_encoder
-from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.features import AdapterState, text_list, visual_input
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
@@ -45,6 +45,7 @@ class TunedBlip(BaseModel):
     # Attributes that decide what an adapter computes, noted in adapter folders.
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
+    _hashed: tuple[int | None, str] = None, ""  # see adapter_state
 
     # --- building -------------------------------------------------------------------------------
 
@@ -181,6 +182,20 @@ class TunedBlip(BaseModel):
 
     # --- computing ------------------------------------------------------------------------------
 
+    def forward(self, samples: Mapping[str, Any]):
+        """Loss of a batch; see LAVIS's model."""
+        self.check_training()
+        return super().forward(samples)
+
+    def check_training(self) -> None:
+        """ValueError in training mode unless the adapter that trains is active."""
+        active = self.adapters.active
+        if self.training and self.adapters and not (active and self._trains(active)):
+            raise ValueError(
+                f"The active adapter is {active!r}, not the one that trains. Call "
+                f"set_adapter('{DEFAULT_SET}') first."
+            )
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name; each once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -201,7 +216,7 @@ class TunedBlip(BaseModel):
     ) -> BatchEncoding:
         """Token ids and mask, cut at ``max_txt_len`` tokens, on the model's device."""
         tokens = self.tokenizer(
-            list(texts),
+            text_list(texts, "texts"),
             padding=padding,
             truncation=truncation,
             max_length=self.max_txt_len if truncation else None,
@@ -223,7 +238,19 @@ class TunedBlip(BaseModel):
 
         ``options`` are those of ``transformers.GenerationMixin.generate``.
         """
+        positions = self.text_decoder.config.max_position_embeddings
+        shortest, longest = options["min_length"], options["max_length"]
+        if not 0 <= shortest <= longest <= positions:
+            raise ConfigError(
+                f"Texts of {shortest} to {longest} tokens cannot be written: the least length must "
+                f"not exceed the greatest, and that not {positions}, the positions of the decoder."
+            )
         rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
+        if not 1 <= num_return_sequences <= rows:
+            raise ConfigError(
+                f"{num_return_sequences} texts of {rows} beams cannot be written: ask for at least "
+                "one, and for no more than num_beams."
+            )
         items = torch.arange(len(prompt_ids), device=prompt_ids.device)
         output = self.text_decoder.generate(
             input_ids=prompt_ids,
@@ -266,6 +293,18 @@ class TunedBlip(BaseModel):
     def set_adapter(self, name: str) -> None:
         """Activate a loaded adapter, for all threads; KeyError if no adapter has that name."""
         self.adapters.activate(name)
+
+    def adapter_state(self) -> AdapterState:
+        """What features are computed with now; it changes with the adapter and its weights."""
+        active = self.adapters.active_set
+        owner = self if active is None else active
+        version = sum(0 if p.is_inference() else p._version for p in owner.parameters())
+        if self.training:  # hashing would take too long for each step
+            return AdapterState(self.adapters.active, f"training: {id(owner)}, {version}")
+        if owner._hashed[0] != version:
+            tensors = blip_files.base_state_dict(self) if active is None else active.state_dict()
+            owner._hashed = version, blip_files.hash_tensors(tensors)
+        return AdapterState(self.adapters.active, owner._hashed[1])
 
     def delete_adapter(self, name: str) -> None:
         """Remove a loaded adapter; ValueError for the active one and the one that trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,13 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.backbone.build import build_text_encoder
-from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
+from lavis_uniadapter.backbone.features import (
+    TextFeatures,
+    VisualFeatures,
+    check_lengths,
+    texts_of,
+    visual_input,
+)
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory, frame_aware_weights
 from lavis_uniadapter.common import lavis_versions
@@ -91,17 +98,26 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     # --- encoding and matching ------------------------------------------------------------------
 
     def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
-        """Encode the images or videos of a batch; see ``visual_input``."""
+        """Encode the images or videos of a batch; see ``visual_input``.
+
+        Raises:
+            TypeError, ValueError: naming what has the wrong type, shape or size.
+        """
         embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
         return VisualFeatures(
             embeds=embeds.flatten(1, 2),
             feat=F.normalize(self.apply_head("vision_proj", frame_cls.mean(dim=1)), dim=-1),
             frame_feat=F.normalize(self.apply_head("vision_proj", frame_cls), dim=-1),
+            adapter=self.adapter_state(),
         )
 
     def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
-        """Encode texts (one, several, or the output of ``tokenize``) in text mode."""
+        """Encode texts (one, several, or the output of ``tokenize``) in text mode.
+
+        Raises:
+            TypeError, ValueError: for anything else, and for no texts.
+        """
         texts = [texts] if isinstance(texts, str) else texts
         tokens = texts if isinstance(texts, BatchEncoding) else self.tokenize(texts)
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
@@ -110,6 +126,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             attention_mask=tokens.attention_mask,
             embeds=embeds,
             feat=F.normalize(self.apply_head("text_proj", embeds[:, 0]), dim=-1),
+            adapter=self.adapter_state(),
         )
 
     def match_hidden(
@@ -140,11 +157,14 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         """Project visual inputs once, for any number of calls of the function returned.
 
         It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
-        matching logits (pairs, 2), of which column 1 stands for a match.
+        matching logits (pairs, 2), of which column 1 stands for a match. Like ``match``, both
+        refuse features that were encoded with another adapter.
         """
+        self._check_features(visuals=visuals)
         memory = self.text_encoder.encoder.project(visuals.embeds)
 
         def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
+            self._check_features(texts=texts, visuals=visuals)
             hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
             return self.apply_head("itm_head", hidden[:, 0])
 
@@ -153,10 +173,44 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def match(
         self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
     ) -> Tensor:
-        """Matching logits (pairs, 2); by default of each text and the visual input beside it."""
+        """Matching logits (pairs, 2); column 1 stands for a match.
+
+        Args:
+            texts: one text per pair.
+            visual_index: (pairs,) the visual input of each text; by default the one beside it.
+
+        Raises:
+            TypeError: naming the argument that is no features, or no indices.
+            ValueError: for lengths that differ, indices out of range, and features that were
+                encoded with another adapter than the active one, or before its weights changed.
+        """
+        self._check_features(texts=texts, visuals=visuals)
+        number, device = len(visuals.feat), visuals.feat.device
         if visual_index is None:
-            visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
-        return self.matcher(visuals)(texts, visual_index)
+            check_lengths(texts=len(texts.feat), visuals=number)
+            return self.matcher(visuals)(texts, torch.arange(number, device=device))
+        index = torch.as_tensor(visual_index, device=device)
+        if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
+            raise TypeError("visual_index must be a list or vector of integers.")
+        check_lengths(texts=len(texts.feat), visual_index=len(index))
+        if ((index < 0) | (index >= number)).any():
+            raise ValueError(f"visual_index must have numbers from 0 to {number - 1}.")
+        return self.matcher(visuals)(texts, index)
+
+    def _check_features(self, **features: VisualFeatures | TextFeatures) -> None:
+        """Refuse what does not come from an encoder, or was encoded with another adapter."""
+        for name, given in features.items():
+            expected = TextFeatures if name == "texts" else VisualFeatures
+            if not isinstance(given, expected):
+                raise TypeError(
+                    f"{name} must be the {expected.__name__} that encode_{name[:-1]} returns; got "
+                    f"{type(given).__name__}."
+                )
+            if given.adapter and given.adapter.weights != (now := self.adapter_state()).weights:
+                changed = f"with adapter {given.adapter.name!r}, and {now.name!r} is active"
+                if given.adapter.name == now.name:
+                    changed = "before the weights changed, or in another mode (train or eval)"
+                raise ValueError(f"{name} were encoded {changed}. Encode texts and visuals again.")
 
     # --- training -------------------------------------------------------------------------------
 
@@ -170,36 +224,30 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
-        active = self.adapters.active
-        if self.training and active and not self._trains(active):
-            raise ValueError(
-                f"The active adapter '{active}' is not the one that trains. Call "
-                f"set_adapter('{DEFAULT_SET}') first."
-            )
+        self.check_training()
+        texts, ids = texts_of(samples), samples["image_id"]
+        check_lengths(text_input=len(texts), visual=len(visual_input(samples)), image_id=len(ids))
+        ids = lavis_versions.numbers(ids, self.device).view(-1, 1)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-        ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)
         gathers_texts = self.section.negative_all_rank and get_world_size() > 1
-        tokens = self.tokenize(
-            samples["text_input"], padding="max_length" if gathers_texts else "longest"
-        )
+        tokens = self.tokenize(texts, padding="max_length" if gathers_texts else "longest")
         # Averages first, while no activations are kept for the backward pass.
         self.momentum_average.update()
         with self.momentum_average.swapped_in():
             momentum = self.encode_visual(samples), self.encode_text(tokens)
-        visuals = self.encode_visual(samples)
-        texts = self.encode_text(tokens)
+        online = self.encode_visual(samples), self.encode_text(tokens)
 
-        loss_itc, sims = self._contrastive_loss(samples, visuals, texts, *momentum, ids)
-        loss_itm, itm = self._matching_loss(visuals, texts, ids)
+        loss_itc, sims = self._contrastive_loss(samples, *online, *momentum, ids)
+        loss_itm, itm = self._matching_loss(*online, ids)
         return BlipOutput(
             loss=loss_itc + loss_itm,
             loss_itc=loss_itc,
             loss_itm=loss_itm,
             sims=sims,
             intermediate_output=BlipIntermediateOutput(
-                image_embeds=visuals.embeds,
-                text_embeds=texts.embeds,
+                image_embeds=online[0].embeds,
+                text_embeds=online[1].embeds,
                 image_embeds_m=momentum[0].embeds,
                 text_embeds_m=momentum[1].embeds,
                 itm_logits=itm[0],
@@ -256,17 +304,13 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             )
         positive_text = own + get_rank() * len(ids) if from_ranks else own
         text_index = torch.cat([positive_text, positive_text, negative_text])
-        pair_texts = TextFeatures(
-            input_ids=pool_texts.input_ids[text_index],
-            attention_mask=pool_texts.attention_mask[text_index],
-            embeds=None,
-            feat=pool_texts.feat[text_index],
-        )
+        pair_texts = dataclasses.replace(pool_texts, embeds=None)[text_index]
         if from_ranks:
-            pairs = zip(vars(visuals).values(), vars(pool_visuals).values(), strict=True)
+            names = "embeds", "feat", "frame_feat"
+            pairs = [(getattr(visuals, name), getattr(pool_visuals, name)) for name in names]
             visuals = VisualFeatures(*(torch.cat([x, y[negative_visual]]) for x, y in pairs))
             negative_visual = len(ids) + own
-        logits = self.match(pair_texts, visuals, torch.cat([own, negative_visual, own]))
+        logits = self.matcher(visuals)(pair_texts, torch.cat([own, negative_visual, own]))
         no_match = torch.where(has_negative, 0, IGNORED)
         labels = torch.cat([torch.ones_like(own), no_match, no_match])
         return F.cross_entropy(logits, labels, ignore_index=IGNORED), (logits, labels)
