@@ -49,6 +49,11 @@ class TextFeatures(Features):
     embeds: Tensor | None  # (batch, length, width); None where only matching follows
     feat: Tensor  # (batch, embed_dim)
 
+    def cut(self, length: int) -> TextFeatures:
+        """Without padding, beyond so many tokens."""
+        ids, mask = self.input_ids[:, :length], self.attention_mask[:, :length]
+        return TextFeatures(ids, mask, None, self.feat, adapter=self.adapter)
+
 
 def visual_input(samples: Mapping[str, Any] | Tensor) -> Tensor:
     """The images or videos of a batch: a tensor, or the ``image`` or ``video`` of a dict.

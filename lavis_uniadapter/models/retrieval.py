@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from lavis_uniadapter.backbone.visual_memory import VisualMemory, frame_aware_we
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.common.schema.model import RetrievalModel
-from lavis_uniadapter.evaluation.two_stage import Matcher, score_gallery
+from lavis_uniadapter.evaluation.two_stage import score_gallery
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.momentum import MomentumAverage
 
@@ -98,11 +98,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     # --- encoding and matching ------------------------------------------------------------------
 
     def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
-        """Encode the images or videos of a batch; see ``visual_input``.
-
-        Raises:
-            TypeError, ValueError: naming what has the wrong type, shape or size.
-        """
+        """Encode the images or videos of a batch; raises as ``visual_input``."""
         embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
         return VisualFeatures(
@@ -113,11 +109,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         )
 
     def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
-        """Encode texts (one, several, or the output of ``tokenize``) in text mode.
-
-        Raises:
-            TypeError, ValueError: for anything else, and for no texts.
-        """
+        """Encode texts (one, several, or the output of ``tokenize``); raises as ``text_list``."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = texts if isinstance(texts, BatchEncoding) else self.tokenize(texts)
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
@@ -132,13 +124,11 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def match_hidden(
         self, texts: TextFeatures, memory: VisualMemory, visual_index: Tensor, frame_feat: Tensor
     ) -> Tensor:
-        """Hidden states (pairs, length, width) of texts attending to one visual input each.
+        """Hidden states (pairs, length, width) of texts, each attending to a visual input.
 
         Args:
-            texts: one text per pair.
             visual_index: (pairs,) the input in memory that each text is paired with.
-            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only if the
-                active adapter has frame-aware attention.
+            frame_feat: of the inputs in memory; only read for frame-aware attention.
         """
         weights = None
         active = self.adapters.active_set
@@ -153,14 +143,8 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             return_dict=True,
         ).last_hidden_state
 
-    def matcher(self, visuals: VisualFeatures) -> Matcher:
-        """Project visual inputs once, for any number of calls of the function returned.
-
-        It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
-        matching logits (pairs, 2), of which column 1 stands for a match. Like ``match``, both
-        refuse features that were encoded with another adapter.
-        """
-        self._check_features(visuals=visuals)
+    def matcher(self, visuals: VisualFeatures) -> Callable[[TextFeatures, Tensor], Tensor]:
+        """``match`` for visual inputs that are projected once for any number of calls."""
         memory = self.text_encoder.encoder.project(visuals.embeds)
 
         def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
@@ -171,7 +155,10 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         return match
 
     def match(
-        self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
+        self,
+        texts: TextFeatures,
+        visuals: VisualFeatures,
+        visual_index: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Matching logits (pairs, 2); column 1 stands for a match.
 
@@ -180,18 +167,17 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             visual_index: (pairs,) the visual input of each text; by default the one beside it.
 
         Raises:
-            TypeError: naming the argument that is no features, or no indices.
-            ValueError: for lengths that differ, indices out of range, and features that were
-                encoded with another adapter than the active one, or before its weights changed.
+            TypeError, ValueError: for arguments that do not fit, and features that were encoded
+                with another adapter than the active one, or before its weights changed.
         """
         self._check_features(texts=texts, visuals=visuals)
-        number, device = len(visuals.feat), visuals.feat.device
+        number = len(visuals.feat)
         if visual_index is None:
             check_lengths(texts=len(texts.feat), visuals=number)
-            return self.matcher(visuals)(texts, torch.arange(number, device=device))
-        index = torch.as_tensor(visual_index, device=device)
+            visual_index = range(number)
+        index = torch.as_tensor(visual_index, device=visuals.feat.device)
         if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
-            raise TypeError("visual_index must be a list or vector of integers.")
+            raise TypeError("visual_index must be a list of integers.")
         check_lengths(texts=len(texts.feat), visual_index=len(index))
         if ((index < 0) | (index >= number)).any():
             raise ValueError(f"visual_index must have numbers from 0 to {number - 1}.")
@@ -286,9 +272,8 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
         """Loss of positives, and of a hard negative visual and a hard negative text for each item.
 
-        The three groups are one batch of pairs over the batch's own visual memory; only negatives
-        from all ranks add visual inputs to it. An item without any negative also has pairs, so
-        that shapes do not depend on values on the device; the loss ignores them.
+        An item without any negative also has pairs, so that shapes do not depend on values on the
+        device; the loss ignores them.
         """
         own = torch.arange(len(ids), device=ids.device)
         from_ranks = self.section.negative_all_rank and get_world_size() > 1
@@ -331,10 +316,9 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
     @torch.no_grad()
     def _enqueue(self, image_feat: Tensor, text_feat: Tensor, ids: Tensor) -> None:
-        """Replace the oldest entries of the queue by all ranks' features and (batch, 1) ids.
+        """Replace the queue's oldest entries, also across its end, by all ranks' features and ids.
 
-        The queue wraps around; LAVIS's asserts that the global batch divides it. Features that are
-        not finite leave the old entry: one bad batch must not spoil the next.
+        Features that are not finite leave the old entry: one bad batch must not spoil the next.
         """
         size = self.queue_size
         if not size:
@@ -358,7 +342,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
-        """(visuals, texts) and (texts, visuals) scores for LAVIS's ``retrieval`` task."""
+        """(visuals, texts) and (texts, visuals) scores, for LAVIS's ``retrieval`` task."""
         v2t, t2v, _ = score_gallery(self, data_loader, Evaluation.pick(task_cfg, "run"))
         return v2t.cpu().numpy(), t2v.cpu().numpy()
 

@@ -137,8 +137,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             options: LAVIS's, which are keys of ``run:`` as well.
 
         Raises:
-            ConfigError: naming an unknown option or impossible value.
-            TypeError, ValueError: naming an argument of the wrong type or length.
+            TypeError, ValueError: naming an argument of the wrong type, length or value.
         """
         if Evaluation.read(options, "predict_answers").inference_method == "rank":
             answer_list = text_list(answer_list, "answer_list")
