@@ -57,7 +57,7 @@ def attach_adapters(
 ) -> None:
     """Let every layer of a TunedBlip look up the active adapter of its bank.
 
-    The last so many layers of vision and of text recompute their activations.
+    The given numbers of last layers recompute their activations in the backward pass.
     """
 
     def attach(encoder: str, layers: nn.ModuleList, adapted: type, checkpointed: int) -> None:

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 
-class AdapterState(NamedTuple):
-    """The adapter that something was computed with."""
-
-    name: str | None  # None: BLIP without an adapter
-    weights: str  # identifies their values
-
-
 @dataclass(frozen=True)
 class Features:
     """A batch of encoded inputs; feats are unit vectors."""
 
-    # None: not known, and not checked when features are combined.
-    adapter: AdapterState | None = field(default=None, kw_only=True)
+    # TunedBlip.adapter_state when they were encoded; None: not known, and not checked.
+    adapter: str | None = field(default=None, kw_only=True)
 
     def __getitem__(self, index: Tensor | slice) -> Self:
         """Some items of the batch."""
@@ -81,12 +74,7 @@ def visual_input(samples: Mapping[str, Any] | Tensor) -> Tensor:
 
 
 def text_list(texts: Any, name: str) -> list[str]:
-    """Several texts as a list.
-
-    Raises:
-        TypeError: for a single string and for anything but strings, naming the argument.
-        ValueError: if there are none.
-    """
+    """Several texts as a list; TypeError for anything else, ValueError for none."""
     if isinstance(texts, str | Mapping | Set) or not isinstance(texts, Iterable):
         raise TypeError(f"{name} must be a list of strings; got {texts!r}.")
     texts = list(texts)

@@ -63,9 +63,8 @@ def score_gallery(
         settings: ``k_test``, ``itc_weight``, ``rerank_batch`` and ``feature_memory`` are read.
 
     Returns:
-        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank. An
-        unreadable visual input (``allow_missing``) scores lowest for its texts, and they for it: it
-        counts as wrong in both directions. Third, what was unreadable, by index.
+        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank, and
+        unreadable visual inputs (``allow_missing``) by index, which count as wrong both ways.
 
     Raises:
         FloatingPointError: if similarities are not finite.

@@ -18,7 +18,7 @@ from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import build_visual_encoder
-from lavis_uniadapter.backbone.features import AdapterState, text_list, visual_input
+from lavis_uniadapter.backbone.features import text_list, visual_input
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
@@ -218,10 +218,7 @@ class TunedBlip(BaseModel):
     def generate_texts(
         self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
     ) -> list[str]:
-        """Continuations of (items, length) prompts, ``num_return_sequences`` for each.
-
-        ``options`` are those of ``transformers.GenerationMixin.generate``.
-        """
+        """Continue (items, length) prompts; ``options`` are those of transformers' ``generate``."""
         most = self.text_decoder.config.max_position_embeddings
         shortest, longest = options["min_length"], options["max_length"]
         rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
@@ -274,17 +271,20 @@ class TunedBlip(BaseModel):
         self.adapters[name]
         self.adapters.active = name
 
-    def adapter_state(self) -> AdapterState:
-        """What features are computed with now; it changes with the adapter and its weights."""
+    def adapter_state(self) -> str:
+        """Identifies what features are computed with: the values of the active adapter, or BLIP's.
+
+        In training, where hashing each step would take too long, it counts changes instead.
+        """
         active = self.adapters.active_set
         owner = self if active is None else active
         version = sum(0 if p.is_inference() else p._version for p in owner.parameters())
-        if self.training:  # hashing would take too long for each step
-            return AdapterState(self.adapters.active, f"training: {id(owner)}, {version}")
+        if self.training:
+            return f"training: {id(owner)}, {version}"
         if owner._hashed[0] != version:
             tensors = blip_files.base_state_dict(self) if active is None else active.state_dict()
             owner._hashed = version, blip_files.hash_tensors(tensors)
-        return AdapterState(self.adapters.active, owner._hashed[1])
+        return owner._hashed[1]
 
     def delete_adapter(self, name: str) -> None:
         """Remove a loaded adapter; ValueError for the active one and the one that trains."""

@@ -184,7 +184,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         return self.matcher(visuals)(texts, index)
 
     def _check_features(self, **features: VisualFeatures | TextFeatures) -> None:
-        """Refuse what does not come from an encoder, or was encoded with another adapter."""
+        """Refuse what was not encoded, or not with what is active now."""
         for name, given in features.items():
             expected = TextFeatures if name == "texts" else VisualFeatures
             if not isinstance(given, expected):
@@ -192,11 +192,11 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
                     f"{name} must be the {expected.__name__} that encode_{name[:-1]} returns; got "
                     f"{type(given).__name__}."
                 )
-            if given.adapter and given.adapter.weights != (now := self.adapter_state()).weights:
-                changed = f"with adapter {given.adapter.name!r}, and {now.name!r} is active"
-                if given.adapter.name == now.name:
-                    changed = "before the weights changed, or in another mode (train or eval)"
-                raise ValueError(f"{name} were encoded {changed}. Encode texts and visuals again.")
+            if given.adapter not in (None, self.adapter_state()):
+                raise ValueError(
+                    f"{name} were encoded with another adapter than the active one, before its "
+                    "weights changed, or in another mode (train or eval). Encode them again."
+                )
 
     # --- training -------------------------------------------------------------------------------
 
@@ -351,8 +351,7 @@ def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for each row a column that is not the same item, with softmax(logits) probability.
 
     Returns:
-        (rows,) columns, and (rows,) whether the row has any negative. MSR-VTT has 20 captions per
-        video, so a small batch may show a single video.
+        (rows,) columns, and (rows,) whether the row has any negative: a batch may be one video.
     """
     has_negative = ~same.all(dim=1)
     weights = logits.masked_fill(same, float("-inf")).softmax(dim=1)

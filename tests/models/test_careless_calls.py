@@ -80,14 +80,13 @@ def test_features_of_two_adapters_do_not_match(model, change):
     match = model.matcher(visuals)
     expected = model.match(texts, visuals)
     change(model)
-    message = "'default', and 'other'" if change is use_the_other else "weights changed"
     for combine in (
         lambda: model.match(texts, visuals),
         lambda: model.match(model.encode_text(WORDS), visuals),
         lambda: model.match(texts, model.encode_visual(VIDEO)),
         lambda: match(texts, torch.arange(2)),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="another adapter than the active one"):
             combine()
     if change is not change_the_weights:
         model.eval().set_adapter("default")
@@ -99,7 +98,7 @@ def test_features_without_the_adapter_do_not_match_those_with_it(model):
     visuals = model.encode_visual(VIDEO)
     with model.disable_adapter():
         texts = model.encode_text(WORDS)
-        with pytest.raises(ValueError, match="'default', and None"):
+        with pytest.raises(ValueError, match="another adapter than the active one"):
             model.match(texts, visuals)
         model.match(texts, model.encode_visual(VIDEO))
 
