@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
@@ -41,6 +42,7 @@ class TunedBlip(BaseModel):
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
     _hashed: tuple[int | None, str] = None, ""  # see adapter_state
+    _optimizer_steps = 0  # of all optimizers: fused ones do not count in a parameter's version
 
     # --- building -------------------------------------------------------------------------------
 
@@ -278,7 +280,8 @@ class TunedBlip(BaseModel):
         """
         active = self.adapters.active_set
         owner = self if active is None else active
-        version = sum(0 if p.is_inference() else p._version for p in owner.parameters())
+        counts = (0 if p.is_inference() else p._version for p in owner.parameters())
+        version = sum(counts, start=TunedBlip._optimizer_steps)
         if self.training:
             return f"training: {id(owner)}, {version}"
         if owner._hashed[0] != version:
@@ -397,6 +400,13 @@ class TunedBlip(BaseModel):
                 )
         self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def _count_step(*_: Any) -> None:
+    TunedBlip._optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

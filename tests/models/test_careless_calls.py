@@ -103,12 +103,16 @@ def test_features_without_the_adapter_do_not_match_those_with_it(model):
         model.match(texts, model.encode_visual(VIDEO))
 
 
-def test_features_before_a_training_step_do_not_match(build_small):
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_features_before_a_training_step_do_not_match(build_small, mode, fused):
     model = build_small(RETRIEVAL).train()
-    visuals = model.encode_visual(VIDEO)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), fused=fused)
     model(batch(RETRIEVAL)).loss.backward()
-    model.match(model.encode_text(WORDS), visuals)  # no step yet
-    torch.optim.AdamW(model.trainable_parameters().values()).step()
+    model.train(mode)
+    visuals = model.encode_visual(VIDEO)
+    model.match(model.encode_text(WORDS), visuals)
+    optimizer.step()
     with pytest.raises(ValueError, match="weights changed"):
         model.match(model.encode_text(WORDS), visuals)
 
