@@ -42,7 +42,7 @@ class TunedBlip(BaseModel):
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
     _hashed: tuple[int | None, str] = None, ""  # see adapter_state
-    _optimizer_steps = 0  # of all optimizers: fused ones do not count in a parameter's version
+    _changes = 0  # of any model that do not count in a parameter's version
 
     # --- building -------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class TunedBlip(BaseModel):
         active = self.adapters.active_set
         owner = self if active is None else active
         counts = (0 if p.is_inference() else p._version for p in owner.parameters())
-        version = sum(counts, start=TunedBlip._optimizer_steps)
+        version = sum(counts, start=TunedBlip._changes)
         if self.training:
             return f"training: {id(owner)}, {version}"
         if owner._hashed[0] != version:
@@ -399,14 +399,16 @@ class TunedBlip(BaseModel):
                     f"These are not weights of this {type(self).__name__}: {problems}."
                 )
         self._fingerprint = None
+        note_change()
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
-def _count_step(*_: Any) -> None:
-    TunedBlip._optimizer_steps += 1
+def note_change(*_: Any) -> None:
+    """Note that some model's weights may have changed; see ``adapter_state``."""
+    TunedBlip._changes += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(note_change)  # a fused one's steps do not count in versions
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

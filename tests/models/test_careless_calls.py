@@ -118,6 +118,18 @@ def test_features_before_a_training_step_do_not_match(build_small, mode, fused):
 
 
 @torch.no_grad()
+def test_features_before_weights_are_assigned_do_not_match(build_small):
+    model = build_small(RETRIEVAL).eval()
+    for seed in range(3):  # assigned tensors are new, and their versions all equal
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state["adapters.default.heads.text_proj.bias"] += 1 + seed
+        visuals = model.encode_visual(VIDEO)
+        model.load_state_dict(state, assign=True)
+        with pytest.raises(ValueError, match="weights changed"):
+            model.match(model.encode_text(WORDS), visuals)
+
+
+@torch.no_grad()
 def test_features_match_under_an_equal_adapter_of_another_process(model):
     """As when a gallery is encoded once and its features are kept in a file."""
     kept = pickle.loads(pickle.dumps(model.encode_visual(VIDEO)))
