@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.backbone.build import build_text_decoder
+from lavis_uniadapter.backbone.features import check_lengths, texts_of
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.common.schema.model import CaptionModel
 from lavis_uniadapter.evaluation.text_likelihood import ScoredText, mean_log_likelihood
@@ -66,13 +67,15 @@ class BlipUniAdapterCaption(TunedBlip, BlipCaption):
         Raises:
             ValueError: for a caption without the prompt, whose first words would not be learnt.
         """
-        for text in samples["text_input"]:
+        texts = texts_of(samples)
+        check_lengths(text_input=len(texts), visual=len(image_embeds))
+        for text in texts:
             if not text.startswith(self.prompt):
                 raise ValueError(
                     f"The caption {text!r} does not begin with the model's prompt {self.prompt!r}. "
                     "Give the training text_processor the same prompt as the model."
                 )
-        return super().forward_decoder(samples, image_embeds)
+        return super().forward_decoder({**samples, "text_input": texts}, image_embeds)
 
     @torch.no_grad()
     def generate(

@@ -11,9 +11,10 @@ from lavis.models.blip_models.blip_vqa import BlipVQA
 from torch import Tensor
 
 from lavis_uniadapter.backbone.build import build_text_decoder, build_text_encoder
-from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.features import check_lengths, text_list, texts_of, visual_input
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.common.schema.model import VqaModel
 from lavis_uniadapter.evaluation.answer_ranking import rank_answers, tokenise_answers
 from lavis_uniadapter.evaluation.text_likelihood import ScoredText, mean_log_likelihood
@@ -57,7 +58,10 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
                 questions, or any number with ``visual_index``, the (questions,) indices of their
                 visual inputs. ``tokenized_text`` is added, as in LAVIS.
         """
-        questions = self.tokenize(samples["text_input"])
+        texts = texts_of(samples)
+        visual = samples.get("visual_index", visual_input(samples))
+        check_lengths(text_input=len(texts), visual=len(visual))
+        questions = self.tokenize(texts)
         questions.input_ids[:, 0] = self.tokenizer.enc_token_id
         samples["tokenized_text"] = questions
         visual_embeds = self.visual_tokens(samples)
@@ -82,12 +86,16 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             samples: those of ``forward_encoder``; ``answer``, the answers of all questions in
                 order; ``n_answers`` (B,), how many each question has; ``weight`` (answers,).
         """
-        answers = self.tokenize(samples["answer"], truncation=False)
+        texts, number = texts_of(samples, "answer"), len(encoder_out.last_hidden_state)
+        check_lengths(text_input=number, n_answers=len(samples["n_answers"]))
+        check_lengths(answer=len(texts), weight=len(samples["weight"]))
+        answers = self.tokenize(texts, truncation=False)
         answers.input_ids[:, 0] = self.tokenizer.bos_token_id
         targets = answers.input_ids.masked_fill(
             answers.input_ids == self.tokenizer.pad_token_id, -100
         )
         counts = lavis_versions.numbers(samples["n_answers"], self.device)
+        torch._assert_async(counts.sum() == len(texts), "n_answers must add up to len(answer).")
 
         def for_each_answer(of_questions: Tensor) -> Tensor:
             # Without output_size the host waits until the device has added up the counts.
@@ -140,6 +148,7 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
             answer_list: candidate answers.
             num_ans_candidates: how many of them are scored, those whose first token is likeliest.
         """
+        answer_list = text_list(answer_list, "answer_list")
         scores, candidates = self._score_answers(samples, answer_list, num_ans_candidates)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         rows = candidates.gather(1, order), scores.softmax(dim=1), scores
@@ -181,12 +190,22 @@ class BlipUniAdapterVQA(TunedBlip, BlipVQA):
         )
         return [ScoredText(*each) for each in zip(answers, scores.tolist(), strict=True)]
 
-    def predict_answers(self, samples: dict[str, Any], **kwargs) -> list[str]:
+    def predict_answers(
+        self, samples: dict[str, Any], answer_list: Sequence[str] | None = None, **options
+    ) -> list[str]:
         """Answers by ranking a list or by generation (``lavis`` ``BlipVQA.predict_answers``).
 
         Args:
-            samples: ``image`` or ``video``, and ``text_input``.
-            kwargs: LAVIS's options.
+            samples: ``image`` or ``video``, and ``text_input``, one question for each.
+            answer_list: what to choose from, with ``inference_method="rank"``, the default.
+            options: LAVIS's, which are keys of ``run:`` as well.
+
+        Raises:
+            TypeError, ValueError: naming an argument of the wrong type, length or value.
         """
+        if Evaluation.read(options, "predict_answers").inference_method == "rank":
+            answer_list = text_list(answer_list, "answer_list")
         # LAVIS reads the batch size from samples["image"].
-        return super().predict_answers({**samples, "image": visual_input(samples)}, **kwargs)
+        batch = {"image": visual_input(samples), "text_input": texts_of(samples)}
+        check_lengths(text_input=len(batch["text_input"]), visual=len(batch["image"]))
+        return super().predict_answers(batch, answer_list=answer_list, **options)

@@ -122,24 +122,17 @@ class Engine:
         pairs = pairs.to(self.model.device)
         with autocast(self.amp, self.model.device):
             match = self.model.matcher(visuals)
-            logits = torch.cat(
-                [
-                    match(_select(texts, some[:, 0]), some[:, 1]).float()
-                    for some in pairs.split(self.settings.rerank_batch)
-                ]
-            )
+            logits = []
+            for some in pairs.split(self.settings.rerank_batch):
+                chosen = texts[some[:, 0]]
+                longest = int(chosen.attention_mask.sum(dim=1).max())
+                logits.append(match(chosen.cut(longest), some[:, 1]).float())
+        scores = torch.cat(logits)
         similarity = (visuals.feat[pairs[:, 1]].float() * texts.feat[pairs[:, 0]].float()).sum(1)
         return Scores(
-            ranking=(logits[:, 1] + self.settings.itc_weight * similarity).cpu(),
-            probability=logits.softmax(dim=1)[:, 1].cpu(),
+            ranking=(scores[:, 1] + self.settings.itc_weight * similarity).cpu(),
+            probability=scores.softmax(dim=1)[:, 1].cpu(),
         )
-
-
-def _select(texts: TextFeatures, index: Tensor) -> TextFeatures:
-    """Some texts, padded to the longest of them."""
-    mask = texts.attention_mask[index]
-    length = int(mask.sum(dim=1).max())
-    return TextFeatures(texts.input_ids[index, :length], mask[:, :length], None, texts.feat[index])
 
 
 def load_recipe(
