@@ -9,6 +9,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from lavis_uniadapter.common.config import validate
+from lavis_uniadapter.tools import recipes
 from uniadapter_cli.runs import add_options, import_launch
 
 INDEX = "search_index"
@@ -17,6 +19,9 @@ INDEX = "search_index"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``index``, ``query`` or ``serve``; returns the exit status."""
     args = _parser().parse_args(argv)
+    if getattr(args, "cfg", None):
+        recipe = recipes.find(args.cfg, recipes.runs())
+        validate(recipe, [*args.options, "run.evaluate=True"])
     launch = import_launch()
     return launch.exit_status(lambda: args.run(args))
 
@@ -185,7 +190,6 @@ def _serve(args: argparse.Namespace) -> None:
     from lavis_uniadapter.search import Index
     from lavis_uniadapter.search.answering import Answerer
     from lavis_uniadapter.search.server import LOCAL_HOSTS, make_app
-    from lavis_uniadapter.tools import recipes
 
     answerer = None
     if args.qa_cfg:

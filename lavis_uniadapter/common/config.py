@@ -7,6 +7,7 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,6 +133,7 @@ def _resolved(given: Mapping[str, Any], section_cls: type[ModelSection] | None) 
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
 
 
+@cache
 def _load(path: str | Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 

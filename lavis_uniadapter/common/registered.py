@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 
 from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.schema.shapes import GENERATED
@@ -27,11 +29,13 @@ def in_sources() -> Names | None:
     None if LAVIS has been imported, since other code may have registered names since then, and if
     LAVIS is not installed.
     """
-    roots = list(paths.package_roots())
-    if "lavis" in sys.modules or len(roots) < 2:
-        return None
+    return _in_sources() if "lavis" not in sys.modules and find_spec("lavis") else None
+
+
+@cache
+def _in_sources() -> Names:
     names = {kind: set[str]() for kind in KINDS} | {"builder": set(GENERATED)}
-    for root in roots:
+    for root in paths.package_roots():
         for file in root.rglob("*.py"):
             for kind, name in DECORATOR.findall(file.read_text(encoding="utf-8")):
                 names[kind].add(name)
