@@ -33,7 +33,7 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
-    path, again = source, "Copy it again."
+    path, again = source, "Copy or download it again."
     if is_url(str(source)):
         # Without on_main_process the others wait no longer than for a step of training.
         path = on_main_process(download, str(source), errors=(CheckpointError,))

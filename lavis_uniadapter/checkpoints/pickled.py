@@ -12,7 +12,7 @@ import torch
 from lavis_uniadapter.common.errors import CheckpointError
 
 
-def load(path: str | os.PathLike, again: str = "Copy it again.") -> Any:
+def load(path: str | os.PathLike, again: str = "Copy or download it again.") -> Any:
     """Read tensors and plain containers to the CPU; nothing else is unpickled.
 
     Args:

@@ -136,7 +136,7 @@ class Malicious:
     [
         (b"", "is empty (0 bytes)"),
         (b"<html>", "no PyTorch checkpoint"),
-        (WEIGHTS[:-700], "damaged. Copy it again."),
+        (WEIGHTS[:-700], "damaged. Copy or download it again."),
         (WEIGHTS.replace(b"\x00\x00\x80\x3f", b"\x00\x00\x81\x3f", 1), "damaged"),
         (saved({"w": Malicious()}), "mkdir', which could run any code"),
         (saved(torch.zeros(2)), "holds no state dict"),
