@@ -1,6 +1,6 @@
 """The least memory that a configuration takes, so that one that cannot fit is refused at once.
 
-It counts what is certain: the main weights, what trains, and one full batch. A run takes more.
+It counts what is certain: the main weights, what trains, and one full batch. A run needs more.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema.model import ModelSection, RetrievalModel
 
 FLOAT = 4  # bytes
-WORKER = 30 * 10**6  # bytes of a process that reads data, without its batches
-PREFETCHED = 2  # batches of each worker, PyTorch's default
+WORKER = 30 * 10**6  # bytes of a process that reads data, without batches
 TRAINING = 4  # a parameter, its gradient, and AdamW's two averages
 # Where Linux says how much memory a container may use.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -35,24 +34,20 @@ def check_memory(
         section: the model's; None for LAVIS's own, of which the batches alone are counted.
         gpu: bytes of the GPU that the run computes on.
     """
-    model, workers = _weights(section, run), run["num_workers"]
+    model = _weights(section, run)
+    workers = {"run.num_workers": run["num_workers"] * WORKER}
     machine, processes = machine_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     modes = ["eval"] if run["test_splits"] or run["valid_splits"] else []
     for mode in modes if run["evaluate"] else ["train", *modes]:
         size = run[f"batch_size_{mode}"]
         pixels, states = (size * each for each in _item(section, datasets, mode, run["amp"]))
-        batch = {f"run.batch_size_{mode}": pixels + states}
-        loading = {
-            f"run.batch_size_{mode}": pixels * (1 + PREFETCHED * workers),
-            "run.num_workers": workers * WORKER,
-        }
-        if run["device"] == "cpu":
-            loading[f"run.batch_size_{mode}"] += states
+        key, computing = f"run.batch_size_{mode}", pixels + states
         if machine:
+            batch = {key: computing if run["device"] == "cpu" else pixels}
             owner = f"each of {processes} processes" if processes > 1 else "this machine"
-            _compare(model | loading, machine // processes, owner)
+            _compare(model | batch | workers, machine // processes, owner)
         if gpu:
-            _compare(model | batch, gpu, "the GPU")
+            _compare(model | {key: computing}, gpu, "the GPU")
 
 
 def machine_memory() -> int | None:
@@ -96,7 +91,8 @@ def _weights(section: ModelSection | None, run: Mapping[str, Any]) -> dict[str, 
     if section.vit is not None:
         frozen["model.vit"] = 4 * visual * vit.width
     if isinstance(section, RetrievalModel):
-        frozen["model.embed_dim"] = section.embed_dim * (vit.width + 2 * section.queue_size)
+        frozen["model.embed_dim"] = section.embed_dim * vit.width
+        frozen["model.queue_size"] = section.embed_dim * section.queue_size * 2
     factor = FLOAT * (1 if run["evaluate"] else TRAINING)
     return {key: FLOAT * count for key, count in frozen.items()} | {
         key: factor * count for key, count in trained.items()
