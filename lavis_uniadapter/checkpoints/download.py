@@ -9,6 +9,7 @@ from concurrent import futures
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from threading import Thread
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
@@ -70,6 +71,10 @@ def open_url(request: Request) -> HTTPResponse:
         return answer.result(ANSWER_TIMEOUT)
     except futures.TimeoutError:
         raise TimeoutError(f"no answer in {ANSWER_TIMEOUT} seconds") from None
+    except HTTPError:
+        raise
+    except URLError as error:
+        raise OSError(error.reason) from error
 
 
 def _receive(response: HTTPResponse, path: Path, name: str) -> None:

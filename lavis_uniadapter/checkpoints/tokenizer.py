@@ -29,7 +29,7 @@ def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
     """
     folder = paths.find(name_or_folder)
     if folder is None and not HUB_NAME.fullmatch(name_or_folder):
-        raise ConfigError(f"model.tokenizer: there is no folder '{name_or_folder}'.")
+        raise ConfigError(f"model.tokenizer: no tokenizer at '{name_or_folder}': no such folder.")
     tokenizer = _from_hub(name_or_folder) if folder is None else _from_folder(folder)
     if missing := [token for token in NEEDED if token not in tokenizer.vocab]:
         raise ConfigError(
