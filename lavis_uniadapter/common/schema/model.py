@@ -101,6 +101,11 @@ class ModelSection(Section):
         return self.vit or (LARGE if self.vit_type == "large" else BASE)
 
     @property
+    def tokens(self) -> int:
+        """Number of visual tokens of an image or a frame."""
+        return (self.image_size // self.vit_sizes.patch_size) ** 2 + 1
+
+    @property
     def method_config(self) -> MethodConfig:
         """The configuration of the chosen tuning method."""
         config = METHODS[self.tuning]
