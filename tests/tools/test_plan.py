@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from tiny_runs import TRAIN
 
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
@@ -10,6 +11,7 @@ from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.evaluation import caption_metrics
 from lavis_uniadapter.evaluation.ranking_metrics import metric_names
+from lavis_uniadapter.tools import recipes
 from lavis_uniadapter.tools.compare.plan import METRICS, check_runs, read_plan
 
 
@@ -64,6 +66,8 @@ def test_the_command_line_wins_over_the_plan(plan_file, monkeypatch):
 
 
 def test_the_metrics_of_a_plan_are_those_of_the_tasks():
+    tasks = {yaml.safe_load(path.read_text())["run"]["task"] for path in recipes.runs().values()}
+    assert set(METRICS) == tasks
     retrieval = {*metric_names("video"), *metric_names("image")}
     assert METRICS["uniadapter_retrieval"] == retrieval
     assert METRICS["uniadapter_captioning"] == set(caption_metrics.METRICS)

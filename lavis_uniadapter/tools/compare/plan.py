@@ -15,13 +15,14 @@ from lavis_uniadapter.tools import recipes
 DIRECTIONS = ("t2v", "v2t", "t2i", "i2t")
 
 
-# The metrics of each of this package's tasks.
+# The metrics of each task that has a recipe.
 METRICS: dict[str, Collection[str]] = {
     "uniadapter_retrieval": {
         "mean_recall",
         *(f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5, 10)),
         *(f"{way}_{rank}" for way in DIRECTIONS for rank in ("medr", "meanr")),
     },
+    "vqa": {"accuracy", "yes/no", "number", "other"},  # LAVIS's, by VQAv2's types of answers
     "video_qa": {*ANSWER_METRICS, "unknown_answers"},
     "uniadapter_captioning": {*(f"bleu_{n}" for n in range(1, 5)), "meteor", "rouge_l", "cider"},
 }
@@ -63,7 +64,7 @@ def check_runs(plan: PlanFile) -> None:
         except ConfigError as error:
             raise ConfigError(f"run '{name}': {error}") from None
         tasks.add(content["run"]["task"])
-    if tasks <= set(METRICS):  # LAVIS's tasks have other names
+    if tasks <= set(METRICS):
         known = sorted({"agg_metrics"}.union(*(METRICS[task] for task in tasks)))
         for metric in plan.metrics:
             if metric not in known:
