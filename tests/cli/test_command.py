@@ -43,6 +43,8 @@ CASES = {
     "prepare msrvtt --vidoes x": (2, "required: --videos"),
     "search index --cfg none .": (2, "No configuration file or recipe 'none'"),
     "search index . --cfg shapes_retrieval --options run.k_tets=1": (2, "Did you mean 'k_test'?"),
+    "search query x --index none": (2, "'none' holds no index"),
+    "search serve --index . --qa-cfg none": (2, "No configuration file or recipe 'none'"),
     "search serve --prot 1": (2, "--prot"),
     "demo vqa": (2, "invalid choice: 'vqa'"),
     "demo --seed -3": (2, "run.seed is -3"),
