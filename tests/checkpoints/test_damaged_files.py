@@ -18,6 +18,7 @@ from lavis_uniadapter.checkpoints import download, tokenizer
 from lavis_uniadapter.checkpoints.blip_files import read_state_dict
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
+from lavis_uniadapter.runners import run_checkpoints
 
 
 def saved(content) -> bytes:
@@ -149,6 +150,26 @@ def test_a_file_that_is_no_checkpoint(tmp_path, monkeypatch, content, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blip.pth").write_bytes(content)
     assert expected in refused(tmp_path / "blip.pth")
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (WEIGHTS[:-700], "damaged"),
+        (WEIGHTS, "not a whole checkpoint of a runner"),
+        (saved({"model": Malicious()}), "mkdir', which could run any code"),
+    ],
+    ids="empty cut weights malicious".split(),
+)
+def test_a_file_that_no_run_can_continue_from(tmp_path, monkeypatch, content, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latest.pth").write_bytes(content)
+    with pytest.raises(CheckpointError) as raised:
+        run_checkpoints.read("latest.pth")
+    message = str(raised.value)
+    assert expected in message and "\n" not in message and "weights_only" not in message
     assert not (tmp_path / "hacked").exists()
 
 
