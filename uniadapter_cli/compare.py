@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from pathlib import Path
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.tools import recipes
-from lavis_uniadapter.tools.compare.plan import read_plan
-from uniadapter_cli.runs import add_options, import_launch, names_and_options
+from lavis_uniadapter.tools.compare.plan import check_runs, read_plan
+from uniadapter_cli.runs import add_options, import_launch, names_and_options, positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = None
     if names:
         path = recipes.find(names[0], recipes.comparisons())
-        plan = read_plan(path, options, args.output_dir)
+        plan = read_plan(path, options, args.output_dir, args.metrics)
+        check_runs(plan)
     elif not (args.add and args.metrics and args.output_dir):
         raise ConfigError("Give a PLAN, or --add, --metrics and --output-dir.")
+    for item in args.add:
+        if not os.path.isdir(item.partition("=")[2]):
+            raise ConfigError(f"--add {item!r} is not NAME=FOLDER, with the folder of a run.")
 
     launch = import_launch()
     from lavis_uniadapter.tools.compare.report import added_lines, write_report
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
     lines += added
     folder = Path(plan.output_dir if plan else args.output_dir)
-    metrics = args.metrics or (plan.metrics if plan else ())
+    metrics = plan.metrics if plan else args.metrics
     table = write_report(lines, metrics, folder, plan.reference if plan else None)
     print(f"\n{table}\n\nwritten: {folder / 'comparison.{md,csv,json,png}'}")
     return 1 if any(line.failures for line in lines) else 0
@@ -71,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--output-dir", metavar="DIR", help="instead of the plan's")
     parser.add_argument("--metrics", nargs="+", help="instead of the plan's")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     parser.add_argument(
-        "--nproc-per-node", type=int, default=1, metavar="N", help="processes of each run"
+        "--nproc-per-node", type=positive, default=1, metavar="N", help="processes of each run"
     )
     return parser

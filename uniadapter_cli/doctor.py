@@ -25,11 +25,14 @@ LAVIS_ALONE = "--no-deps salesforce-lavis==1.0.2"
 LAVIS_SET = f"{PIP} -e . -c constraints/lavis.txt"
 MODERN_SET = f"{PIP} -r constraints/modern.txt && {PIP} -e . {LAVIS_ALONE}"
 EITHER_SET = f"in a fresh environment, {LAVIS_SET} or {MODERN_SET}"
+# Wheels of OpenCV overwrite each other's files, and those for screens need libGL.
+ONE_OPENCV = f"uninstall all opencv-* packages, then {PIP} opencv-python-headless"
+TIMEOUT = 600  # seconds; the first import may take minutes
 # What to install for a module of another name.
 DISTRIBUTIONS = {"cv2": "opencv-python-headless", "lavis": LAVIS_ALONE, "PIL": "pillow"}
 SHOWN = ("torch", "torchvision", "transformers", "timm", "numpy", "opencv-python-headless")
-# Distributions whose requirements matter here.
-OWNERS = ("lavis-uniadapter", "torchvision", "transformers")
+OWNERS = ("lavis-uniadapter", "torchvision", "transformers")  # whose requirements matter here
+DRIVER_FIX = "install NVIDIA's latest driver (Docker: --gpus all), or PyTorch for an older CUDA"
 BERT = "bert-base-uncased"
 
 
@@ -57,12 +60,12 @@ def check_versions(versions: Mapping[str, str]) -> Finding:
 
 
 def check_requirements(said: str) -> Iterator[Finding]:
-    """Unmet requirements, from what ``pip check`` prints.
-
-    The sets have different versions of NumPy, and OpenCV has several names; the probes try both.
-    """
+    """Unmet requirements, from what ``pip check`` prints."""
+    if "No module named pip" in said:
+        yield Finding(WARNING, "pip", "not installed: nothing to check with", "python -m ensurepip")
     pattern = r"^(\S+) (\S+) (?:requires|has requirement) (.+?)(?:;.*)?, (?:which|but) (.+)"
     for owner, version, requirement, found in re.findall(pattern, said, re.MULTILINE):
+        # the probes try NumPy, whose version depends on the set, and OpenCV, which has other names
         if owner in OWNERS and not requirement.startswith(("numpy", "opencv")):
             alone = requirement.startswith("salesforce-lavis")
             fix = f"{PIP} {LAVIS_ALONE if alone else repr(requirement)}"
@@ -81,7 +84,18 @@ def probe_torch() -> tuple[str, str]:
     backend = "nccl" if gpus else "gloo"
     if not (dist.is_available() and getattr(dist, f"is_{backend}_available")()):
         raise RuntimeError(f"PyTorch was built without {backend}, which every run needs")
+    if torch.version.cuda and not gpus and (problem := driver_problem()):
+        return f"{torch.__version__} for CUDA {torch.version.cuda}, and {problem}", DRIVER_FIX
     return ", ".join([torch.__version__, *map(torch.cuda.get_device_name, gpus or [])]), ""
+
+
+def driver_problem(root: str = "/") -> str:
+    """Why PyTorch for CUDA cannot use this machine's NVIDIA GPU; empty if there is none."""
+    if os.path.exists(f"{root}proc/driver/nvidia/version"):
+        return "the NVIDIA driver is too old for it"
+    vendors = Path(root, "sys/bus/pci/devices").glob("*/vendor")
+    found = any(file.read_text().strip() == "0x10de" for file in vendors)
+    return "the NVIDIA driver is missing" if found else ""
 
 
 def probe_lavis() -> tuple[str, str]:
@@ -124,17 +138,13 @@ def probe_tokenizer() -> tuple[str, str]:
     return f"{BERT} is in the local cache", ""
 
 
-PROBES = {
-    "torch": probe_torch,
-    "LAVIS": probe_lavis,
-    "video": probe_video,
-    "tokenizer": probe_tokenizer,
-}
+PROBES = dict(torch=probe_torch, LAVIS=probe_lavis, video=probe_video, tokenizer=probe_tokenizer)
 
 
 def check_imports() -> Iterator[Finding]:
     """Run the probes in another process; if it ends early, the probe that it was at failed."""
-    code = "from uniadapter_cli import doctor; doctor.run_probes()"
+    code = f"import faulthandler; faulthandler.dump_traceback_later({TIMEOUT}, exit=True)"
+    code += "; from uniadapter_cli import doctor; doctor.run_probes()"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
     answers = [line.split("\t")[1:] for line in done.stdout.splitlines() if line.startswith("\t")]
@@ -154,21 +164,24 @@ def run_probes() -> None:
 def explain(status: int, stderr: str) -> tuple[str, str]:
     """What ended a process, and the fix."""
     said = (stderr.strip().splitlines() or ["no message"])[-1]
+    if late := re.search(r"^Timeout \(.+\)", stderr, re.MULTILINE):
+        return f"no answer: {late[0]}", EITHER_SET
     if status < 0:
         return f"Python ended with {signal.Signals(-status).name}: {said}", EITHER_SET
     file = re.findall(r'^  File "([^<"]+)"', stderr, re.MULTILINE)[-1:]
     found = f"{said} ({file[0]})" if file else said
     if missing := re.match(r"ModuleNotFoundError: No module named '(\w+)", said):
         return found, f"{PIP} {DISTRIBUTIONS.get(missing[1], missing[1])}"
+    if re.search(r"libGL|libgthread|\bcv2\b", found):
+        return found, ONE_OPENCV
     return found, f"rename that file if it is your own and hides a package; else {EITHER_SET}"
 
 
 def check_machine() -> Iterator[Finding]:
     """Java, disk space and shared memory."""
-    java = shutil.which("java")
-    found = java or "not found: captions are scored without METEOR"
-    fix = "" if java else "apt-get install default-jre-headless"
-    yield Finding(OK if java else WARNING, "Java", found, fix)
+    java, fix = shutil.which("java"), "apt-get install default-jre-headless"
+    missing = Finding(WARNING, "Java", "not found: captions are scored without METEOR", fix)
+    yield Finding(OK, "Java", java) if java else missing
     weights = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
     places = [
         ("disk, data", Path("cache"), 5, "set run.cache_root to another folder"),
@@ -187,12 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print all findings; 1 if one of them is a problem."""
     argparse.ArgumentParser(prog="uniadapter doctor", description=__doc__).parse_args(argv)
     versions = {d.name.lower(): d.version for d in metadata.distributions() if d.name}
-    pip_check = [sys.executable, "-m", "pip", "check"]
-    pip = subprocess.run(pip_check, check=False, capture_output=True, text=True)
+    pip = subprocess.getoutput(f'"{sys.executable}" -m pip check')
+    known = [check_versions(versions), *check_requirements(pip)]
     levels = []
-    for finding in chain(
-        [check_versions(versions)], check_requirements(pip.stdout), check_imports(), check_machine()
-    ):
+    for finding in chain(known, check_imports(), check_machine()):
         levels.append(finding.level)
         print(finding, flush=True)
     print(f"\n{levels.count(PROBLEM)} problem(s), {levels.count(WARNING)} warning(s)")

@@ -63,12 +63,15 @@ def demo(argv: Sequence[str] | None = None) -> int:
         prog="uniadapter demo",
         description="A small BLIP, trained on stills and frozen, adapts to video by UniAdapter.",
     )
-    tasks = ("retrieval", "qa", "caption")
-    parser.add_argument("task", nargs="?", choices=tasks, default="retrieval")
+    parser.add_argument("task", nargs="?", choices=recipes.STAGES, default="retrieval")
     parser.add_argument("--seed", type=int, default=42, help="of weights and order of training")
-    parser.add_argument("--output-dir", metavar="DIR", default="output/demo")
+    folder = os.path.expanduser
+    parser.add_argument("--output-dir", type=folder, metavar="DIR", default="output/demo")
     add_options(parser)
     args = parser.parse_args(argv)
+    common = [f"run.seed={args.seed}", f"run.output_dir={args.output_dir}", *args.options]
+    for recipe in recipes.STAGES[args.task]:
+        validate(recipes.runs()[recipe], common)
 
     launch = import_launch()
     from lavis_uniadapter.tools.demo import run_demo
@@ -88,6 +91,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--options``, as LAVIS's train.py has it."""
     text = "values that replace the recipe's"
     parser.add_argument("--options", nargs="+", default=[], metavar="section.key=value", help=text)
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
 
 
 def names_and_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import socket
 import sys
 from collections.abc import Sequence
 
+from lavis_uniadapter.common.config import validate
+from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.tools import recipes
 from uniadapter_cli.runs import add_options, import_launch
 
 INDEX = "search_index"
@@ -17,8 +21,22 @@ INDEX = "search_index"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``index``, ``query`` or ``serve``; returns the exit status."""
     args = _parser().parse_args(argv)
+    _check(args)
     launch = import_launch()
     return launch.exit_status(lambda: args.run(args))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what is known to be wrong before LAVIS is imported."""
+    if args.run is not _index and not os.path.isdir(os.path.expanduser(args.index)):
+        raise ConfigError(
+            f"'{args.index}' holds no index. Build one: uniadapter search index DIR --cfg RECIPE "
+            f"--index {args.index}"
+        )
+    for prefix in ("", "qa_"):
+        if cfg := getattr(args, f"{prefix}cfg", None):
+            options = [*getattr(args, f"{prefix}options"), "run.evaluate=True"]
+            validate(recipes.find(cfg, recipes.runs()), options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +167,6 @@ def _index(args: argparse.Namespace) -> None:
 
 
 def _query(args: argparse.Namespace) -> None:
-    from lavis_uniadapter.common.errors import ConfigError
     from lavis_uniadapter.processors.images import ImageError, read_image
     from lavis_uniadapter.search import Index
 
@@ -185,7 +202,6 @@ def _serve(args: argparse.Namespace) -> None:
     from lavis_uniadapter.search import Index
     from lavis_uniadapter.search.answering import Answerer
     from lavis_uniadapter.search.server import LOCAL_HOSTS, make_app
-    from lavis_uniadapter.tools import recipes
 
     answerer = None
     if args.qa_cfg:
@@ -204,8 +220,6 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens on an address."""
-    from lavis_uniadapter.common.errors import ConfigError
-
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)

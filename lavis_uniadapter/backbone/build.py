@@ -11,10 +11,11 @@ from transformers.models.bert.configuration_bert import BertConfig
 
 from lavis_uniadapter.backbone.text import AdaptedLMHeadDecoder
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.schema import model
 
+BASE = model.BASE.model_dump()
 # LAVIS applies stochastic depth to its large ViT alone (lavis.models.vit).
-BASE = {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "mlp_ratio": 4}
-LARGE = {**BASE, "width": 1024, "depth": 24, "num_heads": 16, "drop_path_rate": 0.1}
+LARGE = {**model.LARGE.model_dump(), "drop_path_rate": 0.1}
 
 
 def build_visual_encoder(

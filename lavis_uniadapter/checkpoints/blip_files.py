@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping
 import torch
 from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
-from timm.models.hub import download_cached_file
 from torch import Tensor, nn
 
+from lavis_uniadapter.checkpoints import pickled
+from lavis_uniadapter.checkpoints.download import download
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import CheckpointError, name_some
 
@@ -32,27 +33,21 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
+    path, again = source, "Copy or download it again."
     if is_url(str(source)):
-        try:
-            # Without on_main_process the others wait no longer than for a step of training.
-            options = (False, True)  # check_hash, progress
-            path = on_main_process(download_cached_file, source, *options, errors=(OSError,))
-        except OSError as error:
-            raise CheckpointError(f"'{source}' cannot be downloaded: {error}") from error
-    else:
-        path = source
-    if not os.path.isfile(path):
+        # Without on_main_process the others wait no longer than for a step of training.
+        path = on_main_process(download, str(source), errors=(CheckpointError,))
+        again = "Delete it, so that it is downloaded again."
+    elif not os.path.isfile(path):
         raise CheckpointError(
             f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
             "model.pretrained, or null for random weights."
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        for wrapper in ("model", "state_dict"):
-            content = content.get(wrapper, content)
-        state = {key: value for key, value in content.items() if torch.is_tensor(value)}
-    except Exception as error:
-        raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {error}") from error
+    content = pickled.load(path, again)
+    for wrapper in ("model", "state_dict"):
+        content = content.get(wrapper, content) if isinstance(content, Mapping) else {}
+    items = content.items() if isinstance(content, Mapping) else ()
+    state = {key: value for key, value in items if torch.is_tensor(value)}
     if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
     return state

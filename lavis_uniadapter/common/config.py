@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
+from lavis_uniadapter.common import registered
 from lavis_uniadapter.common.errors import ConfigError, nearest, reject_unknown_keys
+from lavis_uniadapter.common.memory import check_memory
 from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dataset
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
-from lavis_uniadapter.common.schema.model import ModelSection, RetrievalModel
+from lavis_uniadapter.common.schema.model import LavisModel, ModelSection, RetrievalModel
 from lavis_uniadapter.common.schema.processors import PROCESSORS
 from lavis_uniadapter.common.schema.section import shown
 
@@ -49,7 +53,7 @@ def load_config(cfg_path: str | Path, options: Sequence[str] = ()) -> Config:
 def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
     """Validate a YAML file and options by the schema, without importing LAVIS or torch.
 
-    Names and defaults of LAVIS's own models and datasets are left to ``load_config``.
+    Defaults of LAVIS's own models and datasets are left to ``load_config``.
 
     Raises:
         ConfigError: naming the first thing that is wrong.
@@ -64,10 +68,13 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         where = f"{error.full_key}: " if isinstance(error, OmegaConfBaseException) else ""
         reason = where + str(error).splitlines()[0]
         raise ConfigError(f"'{cfg_path}' is not a valid configuration: {reason}") from error
+    _check_finite(content)
     if section_cls:
         section = section_cls.read(content["model"], "model")
         reject_unread_keys(given["model"], section.tuning)
         content["model"] = section.model_dump(mode="json")
+    else:
+        content["model"] = LavisModel.read(content["model"], "model").model_dump(exclude_unset=True)
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
     for name, section in content["datasets"].items():
         _check_image_sizes(name, section, content["model"])
@@ -77,7 +84,19 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
     if section_cls is None and (ignored := [key for key in unread if key != "k_test"]):
         logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
+    if names := registered.in_sources():
+        _check_names(content, names)
+    _check_sizes(content)
     return content
+
+
+def _check_finite(value: object, where: str = "") -> None:
+    """Raise ConfigError for infinity or NaN, which the options of LAVIS's own parts may be too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value}; it must be a finite number.")
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    for key, below in enumerate(value) if isinstance(value, list) else pairs:
+        _check_finite(below, f"{where}.{key}" if where else str(key))
 
 
 def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
@@ -117,6 +136,7 @@ def _resolved(given: Mapping[str, Any], section_cls: type[ModelSection] | None) 
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
 
 
+@cache
 def _load(path: str | Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 
@@ -139,14 +159,11 @@ def _complete(content: dict[str, Any]) -> Config:
     from lavis.common.config import Config
     from lavis.common.registry import registry
 
-    from lavis_uniadapter.common.distributed import choose_device
+    from lavis_uniadapter.common.distributed import choose_device, gpu_memory
     from lavis_uniadapter.runners.precision import choose_amp
 
     model, run = content["model"], content["run"]
-    _check_name("run.task", run["task"], registry.list_tasks())
-    _check_name("run.runner", run["runner"], registry.list_runners())
-    _check_name("run.lr_sched", run["lr_sched"], [None, *registry.list_lr_schedulers()])
-    _check_name("model.arch", model.get("arch"), registry.list_models())
+    _check_names(content, registered.in_registry())
     if model["arch"] not in MODELS:
         model_cls = registry.get_model_class(model["arch"])
         types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
@@ -154,37 +171,63 @@ def _complete(content: dict[str, Any]) -> Config:
         path = model_cls.default_config_path(model["model_type"])
         model = _overlay(_load(path)["model"], model)
     datasets = {n: _complete_dataset(n, s, registry) for n, s in content["datasets"].items()}
-    for name, section in datasets.items():
-        _check_image_sizes(name, section, model)
     run["device"] = choose_device(run["device"])
     run["amp"] = choose_amp(run["amp"], run["device"])
+    complete = {"model": model, "datasets": datasets, "run": run}
+    _check_sizes(complete, gpu_memory(run["device"]))
     config = Config.__new__(Config)  # its __init__ reads a file and merges, which is done already
     config.args = Namespace(cfg_path=None, options=[])
-    config.config = OmegaConf.create({"model": model, "datasets": datasets, "run": run})
+    config.config = OmegaConf.create(complete)
     registry.register("configuration", config)
     return config
+
+
+def _check_names(content: Mapping[str, Any], names: registered.Names) -> None:
+    """Raise ConfigError for a name that is not registered with LAVIS."""
+    run = content["run"]
+    _check_name("run.task", run["task"], names["task"])
+    _check_name("run.runner", run["runner"], names["runner"])
+    _check_name("run.lr_sched", run["lr_sched"], [None, *names["lr_scheduler"]])
+    _check_name("model.arch", content["model"].get("arch"), names["model"])
+    for name, section in content["datasets"].items():
+        if name not in names["builder"]:
+            raise ConfigError(f"Unknown dataset '{name}'.{nearest(str(name), names['builder'])}")
+        for where, processor in _processors(f"datasets.{name}", section):
+            _check_name(f"{where}.name", processor["name"], names["processor"])
+
+
+def _processors(where: str, section: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A dataset's processors, each with its place in the configuration."""
+    for kind in ("vis_processor", "text_processor"):
+        for mode, processor in (section.get(kind) or {}).items():
+            if processor:
+                yield f"{where}.{kind}.{mode}", processor
 
 
 def _complete_dataset(name: str, section: dict[str, Any], registry: Any) -> dict[str, Any]:
     from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 
-    names = registry.list_datasets()
-    if name not in names:
-        raise ConfigError(f"Unknown dataset '{name}'.{nearest(str(name), names)}")
     builder, type_ = registry.get_builder_class(name), section.get("type", "default")
     _check_name(f"datasets.{name}.type", type_, builder.DATASET_CONFIG_DICT)
-    for kind in ("vis_processor", "text_processor"):
-        for mode, processor in (section.get(kind) or {}).items():
-            if processor and processor["name"] not in PROCESSORS:
-                where = f"datasets.{name}.{kind}.{mode}"
-                _check_name(f"{where}.name", processor["name"], registry.list_processors())
-                # LAVIS's processors pass every option that they read to their constructor.
-                init = registry.get_processor_class(processor["name"]).__init__
-                known = set(inspect.signature(init).parameters) - {"self"}
-                reject_unknown_keys(processor, ("name", *known), where)
+    for where, processor in _processors(f"datasets.{name}", section):
+        if processor["name"] not in PROCESSORS:
+            # LAVIS's processors pass every option that they read to their constructor.
+            init = registry.get_processor_class(processor["name"]).__init__
+            known = set(inspect.signature(init).parameters) - {"self"}
+            reject_unknown_keys(processor, ("name", *known), where)
     default_path = builder.default_config_path(type=type_)
     defaults: Any = OmegaConf.to_container(load_dataset_config(default_path))
     return _overlay({"skip_missing": False, "allow_missing": False, **defaults}, section)
+
+
+def _check_sizes(content: Mapping[str, Any], gpu: int | None = None) -> None:
+    """Raise ConfigError for sizes that do not fit together, or exceed the memory."""
+    model, datasets = content["model"], content["datasets"]
+    for name, section in datasets.items():
+        _check_image_sizes(name, section, model)
+    section_cls = MODELS.get(model["arch"])
+    section = section_cls.read(model, "model") if section_cls else None
+    check_memory(section, datasets, content["run"], gpu)
 
 
 def _check_image_sizes(name: str, section: Mapping[str, Any], model: Mapping[str, Any]) -> None:

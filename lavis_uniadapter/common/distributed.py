@@ -35,6 +35,14 @@ def choose_device(requested: str) -> str:
     return "cuda" if requested != "cpu" and available else "cpu"
 
 
+def gpu_memory(device: str) -> int | None:
+    """Bytes of the GPU that this process computes on; None without one."""
+    if device != "cuda":
+        return None
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.get_device_properties(index).total_memory
+
+
 def init_process_group(device: str) -> None:
     """Join torchrun's group, or make one of size 1. Does nothing where there is one."""
     global _host_group

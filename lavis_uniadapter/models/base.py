@@ -23,6 +23,7 @@ from lavis_uniadapter.backbone.features import text_list, visual_input
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
+from lavis_uniadapter.checkpoints.tokenizer import build_tokenizer
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.schema import ModelSection
@@ -40,6 +41,7 @@ class TunedBlip(BaseModel):
     TEXT_MODE = False  # whether the model ever encodes text alone
     # Attributes that decide what an adapter computes, noted in adapter folders.
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
+    build_tokenizer = staticmethod(build_tokenizer)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
     _hashed: tuple[int | None, str] = None, ""  # see adapter_state
     _changes = 0  # of any model that do not count in a parameter's version
@@ -78,34 +80,6 @@ class TunedBlip(BaseModel):
     def build_text_models(self, med_config: str, visual_width: int) -> None:
         """Set ``text_encoder`` or ``text_decoder``, or both, by BERT's JSON configuration."""
         raise NotImplementedError
-
-    @staticmethod
-    def build_tokenizer(name_or_folder: str, vocab_size: int) -> BertTokenizer:
-        """BERT's tokenizer, from a folder or the hub, with BLIP's ``[DEC]`` and ``[ENC]``.
-
-        Raises:
-            ConfigError: if there is none, or it has more than ``vocab_size`` tokens.
-        """
-        folder = paths.find(name_or_folder)
-        try:
-            tokenizer = BertTokenizer.from_pretrained(
-                str(folder) if folder else name_or_folder, local_files_only=folder is not None
-            )
-        # For a missing vocab.txt, later releases of transformers raise TypeError or ImportError.
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            raise ConfigError(
-                f"model.tokenizer: no tokenizer at '{name_or_folder}'. Give a folder that holds "
-                f"BERT's vocab.txt, or a hub name while online. ({error})"
-            ) from error
-        tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-        tokenizer.enc_token_id = tokenizer.additional_special_tokens_ids[0]
-        if len(tokenizer) > vocab_size:
-            raise ConfigError(
-                f"The tokenizer has {len(tokenizer)} tokens and the text model's vocab_size is "
-                f"{vocab_size}. Check model.tokenizer and model.med_config_path."
-            )
-        return tokenizer
 
     def load_base(self, source: str) -> None:
         """Load BLIP's weights from a path or URL; CheckpointError unless the backbone is whole."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lavis_uniadapter.checkpoints import pickled
 from lavis_uniadapter.common.atomic import atomic, flush
 from lavis_uniadapter.common.errors import CheckpointError
 
@@ -39,15 +39,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint of this runner or of LAVIS's; CheckpointError if it is damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"No checkpoint at '{path}' (run.resume_ckpt_path).")
-    try:
-        if zipfile.is_zipfile(path):  # torch does not compare checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"'{damaged}' in it is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["model"], content["optimizer"], content["epoch"]
-    except Exception as error:
-        raise CheckpointError(f"'{path}' is not a whole checkpoint of a runner: {error}") from error
+    content = pickled.load(path, "Name another (run.resume_ckpt_path).")
+    if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= set(content):
+        raise CheckpointError(f"'{path}' is not a whole checkpoint of a runner.")
     return content
 
 

@@ -22,12 +22,7 @@ from lavis_uniadapter.runners.run_checkpoints import BEST
 from lavis_uniadapter.runners.runner import BEST_ADAPTER
 from lavis_uniadapter.tools import recipes
 
-# By task: the recipes that train on stills and adapt to clips, and the metrics shown.
-STAGES = {
-    "retrieval": ("shapes_pretrain", "shapes_retrieval"),
-    "qa": ("shapes_qa_pretrain", "shapes_qa"),
-    "caption": ("shapes_caption_pretrain", "shapes_caption"),
-}
+# By task: the metrics shown.
 METRICS = {
     "retrieval": [f"{way}_{name}" for way in ("t2v", "v2t") for name in "r1 r5 r10 medr".split()],
     "qa": ["accuracy", "accuracy_what", "accuracy_where", "accuracy_how"],
@@ -50,7 +45,7 @@ def run_demo(task: str, seed: int, output_dir: str, options: Sequence[str] = ())
             shutil.rmtree(earlier)
         return launch.run(recipes.runs()[recipe], [*common, *options, *more], evaluate)
 
-    stills_recipe, clips_recipe = STAGES[task]
+    stills_recipe, clips_recipe = recipes.STAGES[task]
     say("\n1/3  Train a small BLIP, all weights, on stills (%s).", task)
     stills = run("stills", stills_recipe, "run.test_splits=[]")
     base = f"model.pretrained={stills.output_dir / BEST}"

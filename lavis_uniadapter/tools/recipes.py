@@ -13,6 +13,12 @@ from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.common.schema import MODELS
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# The demo's tasks: the recipes that train on stills and adapt to clips.
+STAGES = {
+    "retrieval": ("shapes_pretrain", "shapes_retrieval"),
+    "qa": ("shapes_qa_pretrain", "shapes_qa"),
+    "caption": ("shapes_caption_pretrain", "shapes_caption"),
+}
 
 
 def _by_name(subfolder: str) -> dict[str, Path]:

@@ -38,10 +38,36 @@ CASES = {
     "predict retrieval . --cfg shapes_retrieval --output x.csv": (2, "Give --text TEXT"),
     "compare vqa": (2, "Did you mean 'vqav2'?"),
     "compare": (2, "Give a PLAN"),
+    "compare shapes_methods --metrics t2v_R1": (2, "no run measures 't2v_R1'. Did you mean"),
+    "compare vqav2 --metrics acuracy": (2, "Did you mean 'accuracy'?"),
+    "compare shapes_methods model.tunign=lora": (2, "run 'base': Unknown configuration key"),
+    "compare shapes_methods --jobs 0": (2, "0 is not a whole number of 1 or more"),
+    "compare --add a=none --metrics x --output-dir o": (2, "--add 'a=none' is not NAME=FOLDER"),
+    "compare --job 1 --mertics x": (2, "--mertics"),
+    "prepare msrvtt --vidoes x": (2, "required: --videos"),
+    "search index --cfg none .": (2, "No configuration file or recipe 'none'"),
+    "search index . --cfg shapes_retrieval --options run.k_tets=1": (2, "Did you mean 'k_test'?"),
+    "search query x --index none": (2, "'none' holds no index"),
+    "search serve --index . --qa-cfg none": (2, "No configuration file or recipe 'none'"),
+    "search serve --prot 1": (2, "--prot"),
+    "demo vqa": (2, "invalid choice: 'vqa'"),
+    "demo --seed -3": (2, "run.seed is -3"),
+    "demo --options run.max_epoch=0": (2, "run.max_epoch is 0"),
+    "doctor all": (2, "unrecognized arguments: all"),
+    "train shapes_retrieval run.num_workers=1000000": (2, "This run needs at least "),
 }
-WITHOUT_TORCH = """
+# What needs the names that LAVIS registers.
+NAMES = {
+    "train shapes_retrieval run.task=vqaa": "run.task is 'vqaa'. Did you mean 'vqa'?",
+    "train shapes_retrieval run.lr_sched=cosine": "run.lr_sched is 'cosine'",
+    "train shapes_retrieval run.runner=runner_bse": "Did you mean 'runner_base'?",
+    "train shapes_retrieval datasets.flickr={}": "Unknown dataset 'flickr'. Did you mean",
+    "train blip_retrieval_flickr model.arch=blip_retreival": "Did you mean 'blip_retrieval'?",
+    "train flickr_retrieval datasets.flickr30k.vis_processor.train.name=blip": "train.name is 'b",
+    "evaluate flickr_retrieval model.image_size=224": "model.image_size is 224. Give both the",
+}
+ANSWER = """
 import contextlib, io, json, sys
-sys.modules.update(dict.fromkeys(("torch", "lavis", "transformers", "numpy", "matplotlib")))
 from uniadapter_cli.main import main
 answers = {}
 for case in json.loads(sys.argv[1]):
@@ -52,22 +78,57 @@ for case in json.loads(sys.argv[1]):
         except SystemExit as end:
             status = end.code
     answers[case] = status, out.getvalue(), err.getvalue()
+assert not any(map(sys.modules.get, ("torch", "lavis", "transformers")))
 print(json.dumps(answers))
+"""
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "lavis", "transformers", "numpy", "matplotlib")))
 """
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """What the command answers where PyTorch and LAVIS cannot be imported, in an empty folder."""
+def ask(code: str, cases, folder) -> dict:
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(list(CASES))],
-        cwd=tmp_path_factory.mktemp("light"),
+        [sys.executable, "-c", code, json.dumps(list(cases))],
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What the command answers where PyTorch and LAVIS cannot be imported, in an empty folder."""
+    return ask(WITHOUT_TORCH + ANSWER, CASES, tmp_path_factory.mktemp("light"))
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What the command answers where they could be imported, and are not."""
+    return ask(ANSWER, NAMES, tmp_path_factory.mktemp("light"))
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_wrong_names_are_refused_before_lavis_is_imported(refusals, case):
+    status, _, err = refusals[case]
+    assert status == 2 and NAMES[case] in err, err
+
+
+@pytest.mark.parametrize("module", ["lavis_uniadapter", "lavis_uniadapter.demo"])
+def test_the_package_is_the_command_too(tmp_path, module):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "usage: uniadapter" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "lavis", "transformers"}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from uniadapter_cli import doctor
 
@@ -66,11 +67,13 @@ def test_a_healthy_environment(tmp_path):
         ("import nothing_of_this_name", "No module named", "install nothing_of_this_name"),
         ("raise OSError('libcudart.so')", "torch.py", "rename that file"),
         ("import os; os.abort()", "SIGABRT", "constraints/lavis.txt"),
+        ("import time; time.sleep(60)", "Timeout (0:00:0", "constraints/lavis.txt"),
     ],
-    ids=["missing", "broken", "crash"],
+    ids=["missing", "broken", "crash", "hanging"],
 )
 def test_a_broken_module_is_named_with_its_fix(tmp_path, monkeypatch, content, culprit, fix):
     (tmp_path / "torch.py").write_text(content + "\n")
+    monkeypatch.setattr(doctor, "TIMEOUT", 0.3 if "sleep" in content else doctor.TIMEOUT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
     (finding,) = doctor.check_imports()
     assert (finding.level, finding.check) == ("problem", "torch")
@@ -88,6 +91,8 @@ MISSING = "ModuleNotFoundError: No module named '{}'"
         ("x/lavis_uniadapter/a.py", MISSING.format("lavis.models"), "salesforce-lavis==1.0.2"),
         ("x/site-packages/transformers/a.py", "ImportError: x", "constraints/modern.txt"),
         ("elsewhere/decord/__init__.py", "OSError: x", "rename that file"),
+        ("x/cv2/__init__.py", "ImportError: libGL.so.1: no such file", "opencv-python-headless"),
+        ("x/lavis/a.py", "AttributeError: module 'cv2' has no attribute 'x'", "all opencv-*"),
     ],
 )
 def test_fixes(file, error, fix):
@@ -133,6 +138,16 @@ def test_requirements_that_are_not_met_are_problems():
     ]
 
 
+def test_without_pip_requirements_are_not_said_to_be_met(monkeypatch, capsys):
+    missing = "/usr/bin/python: No module named pip"
+    monkeypatch.setattr(doctor.subprocess, "getoutput", lambda command: missing)
+    for name in ("check_imports", "check_machine"):
+        monkeypatch.setattr(doctor, name, lambda: [])
+    assert doctor.main([]) == 0
+    found, fix = line_of("pip", capsys.readouterr().out)
+    assert found.startswith("warning ") and "ensurepip" in fix
+
+
 # --- the machine --------------------------------------------------------------------------------
 
 
@@ -144,3 +159,29 @@ def test_little_space_and_missing_programs_are_warnings(monkeypatch, tmp_path):
     assert "run.cache_root" in findings["disk, data"].fix
     assert "--shm-size" in findings["shared memory"].fix
     assert "default-jre" in findings["Java"].fix
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("proc/driver/nvidia/version", "NVRM 470", "too old"),
+        ("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de\n", "missing"),
+        ("sys/bus/pci/devices/0000:01:00.0/vendor", "0x8086\n", ""),
+    ],
+)
+def test_a_gpu_that_pytorch_cannot_use(tmp_path, monkeypatch, file, content, expected):
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(content)
+    problem = doctor.driver_problem(f"{tmp_path}/")
+    assert expected in problem and bool(problem) == bool(expected)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "driver_problem", lambda: problem)
+    found, fix = doctor.probe_torch()
+    assert (expected in found) and (("latest driver" in fix) == bool(expected))
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--all"])
+    assert end.value.code == 2 and "--all" in capsys.readouterr().err

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 
 import pytest
+from lavis.common.registry import registry
+from pydantic import ValidationError
 
+import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules)
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
+from lavis_uniadapter.common import registered
 from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
 from lavis_uniadapter.common.schema import MODELS, Evaluation, RunSection, document
 from lavis_uniadapter.common.schema.methods import METHODS
+from lavis_uniadapter.tools import recipes
 
 NEEDED = {"task": "vqa", "output_dir": "out", "batch_size_eval": 1, "num_workers": 0}
 EVALUATED = {**NEEDED, "evaluate": True, "test_splits": ["test"]}
@@ -92,6 +98,84 @@ def test_defaults_depend_on_the_task_where_they_must():
     assert (caption.max_len, caption.min_len, caption.selection_metric) == (30, 5, "cider")
     other = Evaluation.for_task("uniadapter_retrieval", {"k_test": 3, "unrelated": 1})
     assert (other.max_len, other.k_test, other.selection_metric) == (10, 3, "mean_recall")
+
+
+PLACE = re.compile(r"(path|_dir|_root|_ckpt|_file|storage|url|pretrained|finetuned|tokenizer)$")
+
+
+def properties():
+    """Every key of the schema, with its section and what it must be."""
+    for title, section in document.SECTIONS:
+        for key, schema in section.model_json_schema()["properties"].items():
+            yield title, section, key, document._value(schema)
+
+
+def test_every_place_is_a_path():
+    for title, _, key, value in properties():
+        if PLACE.search(key) and key != "dist_url" and value != "boolean":
+            assert value.startswith("path"), f"{title}: {key} is a {value}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        *(("shapes_retrieval", f"model.{key}") for key in ("pretrained", "tokenizer")),
+        *(("shapes_retrieval", f"model.{key}") for key in ("adapter_ckpt", "med_config_path")),
+        *(("shapes_retrieval", f"run.{key}") for key in ("output_dir", "cache_root")),
+        ("shapes_retrieval", "datasets.shapes_retrieval.build_info.videos.storage"),
+        ("custom_retrieval", "datasets.custom_retrieval.build_info.annotations.test.storage"),
+        ("blip_retrieval_flickr", "model.pretrained"),
+    ],
+)
+def test_the_home_folder_has_a_short_name(tmp_path, monkeypatch, recipe, key):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    content = validate(recipes.runs()[recipe], [f"{key}=~/x"])
+    for part in key.split("."):
+        content = content[part]
+    assert content == str(tmp_path / "x")
+
+
+def test_every_number_is_finite():
+    for title, section, key, value in properties():
+        if not value.startswith("number"):
+            continue
+        for number in (math.inf, -math.inf, math.nan, 1e300, 10**400):
+            with pytest.raises(ValidationError) as error:
+                section.model_validate({key: number})
+            assert any(e["loc"][0] == key for e in error.value.errors()), f"{title}: {key}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "expected"),
+    [
+        ("shapes_retrieval", "run.itc_weight=.inf", "run.itc_weight is inf; it must be a finite"),
+        ("shapes_retrieval", "run.itc_weight=-1", "run.itc_weight is -1; it must be greater"),
+        ("shapes_retrieval", "run.init_lr=1e4", "run.init_lr is 10000.0; it must be less than"),
+        ("blip_retrieval_flickr", "model.alpha=.nan", "model.alpha is nan; it must be a finite"),
+        (
+            "flickr_retrieval",
+            "datasets.flickr30k.vis_processor.train.min_scale=.inf",
+            "datasets.flickr30k.vis_processor.train.min_scale is inf; it must be a finite",
+        ),
+        (
+            "msrvtt_retrieval",
+            "datasets.msrvtt_retrieval.vis_processor.eval.std=[1,0,1]",
+            "datasets.msrvtt_retrieval.vis_processor.eval.std.1 is 0; it must be greater than 0",
+        ),
+    ],
+)
+def test_numbers_without_sense_are_refused(recipe, option, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        validate(recipes.runs()[recipe], [option])
+
+
+def test_names_of_the_sources_are_those_that_are_registered():
+    found, known = registered._in_sources(), registered.in_registry()
+    for kind in registered.KINDS:
+        by_name = registry.mapping[f"{kind}_name_mapping"]
+        packaged = [n for n in known[kind] if by_name[n].__module__.startswith("lavis")]
+        assert found[kind] == packaged, kind
 
 
 def test_names_that_look_like_numbers_are_names():

@@ -298,7 +298,7 @@ def test_any_option_is_read_or_refused(config_file, options):
         ([f"datasets.{DATASET}.generate=[1]"], "generate is .*; it must be a section"),
         ([f"datasets.{DATASET}.build_info.videos=x"], "build_info.videos is 'x'; it must be a"),
         (["run.max_epoch=True"], "run.max_epoch is True; it must be a whole number"),
-        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a number"),
+        (["run.init_lr=.inf"], "run.init_lr is inf; it must be a finite number"),
         (
             [f"run.max_epoch=-{'9' * 400}"],
             r"run.max_epoch is -9+\.\.\.9+; it must be greater than or equal to 1",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.error
-
 import numpy as np
 import pytest
 import torch
@@ -123,17 +121,14 @@ def test_a_base_checkpoint_is_downloaded_or_the_url_is_named(pair, tmp_path, mon
     torch.save({"model": theirs.state_dict()}, tmp_path / "cached.pth")
     monkeypatch.setattr(
         blip_files,
-        "download_cached_file",
-        lambda source, *options: str(tmp_path / "cached.pth") if source == url else None,
+        "download",
+        lambda source: str(tmp_path / "cached.pth") if source == url else None,
     )
     ours.load_base(url)
     assert ours.base_name == "blip.pth"
 
-    def fail(*_):
-        raise urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(blip_files, "download_cached_file", fail)
-    with pytest.raises(CheckpointError, match=f"{url}' cannot be downloaded: .*no route to host"):
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=f"{url}' cannot be downloaded: "):
         ours.load_base(url)
 
 

@@ -60,8 +60,8 @@ def test_index_then_query(media, options, trained, tmp_path, capsys):
         (["index", "."], "holds no index"),
         (["index", ".", "--cfg", "shapes_retrieval", "--window", "0"], "window is 0"),
         (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "window is nan"),
-        (["query", "--image", "NOWHERE.png"], "NOWHERE.png"),
-        (["query", "--image", "a", "--min-probability", "0.5"], "--min-probability is for texts"),
+        (["query", "--index", ".", "--image", "NOWHERE.png"], "NOWHERE.png"),
+        (["query", "--index", ".", "--image", "a", "--min-probability", "0.5"], "is for texts"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):

@@ -341,13 +341,13 @@ def test_a_comparison_runs_and_resumes(plan_file, tmp_path, tiny_cache, monkeypa
     tiny = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]
     runs = {
         "linear": {"options": ["model.tuning=linear"]},
-        "impossible": {"options": ["model.adapter.bottleneck=0"]},
+        "impossible": {"options": ["run.test_splits=[tset]"]},
     }
     path = plan_file(options=tiny, runs=runs, reference="linear")
     assert main([str(path), "--jobs", "2"]) == 1  # for the impossible one
     table = (tmp_path / "out/comparison.md").read_text()
     assert "| linear |" in table
-    assert "- impossible: impossible-seed1: exit 2: error: model.adapter.bottleneck is 0" in table
+    assert "- impossible: impossible-seed1: exit 2: error: run.test_splits names 'tset'" in table
     linear = json.loads((tmp_path / "out/linear-seed1/summary.json").read_text())
     assert linear["seed"] == 1 and linear["tuning"] == "linear"
     assert linear["parameters"]["trained"] < linear["parameters"]["total"]
@@ -378,8 +378,12 @@ def test_a_new_run_in_an_old_folder_is_not_taken_for_finished(tmp_path, tiny_cac
     path = TRAIN / "shapes_retrieval.yaml"
     folder = launch.run(path, options).output_dir
     assert run_folders.is_finished(folder)
-    options += ["run.resume=auto", "run.max_skipped_steps=1", "run.warmup_steps=0"]
+
+    def stop(*_):
+        raise FloatingPointError
+
+    monkeypatch.setattr(launch.console, "describe_start", stop)
     with pytest.raises(FloatingPointError):
-        launch.run(path, [*options, "run.max_epoch=9", "run.init_lr=1e30"])
+        launch.run(path, [*options, "run.resume=auto", "run.max_epoch=9"])
     assert not run_folders.is_finished(folder)
     launch.destroy_process_group()

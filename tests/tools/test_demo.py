@@ -20,7 +20,7 @@ from uniadapter_cli.main import main
 def tiny_demo(tmp_path, monkeypatch):
     """The demo's recipes by their own names, made tiny."""
     files = {}
-    for names in demo.STAGES.values():
+    for names in recipes.STAGES.values():
         for name in names:
             config = OmegaConf.load(recipes.runs()[name])
             (dataset,) = config.datasets
@@ -40,7 +40,7 @@ def tiny_demo(tmp_path, monkeypatch):
     launch.destroy_process_group()
 
 
-@pytest.mark.parametrize("task", demo.STAGES)
+@pytest.mark.parametrize("task", recipes.STAGES)
 def test_demo_leaves_table_picture_and_adapter(tiny_demo, task, capsys):
     folder = tiny_demo / f"out/{task}-clips-seed3"
     folder.mkdir(parents=True)  # of an earlier demo, whose stages are not reused

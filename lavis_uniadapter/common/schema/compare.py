@@ -6,15 +6,21 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from lavis_uniadapter.common.schema.section import Numbers, Section, Text, Texts, option
+from lavis_uniadapter.common.schema.section import (
+    LearningRates,
+    Location,
+    Section,
+    Texts,
+    option,
+)
 
 
 class RunEntry(Section):
     """A line of the comparison, run once for each seed."""
 
-    cfg_path: Text | None = option(None, "A recipe; null: the comparison's.")
+    cfg_path: Location | None = option(None, "A recipe; null: the comparison's.")
     options: Texts = option((), "Options over the configuration, after those for all runs.")
-    learning_rates: Numbers | None = option(None, "To choose from; null: the comparison's.")
+    learning_rates: LearningRates | None = option(None, "To choose from; null: the comparison's.")
     learning_rate_of: str | None = option(None, "Take the learning rate of this run.")
     evaluate: bool = option(False, "Test only.")
 
@@ -27,12 +33,12 @@ Entry = Annotated[RunEntry, BeforeValidator(lambda entry: {} if entry is None el
 class PlanFile(Section):
     """A comparison file."""
 
-    cfg_path: Text | None = option(None, "A recipe's name, or a file; for runs that give none.")
-    output_dir: Text = option(..., "Folder of the results, relative to where the command runs.")
+    cfg_path: Location | None = option(None, "A recipe's name, or a file; for runs that give none.")
+    output_dir: Location = option(..., "Folder of the results, relative to where the command runs.")
     metrics: Metrics = option(..., "Metrics of the test split; the first is plotted.")
     seeds: Seeds = option((42,), "Seeds of each run.")
     options: Texts = option((), "Options for every run, `section.key=value`.")
-    learning_rates: Numbers = option((), "Learning rates of the runs that name none.")
+    learning_rates: LearningRates = option((), "Learning rates of the runs that name none.")
     tuning_seed: int = option(0, "Seed of the runs that choose a learning rate.")
     tuning_options: Texts = option((), "Options for the runs that choose a learning rate.")
     reference: str | None = option(None, "What others are compared with; null: the first trained.")

@@ -7,7 +7,14 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from lavis_uniadapter.common.schema.processors import PROCESSORS
-from lavis_uniadapter.common.schema.section import Section, Text, Texts, option
+from lavis_uniadapter.common.schema.section import (
+    Location,
+    Locations,
+    Section,
+    Text,
+    Texts,
+    option,
+)
 from lavis_uniadapter.common.schema.shapes import GENERATED
 
 DataType = Literal["images", "videos", "features"]
@@ -16,10 +23,10 @@ DataType = Literal["images", "videos", "features"]
 class Source(Section):
     """Files of annotations, or a folder of images, videos or features."""
 
-    storage: Text | Texts | None = option(
+    storage: Location | Locations | None = option(
         None, "Path below `run.cache_root`; for `custom_…`, below the current folder."
     )
-    url: Text | Texts | None = option(None, "Where LAVIS downloads it from.")
+    url: Location | Locations | None = option(None, "Where LAVIS downloads it from.")
     md5: Text | Texts | None = option(None, "Its checksum.")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from lavis_uniadapter.common.schema.methods import METHODS, AdapterConfig, LoraConfig, MethodConfig
@@ -14,11 +14,11 @@ from lavis_uniadapter.common.schema.section import (
     Amount,
     Count,
     Dropout,
+    Location,
     Positive,
     Section,
     Share,
     Size,
-    Text,
     option,
 )
 
@@ -37,6 +37,10 @@ class VitSection(Section):
     pos_embed_std: Positive | None = option(None, "Of the initial positions; null: LAVIS's 0.02.")
 
 
+BASE = VitSection(width=768, depth=12, num_heads=12, patch_size=16, mlp_ratio=4.0)
+LARGE = VitSection(width=1024, depth=24, num_heads=16, patch_size=16, mlp_ratio=4.0)
+
+
 class ModelSection(Section):
     """What all architectures of this package have in common."""
 
@@ -44,18 +48,20 @@ class ModelSection(Section):
 
     arch: str = option(..., "Name of the model in LAVIS's registry.")
     model_type: str = option(..., "Its default configuration; wins over the defaults given here.")
-    pretrained: Text | None = option(None, "BLIP's weights, a path or URL; null: random weights.")
+    pretrained: Location | None = option(
+        None, "BLIP's weights, a path or URL; null: random weights."
+    )
     load_finetuned: bool = option(False, "Load `finetuned`.")
-    finetuned: Text | None = option(None, "A checkpoint of a run, loaded after `pretrained`.")
-    adapter_ckpt: Text | None = option(None, "A folder written by `save_adapter`.")
-    tokenizer: Text = option("bert-base-uncased", "Folder with `vocab.txt`, or hub name.")
+    finetuned: Location | None = option(None, "A checkpoint of a run, loaded after `pretrained`.")
+    adapter_ckpt: Location | None = option(None, "A folder written by `save_adapter`.")
+    tokenizer: Location = option("bert-base-uncased", "Folder with `vocab.txt`, or hub name.")
     vit_type: Literal["base", "large", "custom"] = option("base", "Size of the visual encoder.")
     vit: VitSection | None = option(None, "Its sizes, with `vit_type: custom`.")
     drop_path_rate: Dropout | None = option(None, "Stochastic depth; null: LAVIS's own.")
     vit_grad_ckpt: bool = option(False, "Checkpoint activations of the visual encoder.")
     vit_ckpt_layer: Count = option(0, "How many of its last blocks, with `vit_grad_ckpt`.")
     text_ckpt_layer: Count = option(0, "The same for the last layers of the text encoder.")
-    med_config_path: Text = option("configs/models/med_config.json", "BERT configuration.")
+    med_config_path: Location = option("configs/models/med_config.json", "BERT configuration.")
     image_size: Size = option(384, "Side of images and frames in pixels; the processors' too.")
     max_txt_len: TextLength = option(35, "Maximum number of tokens of a text.")
     tuning: Literal[tuple(METHODS)] = option(  # type: ignore[valid-type]
@@ -68,7 +74,7 @@ class ModelSection(Section):
     def _check(self) -> Self:
         if (self.vit_type == "custom") != (self.vit is not None):
             raise ValueError("vit must be given with vit_type: custom, and only then.")
-        patch_size = 16 if self.vit is None else self.vit.patch_size
+        patch_size = self.vit_sizes.patch_size
         if self.image_size % patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of the patch size {patch_size}."
@@ -90,6 +96,16 @@ class ModelSection(Section):
         return self
 
     @property
+    def vit_sizes(self) -> VitSection:
+        """The sizes of the visual encoder."""
+        return self.vit or (LARGE if self.vit_type == "large" else BASE)
+
+    @property
+    def tokens(self) -> int:
+        """Number of visual tokens of an image or a frame."""
+        return (self.image_size // self.vit_sizes.patch_size) ** 2 + 1
+
+    @property
     def method_config(self) -> MethodConfig:
         """The configuration of the chosen tuning method."""
         config = METHODS[self.tuning]
@@ -104,6 +120,20 @@ class ModelSection(Section):
             name: str(CONFIGS / f"models/{arch}_{name}.yaml")
             for name in get_args(cls.model_fields["model_type"].annotation)
         }
+
+
+class LavisModel(Section):
+    """A model of LAVIS's own, which has further keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    pretrained: Any = option(None, "Weights.")
+    finetuned: Any = option(None, "Weights.")
+
+    @field_validator("pretrained", "finetuned")
+    @classmethod
+    def _expand_user(cls, value: Any) -> Any:
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class RetrievalModel(ModelSection):

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lavis_uniadapter.common.schema.section import Section, Share, Size, option
+from lavis_uniadapter.common.schema.section import Positive, Section, Share, Size, option
 
 Area = Annotated[float, Field(gt=0, le=1)]
 Colour = Annotated[tuple[float, float, float], Field(strict=False)]
+Deviation = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
 
 
 class VideoEval(Section):
@@ -20,7 +21,7 @@ class VideoEval(Section):
     image_size: Size = option(224, "Height and width of the frames in pixels.")
     n_frms: Size = option(8, "Frames of a clip.")
     mean: Colour = option((0.48145466, 0.4578275, 0.40821073), "RGB mean on the scale [0, 1].")
-    std: Colour = option((0.26862954, 0.26130258, 0.27577711), "RGB deviation.")
+    std: Deviation = option((0.26862954, 0.26130258, 0.27577711), "RGB deviation.")
 
 
 class VideoTrain(VideoEval):

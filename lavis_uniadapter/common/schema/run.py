@@ -12,6 +12,7 @@ from typing_extensions import Self
 from lavis_uniadapter.common.schema.section import (
     Amount,
     Count,
+    Location,
     Positive,
     Section,
     Share,
@@ -48,7 +49,9 @@ class Evaluation(Section):
     """What tasks and models read to evaluate."""
 
     k_test: Count = option(128, "Retrieval: candidates reranked for each query; 0: none.")
-    itc_weight: float = option(0.0, "Retrieval: weight of the similarity in the score. LAVIS: 1.")
+    itc_weight: Annotated[float, Field(ge=0, le=1000)] = option(
+        0.0, "Retrieval: weight of the similarity in the score. LAVIS: 1."
+    )
     rerank_batch: Size = option(64, "Retrieval: pairs scored at once, which bounds memory.")
     feature_memory: Amount = option(16.0, "Retrieval: gigabytes of features kept off the disk.")
     inference_method: Inference = option("rank", "Answers: from a list, or by beam search.")
@@ -58,7 +61,7 @@ class Evaluation(Section):
     min_len: Count = option(1, "Fewest tokens. Captioning: 5.")
     prompt: str = option("", "LAVIS's question answering: what precedes a question.")
     report_metric: bool = option(True, "False: write predictions and do not score them.")
-    annotation_file: Text | None = option(None, "Read by some of LAVIS's tasks.")
+    annotation_file: Location | None = option(None, "Read by some of LAVIS's tasks.")
     selection_metric: str | None = option(None, "Picks the best epoch; null: the task's own.")
 
     @classmethod
@@ -79,9 +82,11 @@ class RunSection(Evaluation):
     task: str = option(..., "Name of the task in LAVIS's registry.")
     runner: str = option(OURS, "Ours, `runner_base` or `runner_iter`.")
     evaluate: bool = option(False, "Test only.")
-    output_dir: Text = option(..., "Folder of the run's folder; relative to the current one.")
+    output_dir: Location = option(..., "Folder of the run's folder; relative to the current one.")
     job_id: FolderName | None = option(None, "Name of the run's folder; null: the time.")
-    cache_root: Text | None = option(None, "Where data lies; null: `$LAVIS_CACHE_ROOT` or `cache`.")
+    cache_root: Location | None = option(
+        None, "Where data lies; null: `$LAVIS_CACHE_ROOT` or `cache`."
+    )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = option(42, "Seed of all random numbers.")
 
     train_splits: Texts = option((), "Trained on.")
@@ -95,9 +100,11 @@ class RunSection(Evaluation):
 
     max_epoch: Size | None = option(None, "Epochs. Needed to train.")
     lr_sched: str | None = option(None, "LAVIS's schedule. Needed to train.")
-    init_lr: Amount | None = option(None, "Learning rate after warm-up. Needed to train.")
-    min_lr: Amount | None = option(None, "Learning rate at the end. Needed to train.")
-    warmup_lr: Annotated[float, Field(ge=-1)] = option(-1.0, "At the first step; -1: `init_lr`.")
+    init_lr: Share | None = option(None, "Learning rate after warm-up. Needed to train.")
+    min_lr: Share | None = option(None, "Learning rate at the end. Needed to train.")
+    warmup_lr: Annotated[float, Field(ge=-1, le=1)] = option(
+        -1.0, "At the first step; -1: `init_lr`."
+    )
     warmup_steps: Count = option(0, "Steps of warm-up.")
     lr_decay_rate: Amount | None = option(None, "Factor of LAVIS's step schedule.")
     weight_decay: Amount | None = option(None, "Weight decay of AdamW. Needed to train.")
@@ -116,7 +123,7 @@ class RunSection(Evaluation):
     compile: bool = option(False, "Compile the blocks of the visual encoder.")
 
     resume: Literal["auto"] | None = option(None, "`auto`: continue the same configuration's run.")
-    resume_ckpt_path: Text | None = option(None, "Checkpoint to continue from, or to test.")
+    resume_ckpt_path: Location | None = option(None, "Checkpoint to continue from, or to test.")
     checkpoint_freq: Count = option(500, "Steps between checkpoints.")
     data_timeout: Amount = option(300.0, "Seconds to wait for a batch.")
     unreadable_threshold: Share = option(0.01, "Share of an epoch's items that may be unreadable.")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
@@ -18,7 +28,7 @@ from lavis_uniadapter.common.errors import ConfigError, nearest, unknown_key
 MUST = {
     "bool_type": "be True or False",
     "dict_type": "be a section",
-    "finite_number": "be a number",
+    "finite_number": "be a finite number",
     "float_type": "be a number",
     "int_type": "be a whole number",
     "model_type": "be a section",
@@ -41,13 +51,23 @@ def option(default: Any, description: str) -> Any:
 
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+# No amount makes sense beyond 1e6. Of seconds, operating systems take few more.
+Amount = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, BeforeValidator(_number_as_text)]
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Numbers = Annotated[tuple[float, ...], Field(strict=False)]
+# A file, folder, URL or hub name; ``~`` is the home folder.
+Location = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    AfterValidator(os.path.expanduser),
+    WithJsonSchema({"type": "path"}),
+]
+Locations = Annotated[tuple[Location, ...], Field(strict=False)]
+# AdamW changes a weight by about the learning rate in each step.
+LearningRates = Annotated[tuple[Share, ...], Field(strict=False)]
 
 
 class Section(BaseModel):

@@ -3,33 +3,76 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from lavis_uniadapter.common.config import read_yaml
+from lavis_uniadapter.common.config import read_yaml, validate
 from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
+from lavis_uniadapter.evaluation.answer_metrics import METRICS as ANSWER_METRICS
 from lavis_uniadapter.tools import recipes
 
+DIRECTIONS = ("t2v", "v2t", "t2i", "i2t")
 
-def read_plan(path: Path, options: Sequence[str] = (), output_dir: str | None = None) -> PlanFile:
+
+# The metrics of each task that has a recipe.
+METRICS: dict[str, Collection[str]] = {
+    "uniadapter_retrieval": {
+        "mean_recall",
+        *(f"{way}_r{k}" for way in DIRECTIONS for k in (1, 5, 10)),
+        *(f"{way}_{rank}" for way in DIRECTIONS for rank in ("medr", "meanr")),
+    },
+    "vqa": {"accuracy", "yes/no", "number", "other"},  # LAVIS's, by VQAv2's types of answers
+    "video_qa": {*ANSWER_METRICS, "unknown_answers"},
+    "uniadapter_captioning": {*(f"bleu_{n}" for n in range(1, 5)), "meteor", "rouge_l", "cider"},
+}
+
+
+def read_plan(
+    path: Path,
+    options: Sequence[str] = (),
+    output_dir: str | None = None,
+    metrics: Sequence[str] | None = None,
+) -> PlanFile:
     """Read a comparison file; each run gets the full path of its recipe and all its options.
 
-    ``options`` are for every run, the base included, and win over the file's.
+    Args:
+        options: for every run, the base included; they win over the file's.
+        output_dir, metrics: instead of the file's.
 
     Raises:
         ConfigError: naming what is wrong.
     """
-    content = read_yaml(path)
+    instead = {"output_dir": output_dir, "metrics": metrics}
+    content = read_yaml(path) | {key: value for key, value in instead.items() if value}
     try:
-        return _complete(PlanFile.read(content, ""), path.parent, options, output_dir)
+        return _complete(PlanFile.read(content, ""), path.parent, options)
     except ConfigError as error:
         raise ConfigError(f"'{path}': {error}") from None
 
 
-def _complete(
-    plan: PlanFile, folder: Path, options: Sequence[str], output_dir: str | None
-) -> PlanFile:
+def check_runs(plan: PlanFile) -> None:
+    """Raise ConfigError for a run whose configuration is wrong, or a metric that no task has."""
+    tasks = set()
+    base = {} if plan.base is None else {"base": plan.base}
+    for name, run in (base | plan.runs).items():
+        more = ["run.evaluate=True"] if run.evaluate else []
+        try:
+            content = validate(run.cfg_path or "", [*run.options, *more])
+            if len(run.learning_rates or ()) > 1 and plan.tuning_options:
+                validate(run.cfg_path or "", [*run.options, *plan.tuning_options])
+        except ConfigError as error:
+            raise ConfigError(f"run '{name}': {error}") from None
+        tasks.add(content["run"]["task"])
+    if tasks <= set(METRICS):
+        known = sorted({"agg_metrics"}.union(*(METRICS[task] for task in tasks)))
+        for metric in plan.metrics:
+            if metric not in known:
+                hint = nearest(metric, known) or f" Known: {', '.join(known)}."
+                raise ConfigError(f"metrics: no run measures '{metric}'.{hint}")
+
+
+def _complete(plan: PlanFile, folder: Path, options: Sequence[str]) -> PlanFile:
     known = recipes.runs()
 
     def complete(name: str, run: RunEntry, common: Sequence[str]) -> RunEntry:
@@ -59,7 +102,6 @@ def _complete(
         raise ConfigError(f"reference '{reference}' is no run.{nearest(reference, runs)}")
     changes = {
         "cfg_path": None,
-        "output_dir": output_dir or plan.output_dir,
         "reference": reference,
         "base": None if plan.base is None else complete("base", plan.base, ()),
         "runs": runs,
