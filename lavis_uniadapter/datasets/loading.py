@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import default_collate
 
+from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
@@ -65,6 +66,7 @@ class BatchLoader:
 
     Args:
         timeout: seconds that the workers may take for a batch; 0: any.
+        poll: called every second while a batch is awaited, and when it is there; it may raise.
         options: of ``torch.utils.data.DataLoader``: ``batch_size``, ``drop_last``, ``pin_memory``.
     """
 
@@ -76,11 +78,13 @@ class BatchLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         timeout: float = 0,
+        poll: Callable[[], object] = lambda: None,
         **options: Any,
     ):
         self.dataset = items.dataset
         self._items = items
         self._timeout = timeout or float("inf")
+        self._poll = poll
         self._loader = DataLoader(
             items,
             sampler=sampler,
@@ -88,7 +92,7 @@ class BatchLoader:
             collate_fn=partial(_collate, collate_fn or default_collate),
             # its own, so that the run's random numbers do not depend on how often data are read
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_start_worker,
             timeout=min(POLL, self._timeout) if num_workers else 0,
             **options,
         )
@@ -108,7 +112,7 @@ class BatchLoader:
         Raises:
             DatasetError: naming what cannot be read, or what a worker read when it hung or died.
         """
-        batches = from_workers(self._loader, self._timeout)
+        batches = from_workers(self._loader, self._timeout, self._poll)
         for number in itertools.count():
             try:
                 read = next(batches)
@@ -147,7 +151,9 @@ class BatchLoader:
         )
 
 
-def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
+def from_workers(
+    loader: DataLoader, timeout: float, poll: Callable[[], object] = lambda: None
+) -> Iterator[Any]:
     """What a loader's workers read; a death is raised here, while this process waits for them.
 
     PyTorch looks for dead workers each time that the loader's own ``timeout`` ends, so that must be
@@ -155,15 +161,12 @@ def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
     process is, in an optimizer step too.
 
     Args:
+        loader: its workers call `signals.leave_to_main_process` first.
         timeout: seconds without anything read, after which RuntimeError is raised.
+        poll: called every `POLL` seconds while something is awaited, and when it is there.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and hasattr(signal, "SIGCHLD"):  # which Windows does not have
-        handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
-        signal.signal(signal.SIGCHLD, handler)
-    else:
-        batches = iter(loader)
+    with signals.held_back():
+        batches = _start(loader)
     until = time.monotonic() + timeout
     while True:
         try:
@@ -174,9 +177,22 @@ def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
             timed_out = str(error).startswith("DataLoader timed out")
             if not timed_out or time.monotonic() >= until:
                 raise
+            poll()
             continue
+        poll()
         yield read
         until = time.monotonic() + timeout
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """The iterator of a loader, without PyTorch's handler of SIGCHLD."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not hasattr(signal, "SIGCHLD"):  # which Windows does not have
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return batches
 
 
 def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadable]]) -> tuple:
@@ -184,9 +200,8 @@ def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadabl
     return collate(items), indices, unreadable
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main process decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    signals.leave_to_main_process()
 
 
 def samples_of(

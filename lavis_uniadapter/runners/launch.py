@@ -42,7 +42,7 @@ from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.runners import console, precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.runners.console import log_to_console, logger
 from lavis_uniadapter.runners.epoch import AnotherRankFailed
-from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
+from lavis_uniadapter.common.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
 from lavis_uniadapter.tasks.prediction import MeasuredTask

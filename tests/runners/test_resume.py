@@ -23,7 +23,7 @@ from lavis_uniadapter.datasets.loading import BatchLoader
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST, PREVIOUS
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
-from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
+from lavis_uniadapter.common.signals import EXIT_INTERRUPTED, Interrupted
 
 
 class Killed(BaseException):
