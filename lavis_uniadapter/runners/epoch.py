@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from lavis_uniadapter.common.distributed import gather, largest
 from lavis_uniadapter.common.host_copy import HostCopy
+from lavis_uniadapter.common.signals import Interrupted
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.datasets.reading import describe_item
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.runners.faults import SKIPPED_STEPS, UNREADABLE
-from lavis_uniadapter.common.signals import Interrupted
 
 if TYPE_CHECKING:
     from lavis_uniadapter.runners.runner import RunnerUniAdapter

@@ -165,7 +165,9 @@ class RunnerUniAdapter(RunnerBase):
 
         Raises:
             Interrupted: after SIGTERM, SIGINT or SIGHUP, saying how to continue the run.
-            FloatingPointError: if too many steps in a row had no finite loss and gradient.
+            FloatingPointError: if too many steps in a row, or all of them, had no finite loss and
+                gradient.
+            ConfigError: if the disk has no room for the states of the run.
             DatasetError: if too many items could not be read, or a data worker hung or died.
         """
         with signals.handled_by(self.watch.note):
@@ -189,9 +191,16 @@ class RunnerUniAdapter(RunnerBase):
         progress = EpochProgress(epoch=0)
         if self.resume_ckpt_path is not None:
             progress = training_state.restore(self, self.resume_ckpt_path)
+        self._check_space()
         self._begin_log(progress.epoch)
         while progress.epoch < self.max_epoch:
             progress = self._train_and_validate(progress)
+        # AdamW does not count a step that it skips; those of earlier processes are in its state.
+        if not any(moments["step"] for moments in self.optimizer.state.values()):
+            raise FloatingPointError(
+                "The run took no step: no loss and gradient were finite. Lower run.init_lr, set "
+                "run.max_grad_norm, or set run.amp to null."
+            )
         validates, last = bool(self.valid_splits), self.max_epoch - 1
         results = self.evaluate("best" if validates else last, skip_reload=not validates)
         if results and validates:  # the adapter that was tested, now with its test metrics
@@ -220,6 +229,7 @@ class RunnerUniAdapter(RunnerBase):
         epoch, metric, is_best = progress.epoch - 1, self._metric_name, False
         self.log_stats({**stats, "epoch": epoch}, "train")
         text = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
+        text = text or "no step was taken"
         for split, log in logs.items():
             if log is None:  # on the other ranks, and of LAVIS's tasks that measure nothing
                 continue
@@ -291,6 +301,23 @@ class RunnerUniAdapter(RunnerBase):
         )
 
     # --- checkpoints ----------------------------------------------------------------------------
+
+    @main_process
+    def _check_space(self) -> None:
+        """Raise ConfigError unless all states that are kept at a time fit on the disk."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # weights with the optimizer's two moments of each, and averages and queues
+        tensors = [*trained * 3, *self.model.buffers()]
+        number = 4 if self.valid_splits else 3  # one is written beside the last two and the best
+        needed = number * sum(tensor.nbytes for tensor in tensors)
+        there = sum(path.stat().st_size for path in self.output_dir.glob("checkpoint_*.pth"))
+        room = shutil.disk_usage(self.output_dir).free + there
+        if room < needed:
+            raise ConfigError(
+                f"'{self.output_dir}' has room for {room / 1e9:.2f} GB, and the states of this run "
+                f"take {needed / 1e9:.2f} GB. Free some space, or set run.output_dir to another "
+                "disk."
+            )
 
     def save_latest(self, progress: EpochProgress) -> None:
         content = training_state.collect(self, progress)

@@ -19,11 +19,11 @@ from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of
 
 from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.datasets.loading import BatchLoader
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST, PREVIOUS
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
-from lavis_uniadapter.common.signals import EXIT_INTERRUPTED, Interrupted
 
 
 class Killed(BaseException):
