@@ -52,19 +52,17 @@ def describe(interrupt: KeyboardInterrupt) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, signals wait, so that none arrives in a half-started process.
+    """Inside, signals wait. For starting a process: Python drops what a handler raises in a fork.
 
-    Python drops what a handler raises while it forks, and the new process would run it too. A
-    worker calls `leave_to_main_process` once it has started.
+    The new process calls `leave_to_main_process`.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, which does not fork
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    arrived: list[int] = []
     try:
-        yield
+        with handled_by(lambda number, frame: arrived.append(number)):
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def leave_to_main_process() -> None:
@@ -72,8 +70,6 @@ def leave_to_main_process() -> None:
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class InterruptionWatch:

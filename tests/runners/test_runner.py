@@ -311,6 +311,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         assert status == 2
         assert "Traceback" not in captured.err
         assert "epoch 1" not in captured.out
+        assert not (tmp_path / "output").exists()
         return captured.err
 
     return attempt
