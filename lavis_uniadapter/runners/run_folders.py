@@ -122,8 +122,13 @@ def run_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and not (folder / LOG).exists():
+            if is_new and not any(map(_is_result, folder.rglob("*"))):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file of a run folder is there only after the run has begun."""
+    return path.is_file() and path.name not in (CONFIG, LOCK) and path.suffix != ".log"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -163,15 +164,28 @@ def test_workers_leave_what_a_terminal_sends_to_the_main_process():
     assert [item["ignored"] for item in batch.samples] == [["SIGHUP", "SIGINT"]] * 2
 
 
-class NeverReady(Handlers):
+class ReadyAfter(Handlers):
+    """Items that take until a file is there."""
+
+    def __init__(self, file):
+        self.file = file
+
     def __getitem__(self, index):
-        signal.pause()
+        while not self.file.exists():
+            time.sleep(0.01)
+        return super().__getitem__(index)
 
 
-def test_waiting_for_data_ends_with_a_signal():
+def test_waiting_for_data_ends_with_a_signal(tmp_path):
     watch = InterruptionWatch()
     watch.requested = "SIGTERM"
-    items = EvaluationItems(NeverReady(), 1, False)
-    loader = BatchLoader(items, range(2), batch_size=1, num_workers=1, poll=watch.check)
+    polled = tmp_path / "polled"
+
+    def poll():
+        polled.touch()
+        watch.check()
+
+    items = EvaluationItems(ReadyAfter(polled), 1, False)
+    loader = BatchLoader(items, range(2), batch_size=1, num_workers=1, timeout=30, poll=poll)
     with pytest.raises(Interrupted, match="SIGTERM"):
         next(iter(loader))
