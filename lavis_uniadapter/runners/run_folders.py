@@ -127,8 +127,9 @@ def run_in(folder: Path) -> Iterator[None]:
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a file of a run folder is there only after the run has begun."""
-    return path.is_file() and path.name not in (CONFIG, LOCK) and path.suffix != ".log"
+    """Whether a run writes this file of its folder only after it has begun; locks are empty."""
+    written = path.is_file() and path.stat().st_size > 0
+    return written and path.name != CONFIG and path.suffix != ".log"
 
 
 @contextlib.contextmanager
