@@ -25,7 +25,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)  # writing to an open file names none
+        if error.strerror and not error.filename:  # as of writing to an open file
+            error.filename = os.fspath(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
