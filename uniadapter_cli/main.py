@@ -28,19 +28,6 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns its exit status: 2 for bad input, 128 + n after signal n."""
-    try:
-        with signals.handled_by(signals.interrupt):
-            return _run(argv)
-    except ConfigError as error:
-        status, message = 2, f"error: {error}"
-    except KeyboardInterrupt as interrupt:
-        status, message = signals.describe(interrupt)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(message, file=sys.stderr)
-    return status
-
-
-def _run(argv: Sequence[str] | None) -> int:
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="uniadapter",
@@ -56,4 +43,13 @@ def _run(argv: Sequence[str] | None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     module, function = COMMANDS[args.command][0].split(":")
-    return getattr(import_module(module), function)(args.arguments)
+    try:
+        with signals.handled_by(signals.interrupt):
+            return getattr(import_module(module), function)(args.arguments)
+    except ConfigError as error:
+        status, message = 2, f"error: {error}"
+    except KeyboardInterrupt as interrupt:
+        status, message = signals.describe(interrupt)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, file=sys.stderr)
+    return status

@@ -11,12 +11,13 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # sysexits.h: a temporary failure, try again. Schedulers' requeue rules can tell it from an error.
 EXIT_INTERRUPTED = 75
-# Windows has no SIGHUP.
+# Windows has no SIGHUP and no SIGCHLD.
 SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+OF_CHILDREN = [each for each in signal.Signals if each.name == "SIGCHLD"]
 
 
 class Interrupted(Exception):
@@ -24,11 +25,13 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def handled_by(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Inside, a function handles the signals, except those that are ignored (``nohup``)."""
+def handled_by(
+    handler: Callable[[int, object], None], numbers: Sequence[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    """Inside, a function handles signals, except those that are ignored (``nohup``)."""
     replaced = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: signal.getsignal(number) for number in numbers}
         replaced = {n: old for n, old in before.items() if old not in (signal.SIG_IGN, None)}
     try:
         for number in replaced:
@@ -52,20 +55,20 @@ def describe(interrupt: KeyboardInterrupt) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Inside, signals wait. For starting a process: Python drops what a handler raises in a fork.
+    """Inside, signals wait, for starting processes: Python drops what a handler raises in a fork.
 
-    The new process calls `leave_to_main_process`.
+    A handler of SIGCHLD that is set inside is removed.
     """
     arrived: list[int] = []
     try:
-        with handled_by(lambda number, frame: arrived.append(number)):
+        with handled_by(lambda number, frame: arrived.append(number), SIGNALS + OF_CHILDREN):
             yield
     finally:
         for number in arrived:
             signal.raise_signal(number)
 
 
-def leave_to_main_process() -> None:
+def leave_to_main_process(worker: int) -> None:
     """In a worker: ignore what a terminal sends to all processes; the main one ends the workers."""
     for number in SIGNALS:
         if number != signal.SIGTERM:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -92,7 +90,7 @@ class BatchLoader:
             collate_fn=partial(_collate, collate_fn or default_collate),
             # its own, so that the run's random numbers do not depend on how often data are read
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_start_worker,
+            worker_init_fn=signals.leave_to_main_process,
             timeout=min(POLL, self._timeout) if num_workers else 0,
             **options,
         )
@@ -157,8 +155,8 @@ def from_workers(
     """What a loader's workers read; a death is raised here, while this process waits for them.
 
     PyTorch looks for dead workers each time that the loader's own ``timeout`` ends, so that must be
-    short (`POLL`). Its handler of SIGCHLD, which is removed, would raise a death wherever this
-    process is, in an optimizer step too.
+    short (`POLL`). Its handler of SIGCHLD would raise a death wherever this process is, in an
+    optimizer step too, so it is removed.
 
     Args:
         loader: its workers call `signals.leave_to_main_process` first.
@@ -166,7 +164,7 @@ def from_workers(
         poll: called every `POLL` seconds while something is awaited, and when it is there.
     """
     with signals.held_back():
-        batches = _start(loader)
+        batches = iter(loader)
     until = time.monotonic() + timeout
     while True:
         try:
@@ -184,24 +182,9 @@ def from_workers(
         until = time.monotonic() + timeout
 
 
-def _start(loader: DataLoader) -> Iterator[Any]:
-    """The iterator of a loader, without PyTorch's handler of SIGCHLD."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or not hasattr(signal, "SIGCHLD"):  # which Windows does not have
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return batches
-
-
 def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadable]]) -> tuple:
     items, indices, unreadable = read
     return collate(items), indices, unreadable
-
-
-def _start_worker(worker: int) -> None:
-    signals.leave_to_main_process()
 
 
 def samples_of(

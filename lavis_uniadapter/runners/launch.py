@@ -163,8 +163,8 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
     config = load_config(cfg_path, [*options, "run.evaluate=True"] if evaluate else options)
     set_cache_root(config.run_cfg)
     folder, _ = run_folders.choose_folder(config.to_dict())
-    with run_folders.run_in(folder):
-        pass  # it can be written
+    with run_folders.run_in(folder):  # which makes it, and removes it again
+        pass
     base = str(config.model_cfg.get("pretrained") or "")
     ours = not is_lavis_model(registry.get_model_class(config.model_cfg.arch))
     if ours and base and "://" not in base and paths.find(base) is None:

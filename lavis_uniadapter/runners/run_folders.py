@@ -122,14 +122,10 @@ def run_in(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_new and not any(map(_is_result, folder.rglob("*"))):
+            written = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+            before_the_run = all(path.name == CONFIG or path.suffix == ".log" for path in written)
+            if is_new and before_the_run:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_result(path: Path) -> bool:
-    """Whether a run writes this file of its folder only after it has begun; locks are empty."""
-    written = path.is_file() and path.stat().st_size > 0
-    return written and path.name != CONFIG and path.suffix != ".log"
 
 
 @contextlib.contextmanager
@@ -140,16 +136,12 @@ def explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        states = run_checkpoints.states(folder)
-        raise CannotWrite(
-            f"'{error.filename or folder}' cannot be written: {error.strerror}. Free some space. "
-            + (
-                f"The last whole state of the run is {states[0]}; the same command with "
-                "run.resume=auto continues it."
-                if states
-                else "The run has saved no state yet."
-            )
-        ) from error
+        message = (
+            f"'{error.filename or folder}' cannot be written: {error.strerror}. Free some space"
+        )
+        for state in run_checkpoints.states(folder)[:1]:
+            message += f", then continue with run.resume=auto from the last whole state, '{state}'"
+        raise CannotWrite(f"{message}.") from error
 
 
 def is_finished(folder: Path) -> bool:

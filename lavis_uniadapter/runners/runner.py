@@ -315,8 +315,7 @@ class RunnerUniAdapter(RunnerBase):
         if room < needed:
             raise ConfigError(
                 f"'{self.output_dir}' has room for {room / 1e9:.2f} GB, and the states of this run "
-                f"take {needed / 1e9:.2f} GB. Free some space, or set run.output_dir to another "
-                "disk."
+                f"take {needed / 1e9:.2f}. Free some space, or choose another run.output_dir."
             )
 
     def save_latest(self, progress: EpochProgress) -> None:

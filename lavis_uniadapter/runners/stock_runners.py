@@ -21,6 +21,7 @@ from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.schema.run import OURS, unread
 from lavis_uniadapter.runners.run_checkpoints import BEST
 
+TO_TEST = "To test it: uniadapter evaluate RECIPE run.resume_ckpt_path"
 DEVICE = "cuda"  # to which LAVIS's PrefetchLoader moves batches, whatever run.device says
 
 
@@ -50,10 +51,6 @@ def prepare(run: DictConfig) -> None:
         registry.mapping["paths"].pop(name, None)
 
 
-def to_test(checkpoint: str | Path) -> str:
-    return f"To test it: uniadapter evaluate RECIPE run.resume_ckpt_path={checkpoint}"
-
-
 def returning_metrics(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
     """One of LAVIS's runners, whose ``train`` returns the metrics as ours does.
 
@@ -74,20 +71,16 @@ def returning_metrics(runner_cls: type[RunnerBase]) -> type[RunnerBase]:
         def _load_checkpoint(self, path):
             super()._load_checkpoint(path)
             if self.start_epoch >= self.max_epoch and not self.valid_splits:
-                raise CheckpointError(
-                    f"'{path}' is of the last epoch (run.max_epoch {self.max_epoch}), so there is "
-                    f"nothing to train. {to_test(path)}"
-                )
+                raise CheckpointError(f"'{path}' is of the last epoch. {TO_TEST}={path}")
 
         def _reload_best_model(self, model):
             if not (self.output_dir / BEST).is_file():
-                last = self.max_epoch - 1
-                self._save_checkpoint(last)
+                path = self.output_dir / f"checkpoint_{self.max_epoch - 1}.pth"
+                self._save_checkpoint(self.max_epoch - 1)
                 dist.barrier()  # a rank that fails ends the others
-                path = self.output_dir / f"checkpoint_{last}.pth"
                 raise CheckpointError(
                     f"'{self.output_dir}' has no {BEST}: LAVIS keeps an epoch only if agg_metrics "
-                    f"of 'val' is above 0. The last epoch is in '{path}'. {to_test(path)}"
+                    f"of 'val' is above 0. The last epoch is kept. {TO_TEST}={path}"
                 )
             return super()._reload_best_model(model)
 

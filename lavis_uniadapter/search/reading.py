@@ -185,8 +185,8 @@ def read_parts(
                 del left[file.number]
 
 
-def _silence(_: int) -> None:
-    leave_to_main_process()
+def _silence(worker: int) -> None:
+    leave_to_main_process(worker)
     # What decoders print would break the progress bar; what is wrong with a file is reported.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

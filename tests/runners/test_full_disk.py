@@ -140,9 +140,7 @@ def test_a_disk_that_fills_up_keeps_the_last_state(run, fill, monkeypatch, capsy
             run("shapes_retrieval", *options, "run.job_id=one")
     make_room()
     assert f"'{path}' cannot be written: " in str(error.value)
-    assert f"The last whole state of the run is {path}; the same command with run.resume" in str(
-        error.value
-    )
+    assert f"run.resume=auto from the last whole state, '{path}'." in str(error.value)
     assert not list(path.parent.glob(".*.tmp"))
     (state,) = run_checkpoints.read(path)["ranks"]
     assert state["progress"]["step"] == 2
@@ -165,7 +163,7 @@ def test_a_full_disk_is_one_line(train, tmp_path, capsys, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 2
     (line,) = [each for each in capsys.readouterr().err.splitlines() if "rror" in each]
-    assert line.startswith("error: '") and line.endswith("The run has saved no state yet.")
+    assert line.startswith("error: '") and line.endswith("File too large. Free some space.")
 
 
 def test_a_failed_start_in_a_folder_of_something_else_leaves_it(train, tmp_path):

@@ -52,10 +52,14 @@ def ensure_generated(options: Stills, folder: Path) -> None:
         return
     # Drawn next to its place and moved there in one step: a killed generation leaves no folder
     # that could be taken for a finished one.
+    place = folder.parent
     try:
-        with no_empty_folders(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            _generate_beside(options, folder)
+        with no_empty_folders(place):
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=place) as workplace:
+                unfinished = Path(workplace) / folder.name
+                _generate(options, unfinished)
+                os.rename(unfinished, folder)
     except OSError as error:
         # Another process may have been faster; its result is as good as ours.
         if not _holds(options, folder):
@@ -63,13 +67,6 @@ def ensure_generated(options: Stills, folder: Path) -> None:
                 f"The shapes data set cannot be written to '{folder}': {error.strerror or error}. "
                 "Set run.cache_root to another folder."
             ) from error
-
-
-def _generate_beside(options: Stills, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workplace:
-        unfinished = Path(workplace) / folder.name
-        _generate(options, unfinished)
-        os.rename(unfinished, folder)
 
 
 def _generate(options: Stills, folder: Path) -> None:

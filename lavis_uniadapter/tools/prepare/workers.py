@@ -75,8 +75,7 @@ def _start_server_silently() -> None:
 
 def _silence() -> None:
     # What decoders print would break the progress bar.
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _examine(examine: Callable[[T], str | None], seconds: int, file: T) -> str | None:
