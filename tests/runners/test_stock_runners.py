@@ -196,7 +196,9 @@ def test_a_run_without_a_best_epoch_says_so_and_keeps_the_last(stock, monkeypatc
 def test_a_complete_run_without_validation_has_nothing_to_train(stock):
     options = ("run.valid_splits=[]", "run.test_splits=[]", "run.job_id=one", "run.max_epoch=1")
     stock("shapes_retrieval", *options)
-    with pytest.raises(CheckpointError, match=r"checkpoint_0.pth' is of the last epoch\. .*evaluate"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_0.pth' is of the last epoch\. .*evaluate"
+    ):
         stock("shapes_retrieval", *options, "run.resume=auto")
 
 

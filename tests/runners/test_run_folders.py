@@ -1,4 +1,4 @@
-"""Run folders that cannot be written, and disks that are full."""
+"""Run folders: chosen, left alone, not writable, and on disks that are full."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import TINY_CLIPS, TINY_RUN
+from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN
 
+from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
@@ -173,3 +174,33 @@ def test_a_failed_start_in_a_folder_of_something_else_leaves_it(train, tmp_path)
     assert train("run.job_id=mine", "run.batch_size_train=500") == 2
     assert (there / "notes.txt").is_file()
     assert os.listdir(tmp_path / "output/shapes_retrieval") == ["mine"]
+
+
+# --- chosen and left alone ----------------------------------------------------------------------
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(TRAIN / "shapes_retrieval.yaml").to_dict()
+    folders = {run_folders.choose_folder(config)[0] for _ in range(3)}
+    assert len(folders) == 3 and not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"run": []}', '{"run": ', '{"run": {}}'])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / run_folders.CONFIG).write_text(content)
+    (folder / "checkpoint_1.pth").touch()
+    config = {"datasets": {}, "model": {}, "run": {}}
+    assert run_folders.find_unfinished_run(tmp_path, config) is None
+
+
+def test_what_a_killed_save_of_an_adapter_leaves_is_put_in_order(tmp_path):
+    for name in (".adapter_best.1a.old", ".adapter_latest.2b.old", ".adapter_latest.2b.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    (tmp_path / "adapter_latest").mkdir()
+    run_checkpoints.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_best", "adapter_latest"]
+    assert [path.name for path in (tmp_path / "adapter_best").iterdir()] == [".adapter_best.1a.old"]
