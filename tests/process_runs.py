@@ -19,9 +19,9 @@ from forked_ranks import in_ranks
 from tiny_runs import TRAIN, options_of
 
 from lavis_uniadapter.common import distributed
+from lavis_uniadapter.common.signals import EXIT_INTERRUPTED
 from lavis_uniadapter.runners.run_checkpoints import LATEST
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
-from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED
 from uniadapter_cli.main import main as uniadapter
 
 CONFIG = str(TRAIN / "shapes_retrieval.yaml")

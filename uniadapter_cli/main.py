@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.version import __version__
 
@@ -27,7 +28,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns its exit status, 2 for bad input."""
+    """Run a subcommand; returns its exit status: 2 for bad input, 128 + n after signal n."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="uniadapter",
@@ -44,8 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     module, function = COMMANDS[args.command][0].split(":")
     try:
-        return getattr(import_module(module), function)(args.arguments)
+        with signals.handled_by(signals.interrupt):
+            return getattr(import_module(module), function)(args.arguments)
     except ConfigError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, f"error: {error}"
+    except KeyboardInterrupt as interrupt:
+        status, message = signals.describe(interrupt)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(message, file=sys.stderr)
+    return status

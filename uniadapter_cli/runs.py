@@ -33,7 +33,9 @@ def _start(command: str, description: str, argv: Sequence[str] | None) -> int:
         f"--nproc_per_node=8 -m uniadapter_cli {command} RECIPE ...",
     )
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
+    use = "test" if command == "evaluate" else "start training from"
+    text = f"{use} this adapter, which save_adapter or a run wrote (model.adapter_ckpt)"
+    parser.add_argument("--adapter", metavar="FOLDER", help=text)
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -24,6 +24,10 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         flush(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.strerror and not error.filename:  # as of writing to an open file
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself; Windows cannot flush a folder
@@ -32,6 +36,18 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextlib.contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove a folder and its parents if they were made inside the block and end up empty."""
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    finally:
+        for each in new:
+            with contextlib.suppress(OSError):  # there is something in it
+                each.rmdir()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

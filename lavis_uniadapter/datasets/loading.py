@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data.dataloader import default_collate
 
+from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.common.errors import name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
@@ -65,6 +64,7 @@ class BatchLoader:
 
     Args:
         timeout: seconds that the workers may take for a batch; 0: any.
+        poll: called every second while a batch is awaited, and when it is there; it may raise.
         options: of ``torch.utils.data.DataLoader``: ``batch_size``, ``drop_last``, ``pin_memory``.
     """
 
@@ -76,11 +76,13 @@ class BatchLoader:
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         timeout: float = 0,
+        poll: Callable[[], object] = lambda: None,
         **options: Any,
     ):
         self.dataset = items.dataset
         self._items = items
         self._timeout = timeout or float("inf")
+        self._poll = poll
         self._loader = DataLoader(
             items,
             sampler=sampler,
@@ -88,7 +90,7 @@ class BatchLoader:
             collate_fn=partial(_collate, collate_fn or default_collate),
             # its own, so that the run's random numbers do not depend on how often data are read
             generator=torch.Generator().manual_seed(0),
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=signals.leave_to_main_process,
             timeout=min(POLL, self._timeout) if num_workers else 0,
             **options,
         )
@@ -108,7 +110,7 @@ class BatchLoader:
         Raises:
             DatasetError: naming what cannot be read, or what a worker read when it hung or died.
         """
-        batches = from_workers(self._loader, self._timeout)
+        batches = from_workers(self._loader, self._timeout, self._poll)
         for number in itertools.count():
             try:
                 read = next(batches)
@@ -147,22 +149,21 @@ class BatchLoader:
         )
 
 
-def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
+def from_workers(
+    loader: DataLoader, timeout: float, poll: Callable[[], object] = lambda: None
+) -> Iterator[Any]:
     """What a loader's workers read; a death is raised here, while this process waits for them.
 
     PyTorch looks for dead workers each time that the loader's own ``timeout`` ends, so that must be
-    short (`POLL`). Its handler of SIGCHLD, which is removed, would raise a death wherever this
-    process is, in an optimizer step too.
+    short (`POLL`). Its handler of SIGCHLD would raise a death wherever this process is, in an
+    optimizer step too, so it is removed.
 
     Args:
+        loader: its workers call `signals.leave_to_main_process` first.
         timeout: seconds without anything read, after which RuntimeError is raised.
+        poll: called every `POLL` seconds while something is awaited, and when it is there.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and hasattr(signal, "SIGCHLD"):  # which Windows does not have
-        handler = signal.getsignal(signal.SIGCHLD)
-        batches = iter(loader)
-        signal.signal(signal.SIGCHLD, handler)
-    else:
+    with signals.held_back():
         batches = iter(loader)
     until = time.monotonic() + timeout
     while True:
@@ -174,7 +175,9 @@ def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
             timed_out = str(error).startswith("DataLoader timed out")
             if not timed_out or time.monotonic() >= until:
                 raise
+            poll()
             continue
+        poll()
         yield read
         until = time.monotonic() + timeout
 
@@ -182,11 +185,6 @@ def from_workers(loader: DataLoader, timeout: float) -> Iterator[Any]:
 def _collate(collate: Callable, read: tuple[list[Any], list[int], list[Unreadable]]) -> tuple:
     items, indices, unreadable = read
     return collate(items), indices, unreadable
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main process decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def samples_of(

@@ -36,6 +36,7 @@ def log_to_console() -> None:
     logger.setLevel(logging.INFO)
     # LAVIS calls logging.info, which would otherwise give the root logger a console handler
     logging.getLogger().addHandler(logging.NullHandler())
+    logging.raiseExceptions = False  # a full disk is reported once, by what has to be saved
 
 
 def log_to_file(folder: Path) -> None:

@@ -19,14 +19,17 @@ from tqdm import tqdm
 
 from lavis_uniadapter.common.distributed import gather, largest
 from lavis_uniadapter.common.host_copy import HostCopy
+from lavis_uniadapter.common.signals import Interrupted
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.datasets.reading import describe_item
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.runners.faults import SKIPPED_STEPS, UNREADABLE
-from lavis_uniadapter.runners.signals import Interrupted
 
 if TYPE_CHECKING:
     from lavis_uniadapter.runners.runner import RunnerUniAdapter
+
+
+_Losses = list[dict[str, Tensor]]  # of batches, by name
 
 
 class AnotherRankFailed(RuntimeError):
@@ -47,7 +50,7 @@ class EpochProgress:
 
     Attributes:
         step: batches done.
-        losses: by name, (2,): the sum of the finite ones, and their number.
+        losses: by name, (2,): the sum over the batches of the steps taken, and their number.
         seconds: spent on the epoch, earlier processes included.
         unreadable: items that were replaced by others.
         skipped: steps that were not taken.
@@ -63,21 +66,18 @@ class EpochProgress:
     skipped_in_a_row: int = 0
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Count a batch's losses where they are finite."""
+        """Count the losses of a batch whose step was taken."""
         for name, value in losses.items():
-            value = value.detach().float()
-            finite = torch.isfinite(value)
-            counted = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite])
+            counted = torch.stack([value, torch.ones_like(value)])
             self.losses[name] = self.losses[name] + counted if name in self.losses else counted
 
     def means(self) -> dict[str, float]:
-        """Mean losses of all ranks so far; every rank must call it."""
+        """Mean losses of all ranks so far, none if no step was taken; every rank must call it."""
         if not self.losses:
             return {}
         sums = torch.stack(list(self.losses.values()))
         dist.all_reduce(sums)
-        means = (sums[:, 0] / sums[:, 1]).tolist()  # NaN where no loss was finite
-        return dict(zip(self.losses, means, strict=True))
+        return dict(zip(self.losses, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
 
 def take_step(
@@ -128,11 +128,12 @@ class TrainingEpoch:
         self._loader = runner.train_loader
         self._saved_at = progress.step
         self._started = time.perf_counter() - progress.seconds
-        # A step that the device may not have finished: what `take_step` returned, the number and
-        # the losses of its last batch, and the indices of its items.
-        self._pending: tuple[HostCopy, int, Mapping[str, Tensor], Sequence[int]] | None = None
+        # A step that the device may not have finished: what `take_step` returned, the number of
+        # its last batch, and the losses and indices of its batches.
+        self._pending: tuple[HostCopy, int, _Losses, Sequence[int]] | None = None
         # of the batches whose gradients are accumulated
         self._loss = torch.zeros((), device=runner.device)
+        self._losses: _Losses = []
         self._indices: list[int] = []
 
     def run(self) -> dict[str, float]:
@@ -184,15 +185,15 @@ class TrainingEpoch:
             loss = losses["loss"] / window
             (runner.scaler.scale(loss) if runner.scaler else loss).backward()
         self._loss = self._loss + loss.detach()
-        progress.add(losses)
+        self._losses.append({name: value.detach().float() for name, value in losses.items()})
         progress.step = step + 1
+        runner.watch.deferred = not updates
         if updates:
             max_norm = self._run_cfg.max_grad_norm
             found = take_step(runner.optimizer, runner.scaler, max_norm, self._loss)
             self._settle()  # the step before, which the device has finished by now
-            losses = {name: value.detach() for name, value in losses.items()}
-            self._pending = (found, step, losses, self._indices)
-            self._loss, self._indices = torch.zeros_like(self._loss), []
+            self._pending = (found, step, self._losses, self._indices)
+            self._loss, self._losses, self._indices = torch.zeros_like(self._loss), [], []
         progress.seconds = time.perf_counter() - self._started
         frequency = self._run_cfg.checkpoint_freq
         if updates and progress.step < steps and 0 < frequency <= progress.step - self._saved_at:
@@ -200,13 +201,13 @@ class TrainingEpoch:
 
     def _next_batch(self, batches: Iterator[Batch], may_save: bool) -> Batch:
         """The next batch, unless some rank has to stop or cannot read its own: then all stop."""
-        watch, vote = self._runner.watch, Vote.CONTINUE
+        vote, watch = Vote.CONTINUE, self._runner.watch
         failure: DatasetError | None = None
         try:
             batch = next(batches)
             self._log_unreadable(batch)
-            if watch.requested and may_save:
-                vote = Vote.STOP
+        except Interrupted:
+            vote = Vote.STOP
         except DatasetError as error:
             failure = error
             vote = Vote.STOP if watch.requested_within(1.0) else Vote.FAIL
@@ -251,7 +252,7 @@ class TrainingEpoch:
             self._runner.save_latest(self._progress)
 
     def _settle(self) -> None:
-        """Count and log the last step if it was skipped."""
+        """Count the losses of the last step, or log that it was skipped."""
         if self._pending is None:
             return
         progress = self._progress
@@ -259,6 +260,8 @@ class TrainingEpoch:
         finite_gradient, finite_loss, scale = found.tolist()
         if finite_gradient and finite_loss:
             progress.skipped_in_a_row = 0
+            for of_batch in losses:
+                progress.add(of_batch)
             return
         if finite_loss and scale > 1:
             return  # the scale was too large for float16, and the scaler has lowered it
@@ -270,7 +273,7 @@ class TrainingEpoch:
             "skipped",
             epoch=progress.epoch,
             step=step,
-            losses={name: str(float(value)) for name, value in losses.items()},
+            losses={name: str(float(value)) for name, value in losses[-1].items()},
             items=[describe_item(self._loader.dataset, index) for index in indices],
         )
         if progress.skipped_in_a_row >= self._run_cfg.max_skipped_steps:

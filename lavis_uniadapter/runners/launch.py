@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import set_seed
 
-from lavis_uniadapter.common import paths
+from lavis_uniadapter.common import paths, signals
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import (
@@ -42,7 +42,6 @@ from lavis_uniadapter.processors.decoding import VideoDecodeError
 from lavis_uniadapter.runners import console, precision, run_checkpoints, run_folders, stock_runners
 from lavis_uniadapter.runners.console import log_to_console, logger
 from lavis_uniadapter.runners.epoch import AnotherRankFailed
-from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.runners.stock_runners import is_stock
 from lavis_uniadapter.runners.training_state import momentum_parameters
 from lavis_uniadapter.tasks.prediction import MeasuredTask
@@ -50,7 +49,7 @@ from lavis_uniadapter.tasks.retrieval import UniAdapterRetrievalTask
 
 # Errors whose message is all that a user needs; others keep their traceback. The first kind is of
 # one rank alone, the second is the same on every rank.
-RANK_ERRORS = (VideoDecodeError, DatasetError, FloatingPointError)
+RANK_ERRORS = (VideoDecodeError, DatasetError, FloatingPointError, run_folders.CannotWrite)
 USER_ERRORS = (
     *RANK_ERRORS,
     *(ConfigError, CheckpointError, FileExistsError, run_folders.FolderInUse),
@@ -78,8 +77,9 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
 
     Raises:
         ConfigError, DatasetError, CheckpointError: before training, naming what is wrong.
-        FolderInUse: if another process trains in the run's folder.
-        Interrupted: after SIGTERM or SIGINT, when the state of training is saved.
+        FolderInUse: if another process works in the run's folder.
+        CannotWrite: if that folder cannot be written, or the disk is full.
+        Interrupted: after SIGTERM, SIGINT or SIGHUP, when the state of training is saved.
     """
     started = time.perf_counter()
     config = load_config(cfg_path, [*options, "run.evaluate=True"] if evaluate else options)
@@ -92,9 +92,9 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
     folder, checkpoint = on_main_process(run_folders.choose_folder, asked, errors=USER_ERRORS)
     if checkpoint is not None:
         run_cfg.resume_ckpt_path = str(checkpoint)
-    with contextlib.ExitStack() as held:
-        if is_main_process() and not run_cfg.evaluate:
-            held.enter_context(run_folders.sole_user(folder))
+    with run_folders.explained(folder), contextlib.ExitStack() as held:
+        if is_main_process():
+            held.enter_context(run_folders.run_in(folder))
             run_checkpoints.clean(folder)
         runner = _build(config, folder.name)
         if is_main_process():
@@ -155,13 +155,16 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]
 def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False) -> None:
     """Check the configuration and every data file of a ``run``, and log what it would use.
 
-    Builds no model and writes no run folder.
+    Builds no model and leaves no run folder.
 
     Raises:
-        ConfigError, DatasetError, CheckpointError: as ``run`` raises them.
+        ConfigError, DatasetError, CheckpointError, FolderInUse, CannotWrite: as ``run`` does.
     """
     config = load_config(cfg_path, [*options, "run.evaluate=True"] if evaluate else options)
     set_cache_root(config.run_cfg)
+    folder, _ = run_folders.choose_folder(config.to_dict())
+    with run_folders.run_in(folder):  # which makes it, and removes it again
+        pass
     base = str(config.model_cfg.get("pretrained") or "")
     ours = not is_lavis_model(registry.get_model_class(config.model_cfg.arch))
     if ours and base and "://" not in base and paths.find(base) is None:
@@ -291,11 +294,14 @@ def exit_status(work: Callable[[], object]) -> int:
         status, message = 2, f"error: {f'rank {rank}: ' if rank else ''}{error}"
     except USER_ERRORS as error:
         status, message = 2, None if rank else f"error: {error}"
-    except Interrupted as interrupted:
-        status, message = EXIT_INTERRUPTED, None if rank else str(interrupted)
+    except signals.Interrupted as interrupted:
+        status, message = signals.EXIT_INTERRUPTED, None if rank else str(interrupted)
     except AnotherRankFailed:
         time.sleep(EXIT_DELAY)
         status = 2
+    except KeyboardInterrupt as interrupt:
+        status, said = signals.describe(interrupt)
+        message = None if rank else said
     except Exception:
         traceback.print_exc()
         status = 1

@@ -29,7 +29,11 @@ PREVIOUS = "checkpoint_previous.pth"
 def write(content: Mapping[str, Any], path: Path) -> None:
     """Write a checkpoint; a latest one becomes the previous one."""
     with atomic(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's, raised while it handles the error of the disk
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         flush(temporary)
         if path.name == LATEST and path.is_file():
             os.replace(path, path.with_name(PREVIOUS))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lavis_uniadapter.common.atomic import no_empty_folders
 from lavis_uniadapter.common.errors import ConfigError, name_some
 from lavis_uniadapter.runners import run_checkpoints
 
@@ -25,6 +29,8 @@ LOG = "log.txt"
 # What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
+# Or a quota is used up, a limit is reached, or the system made a damaged disk read-only.
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # LAVIS's names of metrics, and how many of our units one of LAVIS's is.
 LAVIS_METRICS = {
     "accuracy": ("agg_metrics", 1),
@@ -83,16 +89,59 @@ class FolderInUse(RuntimeError):
     """Another process works in a folder."""
 
 
+class CannotWrite(RuntimeError):
+    """A folder cannot be written, or not any longer."""
+
+
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Lock a folder until the end of the block; FolderInUse if another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make a folder and lock it until the end of the block.
+
+    Raises:
+        FolderInUse: if another process holds it.
+        CannotWrite: if it cannot be made or written.
+    """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, blocking=False).acquire()
     except Timeout:
         raise FolderInUse(f"Another process works in '{folder}'.") from None
+    except OSError as error:
+        raise CannotWrite(
+            f"The folder '{folder}' cannot be written: {error.strerror}. Name another one."
+        ) from error
     with lock:
         yield
+
+
+@contextlib.contextmanager
+def run_in(folder: Path) -> Iterator[None]:
+    """Be the sole user of a run's folder; one made here is removed if nothing was run in it."""
+    is_new = not os.path.lexists(folder)
+    with no_empty_folders(folder), sole_user(folder):
+        try:
+            yield
+        finally:
+            written = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+            before_the_run = all(path.name == CONFIG or path.suffix == ".log" for path in written)
+            if is_new and before_the_run:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Inside, the error of a full disk becomes CannotWrite, which says what a run has saved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        message = (
+            f"'{error.filename or folder}' cannot be written: {error.strerror}. Free some space"
+        )
+        for state in run_checkpoints.states(folder)[:1]:
+            message += f", then continue with run.resume=auto from the last whole state, '{state}'"
+        raise CannotWrite(f"{message}.") from error
 
 
 def is_finished(folder: Path) -> bool:
@@ -120,10 +169,8 @@ def choose_folder(config: Mapping[str, Any]) -> tuple[Path, Path | None]:
     elif run.get("resume") and not run["evaluate"]:
         folder = find_unfinished_run(output_dir, config)
     if folder is None:
-        folder = output_dir / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        folder.mkdir(parents=True)
-        return folder, None
-    if run["evaluate"]:
+        return output_dir / datetime.now().strftime("%Y%m%d-%H%M%S-%f"), None
+    if run["evaluate"] or not folder.exists():
         return folder, None
     with sole_user(folder):
         checkpoint = run_checkpoints.newest_whole(folder)
@@ -145,7 +192,7 @@ def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | N
             with sole_user(folder):
                 noted = json.loads((folder / CONFIG).read_text())
             differences = _differences(noted, config)
-        except FolderInUse as error:
+        except (FolderInUse, CannotWrite) as error:
             logger.info("%s It is left alone.", error)
             continue
         except (ValueError, TypeError, AttributeError, KeyError):

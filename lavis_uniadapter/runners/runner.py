@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from lavis_uniadapter.common import lavis_versions
+from lavis_uniadapter.common import lavis_versions, signals
 from lavis_uniadapter.common.atomic import write_text
 from lavis_uniadapter.common.distributed import largest
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.common.signals import Interrupted, InterruptionWatch
 from lavis_uniadapter.datasets.loading import BatchLoader, SamplesView, TrainingShard
 from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
@@ -31,7 +34,6 @@ from lavis_uniadapter.runners.epoch import EpochProgress, TrainingEpoch
 from lavis_uniadapter.runners.faults import FaultLog
 from lavis_uniadapter.runners.precision import autocast
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
-from lavis_uniadapter.runners.signals import Interrupted, InterruptionWatch
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +48,17 @@ class RunnerUniAdapter(RunnerBase):
 
     Beyond LAVIS's: CPU and gloo, bf16, the loss divided over accumulated batches, and the best
     epoch by ``agg_metrics`` of any sign. Training resumes from its checkpoints exactly, in the
-    middle of an epoch too; SIGTERM and SIGINT save one. Unreadable files and steps whose loss or
-    gradient is not finite are skipped, counted and logged, up to a limit. The configuration is one
-    that ``load_config`` has completed.
+    middle of an epoch too; SIGTERM, SIGINT and SIGHUP save one. Unreadable files and steps whose
+    loss or gradient is not finite are skipped, counted and logged, up to a limit. The configuration
+    is one that ``load_config`` has completed.
     """
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
+        self.watch = InterruptionWatch()
         self.amp = cfg.run_cfg.amp
         # the value of the selection metric, and agg_metrics, of which more is better
         self.best = {"epoch": None, "value": None, "agg_metrics": float("-inf")}
-        self.watch = InterruptionWatch()
         self.faults = FaultLog(self.output_dir)
 
     # --- set-up ---------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ class RunnerUniAdapter(RunnerBase):
             num_workers=run.num_workers,
             collate_fn=collate_fn,
             timeout=run.data_timeout,
+            poll=self.watch.check,
             drop_last=training,
             pin_memory=self.cuda_enabled,
         )
@@ -161,11 +164,13 @@ class RunnerUniAdapter(RunnerBase):
         """Train and test; returns the metrics of the test splits (main process).
 
         Raises:
-            Interrupted: after SIGTERM or SIGINT, saying how to continue the run.
-            FloatingPointError: if too many steps in a row had no finite loss and gradient.
+            Interrupted: after SIGTERM, SIGINT or SIGHUP, saying how to continue the run.
+            FloatingPointError: if too many steps in a row, or all of them, had no finite loss and
+                gradient.
+            ConfigError: if the disk has no room for the states of the run.
             DatasetError: if too many items could not be read, or a data worker hung or died.
         """
-        with self.watch:
+        with signals.handled_by(self.watch.note):
             try:
                 return self._train()
             except DatasetError:
@@ -186,9 +191,16 @@ class RunnerUniAdapter(RunnerBase):
         progress = EpochProgress(epoch=0)
         if self.resume_ckpt_path is not None:
             progress = training_state.restore(self, self.resume_ckpt_path)
+        self._check_space()
         self._begin_log(progress.epoch)
         while progress.epoch < self.max_epoch:
             progress = self._train_and_validate(progress)
+        # AdamW does not count a step that it skips; those of earlier processes are in its state.
+        if not any(moments["step"] for moments in self.optimizer.state.values()):
+            raise FloatingPointError(
+                "The run took no step: no loss and gradient were finite. Lower run.init_lr, set "
+                "run.max_grad_norm, or set run.amp to null."
+            )
         validates, last = bool(self.valid_splits), self.max_epoch - 1
         results = self.evaluate("best" if validates else last, skip_reload=not validates)
         if results and validates:  # the adapter that was tested, now with its test metrics
@@ -217,6 +229,7 @@ class RunnerUniAdapter(RunnerBase):
         epoch, metric, is_best = progress.epoch - 1, self._metric_name, False
         self.log_stats({**stats, "epoch": epoch}, "train")
         text = ", ".join(f"{k} {v:.3f}" for k, v in stats.items() if k.startswith("loss"))
+        text = text or "no step was taken"
         for split, log in logs.items():
             if log is None:  # on the other ranks, and of LAVIS's tasks that measure nothing
                 continue
@@ -279,7 +292,7 @@ class RunnerUniAdapter(RunnerBase):
         self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
         if not getattr(self.task, "reads_batches", False):  # LAVIS's own
             loader = SamplesView(loader)
-        with self.watch.raising(), autocast(self.amp, self.device):
+        with check_before_layers(model, self.watch.check), autocast(self.amp, self.device):
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled)
         if results is None:
             return None
@@ -288,6 +301,22 @@ class RunnerUniAdapter(RunnerBase):
         )
 
     # --- checkpoints ----------------------------------------------------------------------------
+
+    @main_process
+    def _check_space(self) -> None:
+        """Raise ConfigError unless all states that are kept at a time fit on the disk."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # weights with the optimizer's two moments of each, and averages and queues
+        tensors = [*trained * 3, *self.model.buffers()]
+        number = 4 if self.valid_splits else 3  # one is written beside the last two and the best
+        needed = number * sum(tensor.nbytes for tensor in tensors)
+        there = sum(path.stat().st_size for path in self.output_dir.glob("checkpoint_*.pth"))
+        room = shutil.disk_usage(self.output_dir).free + there
+        if room < needed:
+            raise ConfigError(
+                f"'{self.output_dir}' has room for {room / 1e9:.2f} GB, and the states of this run "
+                f"take {needed / 1e9:.2f}. Free some space, or choose another run.output_dir."
+            )
 
     def save_latest(self, progress: EpochProgress) -> None:
         content = training_state.collect(self, progress)
@@ -331,6 +360,22 @@ class RunnerUniAdapter(RunnerBase):
                     there = self.output_dir / BEST_ADAPTER
                     shutil.copytree(source / BEST_ADAPTER, there, dirs_exist_ok=True)
         write_text(self.output_dir / run_folders.LOG, "".join(kept))
+
+
+@contextlib.contextmanager
+def check_before_layers(model: torch.nn.Module, check: Callable[[], None]) -> Iterator[None]:
+    """Inside, call a function before each layer of a model computes; it may raise.
+
+    This reaches evaluations that LAVIS's tasks and models do in one call, too.
+    """
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layers = [each for layers in lists for each in layers if each._compiled_call_impl is None]
+    hooks = [each.register_forward_pre_hook(lambda *_: check()) for each in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def compile_visual_encoder(model: torch.nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.common.signals import leave_to_main_process
 from lavis_uniadapter.datasets.loading import POLL, from_workers
 from lavis_uniadapter.datasets.reading import READ_ERRORS
 from lavis_uniadapter.processors.decoding import decode_errors, open_video, read_frames
@@ -184,7 +185,8 @@ def read_parts(
                 del left[file.number]
 
 
-def _silence(_: int) -> None:
+def _silence(worker: int) -> None:
+    leave_to_main_process(worker)
     # What decoders print would break the progress bar; what is wrong with a file is reported.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

@@ -7,12 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
+import torch
+from kill_and_resume import first_difference
 from lavis.common.registry import registry
-from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN
+from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN, held_by_another_process
 
+from lavis_uniadapter.checkpoints.adapter_files import TENSORS
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.runners import launch
+from lavis_uniadapter.runners.run_checkpoints import LATEST
 from lavis_uniadapter.tools import recipes
 from lavis_uniadapter.tools.compare.plan import read_plan
 from uniadapter_cli.main import COMMANDS, main
@@ -191,6 +196,30 @@ def test_trains_a_recipe_by_name_and_evaluates_its_adapter(tiny, tmp_path, capsy
     printed = capsys.readouterr().out
     assert f"adapter: {adapter}" in printed and "test t2v: r1" in printed
     assert (folder / "two/summary.json").is_file()
+
+
+def test_dry_run_names_a_folder_that_is_taken(tiny, tmp_path, capsys):
+    folder = tmp_path / "output/shapes_retrieval/taken"
+    folder.mkdir(parents=True)
+    torch.save({"model": {}, "optimizer": {}, "epoch": 0}, folder / LATEST)
+    arguments = ["train", "shapes_retrieval", "--dry-run", *tiny, "run.job_id=taken"]
+    assert main(arguments) == 2
+    assert "holds a run already. Set run.resume=auto" in capsys.readouterr().err
+    with held_by_another_process(folder):
+        assert main(arguments) == 2
+    assert "Another process works in" in capsys.readouterr().err
+
+
+def test_trains_on_from_an_adapter(tiny, tmp_path, capsys):
+    recipe = ["train", "shapes_retrieval", *tiny, "run.valid_splits=[]", "run.test_splits=[]"]
+    assert main([*recipe, "run.job_id=first"]) == 0
+    folder = tmp_path / "output/shapes_retrieval"
+    start = str(folder / "first/adapter_latest")
+    still = ("run.max_epoch=1", "run.init_lr=0", "run.min_lr=0", "run.warmup_lr=0")
+    assert main([*recipe, "--adapter", start, "run.job_id=second", *still]) == 0
+    assert f"adapter: {start}" in capsys.readouterr().out
+    saved = (folder / name / "adapter_latest" / TENSORS for name in ("first", "second"))
+    assert first_difference(*map(safetensors.torch.load_file, saved)) is None
 
 
 @pytest.mark.parametrize(

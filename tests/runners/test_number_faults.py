@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tiny_runs import ROOT
 
 from lavis_uniadapter.models.retrieval import _sample_negatives
-from lavis_uniadapter.runners import run_checkpoints
+from lavis_uniadapter.runners import run_checkpoints, run_folders
 from lavis_uniadapter.runners.epoch import EpochProgress
 from lavis_uniadapter.runners.faults import SKIPPED_STEPS
 from lavis_uniadapter.runners.run_checkpoints import LATEST
@@ -93,6 +93,32 @@ def test_too_many_in_a_row_end_the_run_and_name_the_batch(run, spoil):
     assert len((folder / SKIPPED_STEPS).read_text().splitlines()) == 5
     state = run_checkpoints.read(folder / LATEST)
     assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_an_epoch_of_skipped_steps_shows_no_loss(run, spoil, caplog):
+    """A finite loss whose gradient is not finite is the loss of no step."""
+    spoil({1, 2, 3, 4, 5, 6}, "gradient")
+    with caplog.at_level("INFO"):
+        result = run("shapes_retrieval", *SHORT, "run.max_epoch=2")
+    first, second = run_folders.logged(result.output_dir)
+    assert first["train_skipped_steps"] == len(result.runner.train_loader) == 6
+    assert not [name for name in first if "loss" in name]
+    assert second["train_skipped_steps"] == 0 and second["train_loss"] > 0
+    assert "epoch 1/2: no step was taken" in caplog.text
+    assert "epoch 2/2: loss" in caplog.text
+
+
+@pytest.mark.parametrize("amp", ["null", "fp16"])
+def test_a_run_that_took_no_step_fails(run, spoil, scale, amp):
+    spoil(set(range(1, 100)), "nan" if amp == "null" else "1")
+    scale(2.0**100)
+    options = (f"run.amp={amp}", "run.batch_size_train=2", "run.job_id=one")
+    for more in ((), ("run.resume=auto",)):
+        with pytest.raises(FloatingPointError, match="The run took no step"):
+            run("shapes_retrieval", *options, *more)
+    folder = Path("output/shapes_retrieval/one")
+    assert not run_folders.is_finished(folder)
+    assert not list(folder.glob("result/metrics_test*"))
 
 
 @pytest.fixture

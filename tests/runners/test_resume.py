@@ -18,12 +18,14 @@ from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from tiny_runs import ROOT, TRAIN, held_by_another_process, options_of
 
 from lavis_uniadapter.backbone.build import build_text_encoder, build_visual_encoder
+from lavis_uniadapter.backbone.vision import AdaptedBlock
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
+from lavis_uniadapter.common.signals import EXIT_INTERRUPTED, Interrupted
 from lavis_uniadapter.datasets.loading import BatchLoader
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST, PREVIOUS
 from lavis_uniadapter.runners.runner import RunnerUniAdapter
-from lavis_uniadapter.runners.signals import EXIT_INTERRUPTED, Interrupted
+from lavis_uniadapter.tasks import UniAdapterRetrievalTask
 
 
 class Killed(BaseException):
@@ -232,7 +234,9 @@ def test_the_middle_of_an_epoch_needs_the_same_batches(run, longer):
 # --- signals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 4)])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 4), (signal.SIGHUP, 3)]
+)
 def test_a_signal_saves_the_run(run, whole, number, step, longer):
     """In the middle of accumulated batches the step is finished first."""
     options = (*longer, "run.checkpoint_freq=0")
@@ -245,7 +249,7 @@ def test_a_signal_saves_the_run(run, whole, number, step, longer):
     assert signal.getsignal(number) is before
     folder = Path("output/shapes_retrieval/signalled")
     (state,) = run_checkpoints.read(folder / LATEST)["ranks"]
-    assert state["progress"]["step"] == {1: 2, 4: 4}[step]
+    assert state["progress"]["step"] == {1: 2, 3: 4, 4: 4}[step]
     resumed = run("shapes_retrieval", *options, "run.job_id=signalled", "run.resume=auto")
     assert first_difference(whole()[0], ended(resumed)) is None
 
@@ -259,20 +263,39 @@ def test_a_signal_at_the_last_step_of_an_epoch_saves_it(run, longer):
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (0, 5)
 
 
-def test_a_signal_in_validation_loses_no_step(run, whole, monkeypatch, longer):
-    from lavis_uniadapter.tasks import UniAdapterRetrievalTask
+FORKS: list = []
+os.register_at_fork(before=lambda: FORKS and FORKS.pop()())
 
+
+@pytest.mark.parametrize("where", ["before", "while workers start", "in a layer"])
+def test_a_signal_in_validation_stops_it_and_loses_no_step(run, whole, monkeypatch, longer, where):
     options = (*longer, "run.checkpoint_freq=0")
-    evaluation = UniAdapterRetrievalTask.evaluation
+    evaluation, block = UniAdapterRetrievalTask.evaluation, AdaptedBlock.forward
+    layers = []
+
+    def stop():
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def interrupted(task, model, data_loader, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if where == "before":
+            stop()
+        elif where == "while workers start":
+            FORKS.append(stop)
+        monkeypatch.setattr(AdaptedBlock, "forward", forward_and_stop)
         return evaluation(task, model, data_loader, **kwargs)
+
+    def forward_and_stop(self, *args, **kwargs):
+        layers.append(None)
+        if where == "in a layer":
+            stop()
+        return block(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(UniAdapterRetrievalTask, "evaluation", interrupted)
         with pytest.raises(Interrupted):
             run("shapes_retrieval", *options, "run.job_id=signalled")
+        monkeypatch.setattr(AdaptedBlock, "forward", block)
+    assert len(layers) == (where == "in a layer")
     folder = Path("output/shapes_retrieval/signalled")
     (state,) = run_checkpoints.read(folder / LATEST)["ranks"]
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (0, 5)
@@ -419,23 +442,3 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path):
         launch.run(
             TRAIN / "shapes_retrieval.yaml", ["run.resume=auto", f"run.resume_ckpt_path={path}"]
         )
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"run": []}', '{"run": ', '{"run": {}}'])
-def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
-    folder = tmp_path / "other"
-    folder.mkdir()
-    (folder / run_folders.CONFIG).write_text(content)
-    (folder / "checkpoint_1.pth").touch()
-    config = {"datasets": {}, "model": {}, "run": {}}
-    assert run_folders.find_unfinished_run(tmp_path, config) is None
-
-
-def test_what_a_killed_save_of_an_adapter_leaves_is_put_in_order(tmp_path):
-    for name in (".adapter_best.1a.old", ".adapter_latest.2b.old", ".adapter_latest.2b.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    (tmp_path / "adapter_latest").mkdir()
-    run_checkpoints.clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_best", "adapter_latest"]
-    assert [path.name for path in (tmp_path / "adapter_best").iterdir()] == [".adapter_best.1a.old"]

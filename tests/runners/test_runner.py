@@ -15,14 +15,12 @@ from omegaconf import OmegaConf
 from tiny_runs import ROOT, TINY_CLIPS, TINY_RUN, TRAIN
 
 from lavis_uniadapter.checkpoints.adapter_files import TENSORS
-from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.host_copy import HostCopy
 from lavis_uniadapter.datasets.loading import Batch
 from lavis_uniadapter.runners import epoch, launch, run_checkpoints, runner
 from lavis_uniadapter.runners.epoch import EpochProgress
 from lavis_uniadapter.runners.run_checkpoints import BEST, LATEST
-from lavis_uniadapter.runners.run_folders import choose_folder
 from lavis_uniadapter.runners.runner import BEST_ADAPTER, RunnerUniAdapter
 from uniadapter_cli.main import main
 
@@ -237,13 +235,6 @@ def test_lavis_own_task_runs_on_our_runner(run, tmp_path):
     assert {"txt_r1", "img_r1"} <= set(result.metrics["test"])
 
 
-def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = load_config(TRAIN / "shapes_retrieval.yaml").to_dict()
-    folders = {choose_folder(config)[0] for _ in range(3)}
-    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
-
-
 @pytest.mark.parametrize("tear", ["cut", "empty"])
 def test_torn_checkpoint_is_refused(run, tear, tmp_path):
     path = tmp_path / "torn.pth"
@@ -311,6 +302,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         assert status == 2
         assert "Traceback" not in captured.err
         assert "epoch 1" not in captured.out
+        assert not (tmp_path / "output").exists()
         return captured.err
 
     return attempt

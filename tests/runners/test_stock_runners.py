@@ -85,6 +85,7 @@ def test_trains_validates_keeps_the_best_and_tests_it(stock, run, tmp_path):
     for evaluate in (stock, run):
         again = evaluate("shapes_retrieval", tested, evaluate=True)
         assert again.metrics == result.metrics
+        assert run_folders.is_finished(again.output_dir)
 
 
 def model_state(runner, names) -> dict:
@@ -173,6 +174,32 @@ def test_a_checkpoint_without_its_queue_resumes_in_neither_runner(stock, run):
     for start in (stock, run):
         with pytest.raises(CheckpointError, match="missing: queue_ptr"):
             start("shapes_retrieval", f"run.resume_ckpt_path={path}")
+
+
+def test_a_run_without_a_best_epoch_says_so_and_keeps_the_last(stock, monkeypatch):
+    """LAVIS saves an epoch only if ``agg_metrics`` is above 0."""
+    after_evaluation = UniAdapterRetrievalTask.after_evaluation
+
+    def nothing_found(task, *args, **kwargs):
+        return {**after_evaluation(task, *args, **kwargs), "agg_metrics": 0.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UniAdapterRetrievalTask, "after_evaluation", nothing_found)
+        with pytest.raises(CheckpointError, match="agg_metrics of 'val' is above 0") as error:
+            stock("shapes_retrieval", "run.job_id=none")
+    last = Path("output/shapes_retrieval/none/checkpoint_1.pth").resolve()
+    assert f"uniadapter evaluate RECIPE run.resume_ckpt_path={last}" in str(error.value)
+    tested = stock("shapes_retrieval", f"run.resume_ckpt_path={last}", evaluate=True)
+    assert "t2v_r1" in tested.metrics["test"]
+
+
+def test_a_complete_run_without_validation_has_nothing_to_train(stock):
+    options = ("run.valid_splits=[]", "run.test_splits=[]", "run.job_id=one", "run.max_epoch=1")
+    stock("shapes_retrieval", *options)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint_0.pth' is of the last epoch\. .*evaluate"
+    ):
+        stock("shapes_retrieval", *options, "run.resume=auto")
 
 
 # --- what LAVIS's runners skip or misread -------------------------------------------------------

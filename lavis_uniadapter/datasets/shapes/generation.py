@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lavis_uniadapter.common.atomic import no_empty_folders
 from lavis_uniadapter.common.schema.shapes import Clips, Stills
-from lavis_uniadapter.datasets.records import SPLITS
+from lavis_uniadapter.datasets.records import SPLITS, DatasetError
 from lavis_uniadapter.datasets.shapes.contents import (
     ANSWERS,
     CLIP_TEMPLATES,
@@ -45,21 +46,27 @@ def ensure_generated(options: Stills, folder: Path) -> None:
 
     Raises:
         FileExistsError: `folder` holds something else, or data of other options.
+        DatasetError: `folder` cannot be written.
     """
     if _holds(options, folder):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Drawn next to its place and moved there in one step: a killed generation leaves no folder
     # that could be taken for a finished one.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workplace:
-        unfinished = Path(workplace) / folder.name
-        _generate(options, unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            # Another process may have been faster; its result is as good as ours.
-            if not _holds(options, folder):
-                raise
+    place = folder.parent
+    try:
+        with no_empty_folders(place):
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=place) as workplace:
+                unfinished = Path(workplace) / folder.name
+                _generate(options, unfinished)
+                os.rename(unfinished, folder)
+    except OSError as error:
+        # Another process may have been faster; its result is as good as ours.
+        if not _holds(options, folder):
+            raise DatasetError(
+                f"The shapes data set cannot be written to '{folder}': {error.strerror or error}. "
+                "Set run.cache_root to another folder."
+            ) from error
 
 
 def _generate(options: Stills, folder: Path) -> None:

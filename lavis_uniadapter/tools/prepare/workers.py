@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, TimeoutError, as_completed
 from functools import partial
+from multiprocessing import forkserver
 from typing import TypeVar
 
 import torch
@@ -32,6 +33,7 @@ def examine_isolated(
     context = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:  # imports LAVIS once, not in every worker
         context.set_forkserver_preload([__name__, getattr(examine, "func", examine).__module__])
+        _start_server_silently()
     # Files whose process died are examined again, each in a new process, as an earlier file may
     # have damaged the first one.
     for tasks_per_process in (0, 1):  # 0: any number
@@ -63,9 +65,22 @@ def examine_isolated(
         files = died
 
 
-def _prepare_worker() -> None:
+def _start_server_silently() -> None:
+    # Ctrl-C reaches it too, and it would print a traceback of what it was importing.
+    error = os.dup(2)
+    _silence()
+    forkserver.ensure_running()
+    os.dup2(error, 2)
+    os.close(error)
+
+
+def _silence() -> None:
     # What decoders print would break the progress bar.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _prepare_worker() -> None:
+    _silence()
     torch.set_num_threads(1)  # the workers share the cores
 
 
