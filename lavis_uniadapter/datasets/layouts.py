@@ -19,7 +19,7 @@ from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from pydantic import Field, create_model
 
-from lavis_uniadapter.datasets.image_qa import ImageQADataset
+from lavis_uniadapter.datasets import own_images
 from lavis_uniadapter.datasets.records import (
     FileName,
     Place,
@@ -136,7 +136,7 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
     video_caption.VideoCaptionDataset: layout("video", caption=Caption, image_id=Identifier),
     video_caption.VideoCaptionEvalDataset: layout("video", caption=References, image_id=Identifier),
     VideoQADataset: layout("video", unique=("question_id",), **_QUESTION),
-    ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
+    own_images.ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
     coco_vqa.COCOVQADataset: layout("image", question=Text, answer=Texts),
     coco_vqa.COCOVQAEvalDataset: layout(
         "image",
@@ -154,14 +154,14 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
 
 # For training and evaluation, of this package's own datasets, by task and data_type.
 DATASET_CLASSES: dict[tuple[str, str], tuple[type, type]] = {
-    ("retrieval", "images"): (retrieval.RetrievalDataset, retrieval.RetrievalEvalDataset),
+    ("retrieval", "images"): (own_images.OwnRetrievalDataset, own_images.OwnRetrievalEvalDataset),
     ("retrieval", "videos"): (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
-    ("caption", "images"): (caption.CaptionDataset, caption.CaptionEvalDataset),
+    ("caption", "images"): (own_images.OwnCaptionDataset, own_images.OwnCaptionEvalDataset),
     ("caption", "videos"): (
         video_caption.VideoCaptionDataset,
         video_caption.VideoCaptionEvalDataset,
     ),
-    ("qa", "images"): (ImageQADataset, ImageQADataset),
+    ("qa", "images"): (own_images.ImageQADataset, own_images.ImageQADataset),
     ("qa", "videos"): (VideoQADataset, VideoQADataset),
 }
 

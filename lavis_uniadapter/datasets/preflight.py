@@ -31,7 +31,11 @@ from lavis_uniadapter.datasets.records import (
     load_json,
     raise_if_any,
 )
-from lavis_uniadapter.processors.decoding import frames_problem, image_problem
+from lavis_uniadapter.processors.decoding import (
+    frames_problem,
+    image_problem,
+    visual_problem,
+)
 from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
@@ -151,7 +155,11 @@ def check_dataset(dataset: BaseDataset, split: str, files: bool = True) -> dict[
     check = partial(image_problem, whole=False)
     if layout.visual_key == "video":
         check = partial(_clip_problem, processor=dataset.vis_processor, train=split == "train")
-    return files_with_problems(check, paths, f"{split} {layout.visual_key}s")
+    may_open = partial(
+        visual_problem, folder=dataset.vis_root, is_video=layout.visual_key == "video"
+    )
+    what = f"{split} {layout.visual_key}s"
+    return files_with_problems(lambda path: may_open(path) or check(path), paths, what)
 
 
 def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
@@ -196,4 +204,7 @@ def _clip_problem(path: str, processor: object, train: bool) -> str | None:
 
     # LAVIS's own processors read no extracted frames
     reads_frames = not isinstance(processor, AlproVideoBaseProcessor)
-    return frames_problem(clip_file(path) if reads_frames else path, last_sampled)
+    if reads_frames and clip_file(path) != path and n_frms is not None:
+        size = processor.options.image_size
+        return frames_problem(clip_file(path), partial(sample_frame_indices, n_frms=n_frms), size)
+    return frames_problem(path, last_sampled)

@@ -37,17 +37,13 @@ def is_video(path: str | os.PathLike) -> bool:
 def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Images and videos below a folder: path relative to the root (with ``/``), and file status.
 
-    Hidden files and folders are skipped. Links to folders are not followed; links to files are, if
-    they stay below the root.
+    Hidden files and folders are skipped. Links to folders are not followed; links to files are.
     """
-    inside = os.path.realpath(root) + os.sep
     for folder, subfolders, names in os.walk(scope):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in MEDIA_EXTENSIONS:
-                continue
-            if path.is_symlink() and not os.path.realpath(path).startswith(inside):
                 continue
             if path.is_file():
                 yield path.relative_to(root).as_posix(), path.stat()
