@@ -6,17 +6,22 @@ The benchmarks keep LAVIS's classes, as the published numbers were obtained with
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from lavis.datasets.datasets.caption_datasets import CaptionDataset, CaptionEvalDataset
 from lavis.datasets.datasets.retrieval_datasets import RetrievalDataset, RetrievalEvalDataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
+from PIL import Image
 
 from lavis_uniadapter.processors.images import read_image
 
 
 class OwnImages:
     """Reads the image of a record."""
+
+    vis_processor: Callable[[Image.Image], Any]
+    vis_root: str
 
     def _image(self, record: dict[str, Any]) -> Any:
         return self.vis_processor(read_image(os.path.join(self.vis_root, record["image"])))

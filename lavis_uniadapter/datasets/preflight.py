@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
@@ -194,7 +195,7 @@ def last_frame(num_frames: int) -> list[int]:
     return [num_frames - 1]
 
 
-def _clip_problem(path: str, processor: object, train: bool) -> str | None:
+def _clip_problem(path: str, processor: Any, train: bool) -> str | None:
     n_frms = getattr(processor, "n_frms", None)
 
     def last_sampled(num_frames: int) -> list[int]:

@@ -25,6 +25,7 @@ from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import images_read_whole, visual_problem
+from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.processors.media_files import is_machine_fault
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
@@ -202,15 +203,15 @@ def describe_item(dataset: Dataset, index: int) -> dict[str, Any]:
 
 
 def file_problem_of(dataset: Dataset, index: int) -> str | None:
-    """Say why the visual file of an item must not be opened, or None.
-
-    This package's own readers ask too; LAVIS's open anything.
-    """
+    """Say why the visual file of an item must not be opened, or None; LAVIS opens anything."""
     part, about = _record_of(dataset, index)
     name = about.get("video", about.get("image"))
     if name is None or not hasattr(part, "vis_root"):
         return None
-    return visual_problem(os.path.join(part.vis_root, name), part.vis_root, "video" in about)
+    path = os.path.join(part.vis_root, name)
+    if not os.path.lexists(clip_file(path)):  # some of LAVIS's records name part of a file's name
+        return None
+    return visual_problem(path, part.vis_root, "video" in about)
 
 
 def _record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
 import decord.logging
 import torch
@@ -92,6 +93,8 @@ def open_video(path: str, image_size: int) -> VideoReader:
     """Open a video whose frames are scaled to a square while they are decoded; -1: not scaled."""
     if reason := file_problem(path, VIDEO_FORMATS):
         raise ValueError(reason)
+    if "%" in path and os.path.splitext(path)[1].lower() not in VIDEO_EXTENSIONS:
+        raise ValueError("FFmpeg may take its name for a pattern of image files; remove the %")
     with _OPENING, _messages_logged():
         # FFmpeg prints a line for each damaged block; OpenCV's, which is the same library to the
         # linker, resets this
@@ -105,7 +108,7 @@ def open_video(path: str, image_size: int) -> VideoReader:
 def _messages_logged() -> Iterator[None]:
     """Log what decord prints when it fails to open a file; it has no option for that."""
     console = os.dup(2)
-    with tempfile.TemporaryFile() as printed:
+    with _file_in_memory() as printed:
         os.dup2(printed.fileno(), 2)
         try:
             yield
@@ -119,6 +122,13 @@ def _messages_logged() -> Iterator[None]:
                 else:  # another thread's
                     os.write(console, line)
             os.close(console)
+
+
+def _file_in_memory() -> IO[bytes]:
+    # a full disk must not matter
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("printed"), "w+b")
+    return tempfile.TemporaryFile()  # on other systems than Linux
 
 
 def read_frames(reader: VideoReader, indices: Sequence[int]) -> Tensor:
@@ -176,10 +186,8 @@ def frames_problem(path: str, choose: ChooseFrames, image_size: int = _PROBE_SIZ
         while len(indices) > _PROBED_AT_ONCE:
             del indices[:_PROBED_AT_ONCE]
             decode_file(path, lambda num_frames: indices[:_PROBED_AT_ONCE], image_size)
-    except VideoDecodeError as error:
-        return error.reason
-    except PermissionError as error:
-        return f"the file cannot be read ({error.strerror})"
+    except (VideoDecodeError, PermissionError) as error:
+        return getattr(error, "reason", str(error))
     return None
 
 
@@ -199,8 +207,6 @@ def image_problem(path: str, whole: bool) -> str | None:
                     image.convert("RGB")
     except MemoryError:
         raise
-    except PermissionError as error:
-        return f"the file cannot be read ({error.strerror})"
     except Exception as error:  # each of Pillow's many decoders raises its own
         return f"it cannot be read as an image ({error})"
     return None

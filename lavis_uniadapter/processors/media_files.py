@@ -45,7 +45,7 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
         formats: how its content must begin; None: anyhow.
 
     Raises:
-        OSError: for a fault of the machine (`is_machine_fault`).
+        OSError: a fault of the machine (`is_machine_fault`).
     """
     if not os.path.lexists(path):
         return "there is no such file"
@@ -90,7 +90,6 @@ def link_problem(path: str | os.PathLike, folder: str | os.PathLike) -> str | No
 
 def is_machine_fault(error: BaseException) -> bool:
     """Whether an error says nothing about the file that was read: memory, permissions, limits."""
-    limits = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-    return (
-        isinstance(error, (MemoryError, PermissionError)) or getattr(error, "errno", None) in limits
-    )
+    if isinstance(error, (MemoryError, PermissionError)):
+        return True
+    return getattr(error, "errno", None) in (errno.ENOMEM, errno.EMFILE, errno.ENFILE)

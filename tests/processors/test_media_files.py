@@ -88,6 +88,21 @@ def test_playlists_are_refused_by_every_reader_before_a_decoder_opens_them(
     assert re.search(REFUSED, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["f%d.png", "f%d.tga"])
+def test_a_name_that_is_a_pattern_of_image_files_is_refused(tmp_path, name):
+    """FFmpeg takes what the pattern names in place of the file."""
+    write_video(tmp_path / "f%d.mp4").rename(tmp_path / name)
+    for number in range(1, 6):
+        Image.new("RGB", (64, 64)).save(tmp_path / name.replace("%d", str(number)))
+    assert len(VideoReader(str(tmp_path / name))) == 5
+    with pytest.raises(VideoDecodeError, match="a pattern of image files"):
+        decode_frames(tmp_path / name, range, 32)
+
+
+def test_a_video_may_have_a_percent_sign_in_its_name(tmp_path):
+    assert len(decode_frames(write_video(tmp_path / "100%d.mp4"), range, 32)) == 20
+
+
 @pytest.mark.parametrize("processor", [BlipVideoEvalProcessor, AlproVideoEvalProcessor])
 def test_datasets_refuse_playlists_whatever_their_processor(tmp_path, outside, processor):
     (tmp_path / "p.mp4").write_text(hls(outside))
