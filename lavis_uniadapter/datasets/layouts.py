@@ -19,7 +19,13 @@ from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from pydantic import Field, create_model
 
-from lavis_uniadapter.datasets import own_images
+from lavis_uniadapter.datasets.own_images import (
+    ImageQADataset,
+    OwnCaptionDataset,
+    OwnCaptionEvalDataset,
+    OwnRetrievalDataset,
+    OwnRetrievalEvalDataset,
+)
 from lavis_uniadapter.datasets.records import (
     FileName,
     Place,
@@ -136,7 +142,7 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
     video_caption.VideoCaptionDataset: layout("video", caption=Caption, image_id=Identifier),
     video_caption.VideoCaptionEvalDataset: layout("video", caption=References, image_id=Identifier),
     VideoQADataset: layout("video", unique=("question_id",), **_QUESTION),
-    own_images.ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
+    ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
     coco_vqa.COCOVQADataset: layout("image", question=Text, answer=Texts),
     coco_vqa.COCOVQAEvalDataset: layout(
         "image",
@@ -154,14 +160,14 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
 
 # For training and evaluation, of this package's own datasets, by task and data_type.
 DATASET_CLASSES: dict[tuple[str, str], tuple[type, type]] = {
-    ("retrieval", "images"): (own_images.OwnRetrievalDataset, own_images.OwnRetrievalEvalDataset),
+    ("retrieval", "images"): (OwnRetrievalDataset, OwnRetrievalEvalDataset),
     ("retrieval", "videos"): (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
-    ("caption", "images"): (own_images.OwnCaptionDataset, own_images.OwnCaptionEvalDataset),
+    ("caption", "images"): (OwnCaptionDataset, OwnCaptionEvalDataset),
     ("caption", "videos"): (
         video_caption.VideoCaptionDataset,
         video_caption.VideoCaptionEvalDataset,
     ),
-    ("qa", "images"): (own_images.ImageQADataset, own_images.ImageQADataset),
+    ("qa", "images"): (ImageQADataset, ImageQADataset),
     ("qa", "videos"): (VideoQADataset, VideoQADataset),
 }
 

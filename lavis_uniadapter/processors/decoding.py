@@ -199,12 +199,11 @@ def image_problem(path: str, whole: bool) -> str | None:
     try:
         if problem := file_problem(path, IMAGE_FORMATS):
             return problem
-        with Image.open(path) as image:
+        with images_read_whole(), Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 return f"it has {image.width} x {image.height} pixels, too many to read"
             if whole:
-                with images_read_whole():
-                    image.convert("RGB")
+                image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # each of Pillow's many decoders raises its own

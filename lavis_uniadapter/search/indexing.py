@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from lavis_uniadapter.common.distributed import gather
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.search.engine import Engine
 from lavis_uniadapter.search.manifest import (
     IndexedFile,
@@ -126,10 +125,6 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
         escaped = os.fsencode(path).decode("utf-8", "backslashreplace")
         unreadable[escaped] = "its name is not UTF-8; rename the file"
         del present[path]
-    for path in [path for path in present if (root / path).is_symlink()]:
-        if problem := link_problem(root / path, root):
-            unreadable[path] = problem
-            del present[path]
     files = []
     for path, status in present.items():
         now = IndexedFile(path, status.st_size, status.st_mtime_ns)

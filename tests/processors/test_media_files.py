@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,6 +22,7 @@ from PIL import Image
 from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.datasets.preflight import check_dataset
 from lavis_uniadapter.datasets.reading import EvaluationItems
+from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors import decoding
 from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames, image_problem
 from lavis_uniadapter.processors.images import ImageError, read_image
@@ -29,6 +31,7 @@ from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.search.reading import read_segments
 from lavis_uniadapter.tools.prepare import check
 from lavis_uniadapter.tools.prepare.command import main
+from lavis_uniadapter.tools.prepare.videos import usable_videos
 
 REFUSED = "it cannot be read as a video: its content, .* is in no known format"
 
@@ -221,6 +224,15 @@ def test_prepare_refuses_links_that_leave(linked, capsys, monkeypatch):
     monkeypatch.setenv(FOLLOW_LINKS, "1")
     assert main(frames) == 0
     assert main(["check", str(linked)]) == 0
+
+
+def test_videos_of_a_benchmark_may_not_be_links_that_leave(linked, monkeypatch):
+    split = SimpleNamespace(name="test", captions={"leaves.mp4": ["x"], "stays.mp4": ["y"]})
+    with pytest.raises(DatasetError, match="leaves.mp4: it is reached by a link") as refused:
+        usable_videos([split], linked, skip_missing=False)
+    assert "1 of 2 videos" in str(refused.value)
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
+    assert len(usable_videos([split], linked, skip_missing=False)) == 2
 
 
 def test_a_folder_of_a_similar_name_is_another(tmp_path):
