@@ -13,6 +13,7 @@ from clips import write_clip
 from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from PIL import Image
 
+from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import frames_problem, image_problem
@@ -28,6 +29,11 @@ FAULTS = (
     PermissionError(errno.EACCES, "Permission denied"),
     OSError(errno.EMFILE, "Too many open files"),
 )
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0.0)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from lavis.processors.alpro_processors import AlproVideoEvalProcessor
 from PIL import Image
 
 from lavis_uniadapter.common.schema.processors import VideoEval
+from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.preflight import check_dataset
 from lavis_uniadapter.datasets.reading import EvaluationItems
 from lavis_uniadapter.datasets.records import DatasetError
@@ -44,6 +45,11 @@ def write_video(path, codec="mp4v"):
         writer.write(np.full((64, 64, 3), 10 * value, np.uint8))
     writer.release()
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0.0)
 
 
 @pytest.fixture(scope="module")
