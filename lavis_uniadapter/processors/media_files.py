@@ -1,8 +1,8 @@
 """What must hold of a media file before a decoder opens it.
 
 FFmpeg, inside decord, goes by content, not by name: a playlist (HLS, DASH, concat, SDP) that is
-named like a video makes it open other files and addresses. Pillow runs programs for some formats.
-So a file must begin like one of the formats below, which hold their pictures themselves.
+named like a video makes it open other files and addresses. So a video must begin like one of the
+formats below, which hold their frames themselves. For PostScript, Pillow runs another program.
 """
 
 from __future__ import annotations
@@ -24,16 +24,8 @@ VIDEO_FORMATS = re.compile(
     rb"|(.{4})?G(.{187}|.{191})G(.{187}|.{191})G",  # MPEG transport stream, M2TS
     re.DOTALL,
 )
-IMAGE_FORMATS = re.compile(
-    rb"\xff\xd8\xff"  # JPEG
-    rb"|\x89PNG\r\n\x1a\n"
-    rb"|GIF8[79]a|BM|P[1-6]\s"  # GIF, BMP, PBM, PGM, PPM
-    rb"|II[*+]\0|MM\0[*+]"  # TIFF
-    rb"|RIFF.{4}WEBP"
-    rb"|.{4}ftyp(avif|avis)"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51",  # JPEG 2000
-    re.DOTALL,
-)
+# all that Pillow knows but PostScript
+IMAGE_FORMATS = re.compile(rb"(?!%!PS|\xc5\xd0\xd3\xc6)")
 _HEAD = 512  # bytes that show the format
 
 
@@ -42,7 +34,7 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
 
     Args:
         path: of the file.
-        formats: how its content must begin; None: anyhow.
+        formats: what its content must begin with.
 
     Raises:
         OSError: a fault of the machine (`is_machine_fault`).
@@ -68,7 +60,7 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
         kind = "a video" if formats is VIDEO_FORMATS else "an image"
         return (
             f"it cannot be read as {kind}: its content, {head[:12]!r}..., is in no known format "
-            "(playlists and other files that refer to files are not opened)"
+            "(playlists and PostScript can refer to other files and are not opened)"
         )
     return None
 

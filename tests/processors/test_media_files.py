@@ -90,7 +90,7 @@ def test_playlists_are_refused_by_every_reader_before_a_decoder_opens_them(
     path.write_text(PLAYLISTS[kind](outside))
     with pytest.raises(VideoDecodeError, match=REFUSED) as caught:
         BlipVideoEvalProcessor(image_size=32)(str(path))
-    assert str(path) in str(caught.value) and "refer to files" in str(caught.value)
+    assert str(path) in str(caught.value) and "refer to other files" in str(caught.value)
     with pytest.raises(VideoDecodeError, match=REFUSED):
         list(read_segments(path, 10.0, VideoEval(image_size=32)))
     assert main(["frames", "--videos", str(path.parent)]) == 2
@@ -139,8 +139,8 @@ def test_videos_in_every_container_are_read(tmp_path, name, codec):
     assert len(decode_frames(video, range, 32)) == 20
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"])
-def test_images_of_every_format_are_read(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "TGA"])
+def test_images_of_all_other_formats_are_read(tmp_path, kind):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", kind)
     assert read_image(tmp_path / "a.jpg").size == (8, 8)
     assert image_problem(str(tmp_path / "a.jpg"), whole=True) is None

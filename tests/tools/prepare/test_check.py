@@ -103,7 +103,7 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         "videos/folder.mp4": "it is a folder",
         "videos/pipe.mp4": "it is no regular file",
         "images/cut.png": "cannot be read as an image (image file is truncated",
-        "images/text.jpg": "cannot be read as an image: its content, b'",
+        "images/text.jpg": "cannot be read as an image (cannot identify image file",
     }
     assert status == 1
     assert set(wrong) == set(expected)
