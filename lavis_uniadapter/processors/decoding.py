@@ -76,6 +76,7 @@ def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int
 
     Raises:
         VideoDecodeError: a frame cannot be decoded.
+        PermissionError, MemoryError: the machine is at fault, not the file.
     """
     return decode_file(clip_file(path), choose, image_size)
 

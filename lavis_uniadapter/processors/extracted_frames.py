@@ -45,7 +45,6 @@ class About(BaseModel):
         num_frames: in the archive.
         image_size: their height and width, in pixels.
         source_frames: frames of the video.
-        quality: of the JPEG pictures.
         video: `video_state` of the video before it was decoded.
     """
 
@@ -53,7 +52,6 @@ class About(BaseModel):
     num_frames: PositiveInt
     image_size: PositiveInt
     source_frames: PositiveInt
-    quality: int
     video: tuple[int, int, str]
 
     def is_of(self, path: str | os.PathLike) -> bool:
@@ -131,7 +129,6 @@ def write_extracted_frames(
         num_frames=len(frames),
         image_size=frames.shape[1],
         source_frames=source_frames,
-        quality=JPEG_QUALITY,
         video=video,
     )
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:

@@ -158,10 +158,7 @@ def test_published_names_become_files_of_the_folder_alone(folder, name, capsys):
 
 
 def write_archive(path, method=zipfile.ZIP_STORED, **members):
-    about = (
-        b'{"num_frames": 1, "image_size": 32, "source_frames": 1, "quality": 95, '
-        b'"video": [1, 1, ""]}'
-    )
+    about = b'{"num_frames": 1, "image_size": 32, "source_frames": 1, "video": [1, 1, ""]}'
     members = {"about": about, "picture": jpeg(32, 32), **members}
     with zipfile.ZipFile(f"{path}{EXTRACTED_SUFFIX}", "w", method) as archive:
         archive.writestr("about.json", members["about"])
