@@ -205,7 +205,7 @@ def _clip_problem(path: str, processor: Any, train: bool) -> str | None:
 
     # LAVIS's own processors read no extracted frames
     reads_frames = not isinstance(processor, AlproVideoBaseProcessor)
-    if reads_frames and clip_file(path) != path and hasattr(processor, "options"):
+    if n_frms and reads_frames and clip_file(path) != path and hasattr(processor, "options"):
         size = processor.options.image_size
         return frames_problem(clip_file(path), partial(sample_frame_indices, n_frms=n_frms), size)
     return frames_problem(path, last_sampled)
