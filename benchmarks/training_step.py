@@ -111,7 +111,6 @@ def batch_of(number: int, frames: int, device: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     video = torch.randn(number, 3, frames, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     return {
-        "video": video.to(device),
         "image": video.to(device),  # where LAVIS looks
         "text_input": random_captions(number, 0),
         "image_id": torch.arange(number, device=device),

@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("uniadapter_cli.compare:main", "compare tuning methods"),
     "prepare": ("lavis_uniadapter.tools.prepare.command:main", "prepare and check data"),
     "search": ("uniadapter_cli.search:main", "search your own images and clips"),
+    "predict": ("uniadapter_cli.predict:main", "caption, answer or match your own files"),
     "doctor": ("uniadapter_cli.doctor:main", "check this environment"),
     "demo": ("uniadapter_cli.runs:demo", "adapt a small BLIP to video in minutes"),
     "ls": ("uniadapter_cli.listing:ls", "list recipes, model types and datasets"),

@@ -5,7 +5,6 @@ The bank owns every adapter parameter, once, in named sets of which one is activ
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +21,10 @@ class BackboneGeometry:
     Attributes:
         memory_widths: width of what each encoder with cross-attention attends to, by its name.
         text_mode: whether the model ever encodes text alone.
-        modules: those of all encoders and the transform before the vocabulary, by path, each with
-            what equal parts of its output are (LAVIS's ViT has query, key and value in one): query,
-            key, value, attention_output, ffn_in, ffn_out or word_transform.
+        modules: those of all encoders and the transform before the vocabulary, by path with
+            slashes for dots, each with what equal parts of its output are (LAVIS's ViT has query,
+            key and value in one): query, key, value, attention_output, ffn_in, ffn_out or
+            word_transform.
     """
 
     visual_width: int
@@ -40,13 +40,14 @@ class AdapterSet(nn.Module):
     """All that one tuned task owns: adapters by layer, key/value adapters, heads.
 
     A tuning method is a subclass with a ``build``. A method that adds modules beside the FFNs
-    overrides ``layer``. One that changes modules of the backbone fills ``deltas``, by the
-    ``delta_key`` of the module: a delta maps the module's input and output to a new output, and its
-    ``fold_into`` changes the module itself to that effect.
+    overrides ``layer``. One that changes modules of the backbone fills ``deltas``, by path: a delta
+    maps the module's input and output to a new output, and its ``fold_into`` changes the module
+    itself to that effect.
     """
 
     KIND = "adapters"  # name of the parameters that are neither heads nor key/value adapters
     frame_aware = False  # whether matching weighs the frames of a video (PFA)
+    _hashed: tuple[int | None, str] = None, ""  # of TunedBlip.adapter_state
 
     def __init__(
         self, heads: Mapping[str, nn.Module], config: MethodConfig, geometry: BackboneGeometry
@@ -58,11 +59,10 @@ class AdapterSet(nn.Module):
         self.build(config, geometry)
 
     def build(self, config: Any, geometry: BackboneGeometry) -> None:
-        """Create the modules of the method."""
         raise NotImplementedError
 
     def layer(self, encoder: str, index: int) -> nn.Module | None:
-        """The adapter of a layer of the ``visual`` or ``text`` encoder, or None."""
+        """The adapter of a layer of the ``visual`` or ``text`` encoder."""
         return None
 
     def layer_parameters(self) -> Iterator[nn.Parameter]:
@@ -70,16 +70,6 @@ class AdapterSet(nn.Module):
         for name, module in self.named_children():
             if name not in ("heads", "key_value"):
                 yield from module.parameters()
-
-
-def delta_key(path: str) -> str:
-    """A module's path as a key of an nn.ModuleDict, which must not contain a dot."""
-    return path.replace(".", "/")
-
-
-def delta_path(key: str) -> str:
-    """Inverse of ``delta_key``."""
-    return key.replace("/", ".")
 
 
 class AdapterBank(nn.ModuleDict):
@@ -95,41 +85,28 @@ class AdapterBank(nn.ModuleDict):
         self.active: str | None = None
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise KeyError(f"No adapter is named '{name}'. Loaded: {', '.join(self) or 'none'}.")
         return super().__getitem__(name)
 
     def check_name(self, name: str) -> None:
         """KeyError for a name that cannot be part of a state dict's keys."""
-        if not name or "." in name or (name not in self and hasattr(self, name)):
+        unusable = not isinstance(name, str) or not name or "." in name
+        if unusable or (name not in self and hasattr(self, name)):
             raise KeyError(
                 f"An adapter cannot be named '{name}'. A name is not empty, has no dot, and is no "
                 "attribute of the bank, as 'active' and 'layer' are. Choose another name."
             )
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
-        """Add a set; the first becomes active. KeyError for a name that cannot be one."""
+        """Add a set; the first becomes active."""
         self.check_name(name)
         self[name] = adapter_set
         self.active = self.active or name
 
-    def activate(self, name: str) -> None:
-        """Make a set the active one; KeyError if there is no such set."""
-        self[name]
-        self.active = name
-
     @property
     def active_set(self) -> AdapterSet | None:
         return None if self.active is None else self[self.active]
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Deactivate all sets inside; restore the active one afterwards."""
-        before, self.active = self.active, None
-        try:
-            yield
-        finally:
-            self.active = before
 
     # --- what the backbone looks up -------------------------------------------------------------
 
@@ -143,13 +120,13 @@ class AdapterBank(nn.ModuleDict):
         return 0 if adapter is None else getattr(adapter, branch)(*states)
 
     def key_value(self, encoder: str) -> Any:
-        """The active ``key`` and ``value`` adapters of a text encoder, by its name, or None."""
+        """The active ``key`` and ``value`` adapters of a text encoder; empty without any."""
         active = self.active_set
-        if active is None or encoder not in active.key_value:
-            return None
-        return active.key_value[encoder]
+        return (
+            {} if active is None or encoder not in active.key_value else active.key_value[encoder]
+        )
 
     def delta(self, key: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """Apply the active set's delta of a module, as the module's forward hook."""
+        """The active set's delta of a module, as its forward hook."""
         active = self.active_set
         return output if active is None else active.deltas[key](inputs[0], output)

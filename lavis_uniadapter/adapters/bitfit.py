@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
@@ -38,4 +38,4 @@ class BitFitSet(AdapterSet):
         for path, (module, roles) in geometry.modules.items():
             # A bias of keys adds the same to all logits of a query and cannot matter.
             if getattr(module, "bias", None) is not None and roles != ("key",):
-                self.deltas[delta_key(path)] = BiasDelta(module)
+                self.deltas[path] = BiasDelta(module)

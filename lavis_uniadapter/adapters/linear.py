@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
 from lavis_uniadapter.common.schema.methods import MethodConfig
 
 
@@ -34,4 +34,4 @@ class LinearSet(AdapterSet):
     def build(self, config: MethodConfig, geometry: BackboneGeometry) -> None:
         for path, (module, roles) in geometry.modules.items():
             if roles == ("word_transform",) and not self.heads:
-                self.deltas[delta_key(path)] = Replacement(module)
+                self.deltas[path] = Replacement(module)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_key
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
 from lavis_uniadapter.common.schema.methods import LoraConfig
 
 
@@ -59,4 +59,4 @@ class LoraSet(AdapterSet):
                     part = slice(i * rows, (i + 1) * rows)
                     delta[role] = LowRank(module.in_features, part, config)
             if delta:
-                self.deltas[delta_key(path)] = delta
+                self.deltas[path] = delta

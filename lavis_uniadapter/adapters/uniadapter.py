@@ -27,9 +27,10 @@ from lavis_uniadapter.common.schema.methods import AdapterConfig, BottleneckConf
 
 
 class UniAdapter(nn.Module):
-    """The adapter of one layer (or of a visual and a textual layer of equal width).
+    """The adapter of one layer, or of a visual and a textual layer of equal width.
 
-    ``branches`` are those that it computes, of ``visual``, ``textual`` and ``cross_modal``.
+    ``branches`` are those that it computes, of ``visual`` (beside a ViT block's FFN), ``textual``
+    and ``cross_modal`` (beside a BERT layer's).
     """
 
     def __init__(
@@ -66,23 +67,20 @@ class UniAdapter(nn.Module):
         return self.scale * up
 
     def visual(self, x: Tensor) -> Tensor:
-        """What a ViT block adds beside its FFN."""
         return self(x, "visual")
 
     def textual(self, a: Tensor) -> Tensor | int:
-        """What a BERT layer adds beside its FFN in text mode, of its self-attention's output."""
         return self(a, "textual") if "textual" in self.branches else 0
 
     def cross_modal(self, a: Tensor, c: Tensor) -> Tensor | int:
-        """What it adds in cross-modal mode, of its self- and its cross-attention's output."""
         residual = self.textual(a) if self.query_residual else 0
         return residual + (self(c, "cross_modal") if "cross_modal" in self.branches else 0)
 
     def init_weights(self, init: str, zero_textual_up: bool) -> None:
         """Draw the initial weights: ``identity`` makes all branches 0.
 
-        ``released`` with ``zero_textual_up`` starts as the authors' retrieval script does (W_down
-        uniform, W_t zero), and without it as their VQA script (all normal).
+        ``released`` starts like the authors' retrieval script with ``zero_textual_up`` (W_down
+        uniform, W_t zero), and like their VQA script without it (all normal).
         """
         released = init == "released"
         has_norm = isinstance(self.norm_cross_modal, nn.LayerNorm)
@@ -113,8 +111,7 @@ class PerBranch(nn.ModuleDict):
 class KeyValueAdapter(nn.Module):
     """``scale (W_up (W_down m + b) + b)``, added to the keys or the values of every layer.
 
-    It is in the authors' released code and not in the paper. ``m`` are the states that
-    cross-attention attends to; ``scale`` is learned and starts at 1.
+    From the authors' released code. ``m`` is what cross-attention attends to; ``scale`` is learned.
     """
 
     def __init__(self, in_width: int, out_width: int, config: AdapterConfig):
@@ -160,9 +157,9 @@ class UniAdapterSet(AdapterSet):
             self.layers.append(layer)
         if config.kv_bottleneck:
             for name, width in geometry.memory_widths.items():
-                parts = [KeyValueAdapter(width, geometry.text_width, config) for _ in range(2)]
+                sizes = width, geometry.text_width
                 self.key_value[name] = nn.ModuleDict(
-                    dict(zip(("key", "value"), parts, strict=True))
+                    {part: KeyValueAdapter(*sizes, config) for part in ("key", "value")}
                 )
 
     def layer(self, encoder: str, index: int) -> nn.Module | None:

@@ -11,7 +11,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry, delta_path
+from lavis_uniadapter.adapters.bank import AdapterSet, BackboneGeometry
 from lavis_uniadapter.backbone.text import AdaptedBertEncoder, AdaptedBertLayer, SdpaCrossAttention
 from lavis_uniadapter.backbone.vision import AdaptedBlock, SdpaAttention
 
@@ -40,7 +40,7 @@ def geometry_of(model: nn.Module) -> BackboneGeometry:
     for path, module in model.named_modules():
         roles = next((roles for end, roles in ROLES.items() if path.endswith(end)), ())
         if path.startswith(ENCODERS) or roles == ("word_transform",):
-            modules[path] = (module, roles)
+            modules[path.replace(".", "/")] = (module, roles)
     return BackboneGeometry(
         visual_width=model.visual_encoder.embed_dim,
         visual_depth=len(model.visual_encoder.blocks),
@@ -57,7 +57,7 @@ def attach_adapters(
 ) -> None:
     """Let every layer of a TunedBlip look up the active adapter of its bank.
 
-    The last so many layers of vision and of text recompute their activations.
+    The given numbers of last layers recompute their activations in the backward pass.
     """
 
     def attach(encoder: str, layers: nn.ModuleList, adapted: type, checkpointed: int) -> None:
@@ -82,6 +82,6 @@ def attach_adapters(
 
 def attach_deltas(model: nn.Module, adapter_set: AdapterSet) -> None:
     """Let the active set change the modules that a set of this kind changes."""
-    for key in adapter_set.deltas:
-        hook = partial(model.adapters.delta, key)
-        model.get_submodule(delta_path(key)).register_forward_hook(hook)
+    for path in adapter_set.deltas:
+        hook = partial(model.adapters.delta, path)
+        model.get_submodule(path.replace("/", ".")).register_forward_hook(hook)

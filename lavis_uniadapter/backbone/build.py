@@ -20,11 +20,7 @@ LARGE = {**BASE, "width": 1024, "depth": 24, "num_heads": 16, "drop_path_rate": 
 def build_visual_encoder(
     vit_type: str, image_size: int, vit: dict | None = None, drop_path_rate: float | None = None
 ) -> VisionTransformerEncoder:
-    """LAVIS's ViT, by the options of the section ``model:``.
-
-    A small ViT trained from scratch may need a larger ``pos_embed_std`` than LAVIS's 0.02 to tell
-    places apart.
-    """
+    """LAVIS's ViT, by the options of the section ``model:``."""
     sizes = dict({"base": BASE, "large": LARGE}.get(vit_type, vit), img_size=image_size)
     width, pos_embed_std = sizes.pop("width"), sizes.pop("pos_embed_std", None)
     if drop_path_rate is not None:
@@ -36,33 +32,21 @@ def build_visual_encoder(
     return encoder
 
 
-def build_text_encoder(med_config: dict | str | Path, encoder_width: int) -> XBertEncoder:
-    """LAVIS's text encoder (MED), whose cross-attention reads states of a width.
-
-    Args:
-        med_config: BERT configuration, as a dict or a JSON file.
-
-    Raises:
-        ConfigError: if the file does not exist.
-    """
+def build_text_encoder(med_config: str, encoder_width: int) -> XBertEncoder:
+    """LAVIS's text encoder (MED) by BERT's JSON file, attending to states of a width."""
     config = _read_med_config(med_config, encoder_width)
     return XBertEncoder(config=config, add_pooling_layer=False)
 
 
-def build_text_decoder(
-    med_config: dict | str | Path, encoder_width: int | None = None
-) -> AdaptedLMHeadDecoder:
-    """LAVIS's text decoder; by default it reads states as wide as its own."""
+def build_text_decoder(med_config: str, encoder_width: int | None = None) -> AdaptedLMHeadDecoder:
+    """LAVIS's text decoder; by default it attends to states as wide as its own."""
     return AdaptedLMHeadDecoder(config=_read_med_config(med_config, encoder_width))
 
 
-def _read_med_config(med_config: dict | str | Path, encoder_width: int | None) -> BertConfig:
-    if isinstance(med_config, dict):
-        config = BertConfig.from_dict(med_config)
-    elif Path(med_config).is_file():
-        config = BertConfig.from_json_file(med_config)
-    else:
+def _read_med_config(med_config: str, encoder_width: int | None) -> BertConfig:
+    if not Path(med_config).is_file():
         raise ConfigError(f"model.med_config_path: no file '{med_config}'.")
+    config = BertConfig.from_json_file(med_config)
     config.encoder_width = encoder_width or config.hidden_size
     config.add_cross_attention = True
     if not hasattr(config, "add_type_embeddings"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from lavis.models.med import (
@@ -63,7 +63,7 @@ class SdpaCrossAttention(BertSelfAttention):
 class AdaptedBertEncoder(BertEncoder):
     """``lavis.models.med.BertEncoder`` whose layers attend to a VisualMemory."""
 
-    key_value_adapters: Callable[[], nn.ModuleDict | None]  # looks up the active ones
+    key_value_adapters: Callable[[], Mapping[str, nn.Module]]  # looks up the active ones
 
     def project(self, states: Tensor, mask: Tensor | None = None) -> VisualMemory:
         """Memory of (items, tokens, width) states, key/value adapters included, as VisualMemory."""
@@ -93,8 +93,8 @@ class WordScores(BertOnlyMLMHead):
 class AdaptedLMHeadDecoder(XBertLMHeadDecoder, GenerationMixin):
     """``lavis.models.med.XBertLMHeadDecoder`` that generates from a VisualMemory.
 
-    The memory is projected once for all steps and beams, and keys and values of earlier tokens are
-    cached. LAVIS's decoder recomputes both at every step.
+    The memory is projected once, and keys and values of earlier tokens are cached; LAVIS recomputes
+    both at every step.
     """
 
     def __init__(self, config):

@@ -14,10 +14,20 @@ def encode_frames(visual_encoder: VisionTransformerEncoder, visual: Tensor) -> T
 
     Returns:
         (batch, frames, tokens, width); an image is a video of one frame.
+
+    Raises:
+        ValueError: for another image size than the encoder's.
     """
     frames = visual.unsqueeze(2) if visual.ndim == 4 else visual
     batch, channels, number, height, width = frames.shape
+    patches = visual_encoder.patch_embed
+    if (height, width) != patches.img_size:
+        raise ValueError(
+            f"The model takes images of {patches.img_size[0]} x {patches.img_size[1]} pixels; got "
+            f"{height} x {width}. Set image_size of the visual processor, or of the model."
+        )
     frames = frames.transpose(1, 2).reshape(batch * number, channels, height, width)
+    frames = frames.to(patches.proj.weight.dtype)
     embeds = visual_encoder.forward_features(frames)
     return embeds.view(batch, number, *embeds.shape[1:])
 

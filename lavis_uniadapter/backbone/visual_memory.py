@@ -11,7 +11,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +29,20 @@ class VisualMemory:
         attentions: the cross-attention of each layer (LAVIS's BertSelfAttention).
         key_value_adapters: ``key`` and ``value``, applied once for all layers.
         mask: additive, broadcastable to (visuals, heads, queries, tokens); frame weights ignore it.
-
-    Attributes:
-        projected: keys and values (visuals, heads, tokens, d) by cross-attention.
     """
 
     def __init__(
         self,
         states: Tensor,
         attentions: Iterable[nn.Module],
-        key_value_adapters: nn.ModuleDict | None,
+        key_value_adapters: Mapping[str, nn.Module],
         mask: Tensor | None,
     ):
         self.states, self.mask = states, mask
         self._layout: PairLayout | None = None
         self._token_weights: Tensor | None = None
-        deltas = [adapter(states) for adapter in (key_value_adapters or {}).values()] or [0, 0]
-        self.projected = {}
+        deltas = [adapter(states) for adapter in key_value_adapters.values()] or [0, 0]
+        self.projected = {}  # keys and values (visuals, heads, tokens, d) by cross-attention
         for attention in attentions:
             projected = attention.key(states) + deltas[0], attention.value(states) + deltas[1]
             # in one piece: matrix products would copy them otherwise
@@ -54,11 +51,9 @@ class VisualMemory:
             )
 
     def pairs(self, visual_index: Tensor, frame_weights: Tensor | None = None) -> VisualMemory:
-        """The same memory as seen by a batch of texts; keys and values stay shared.
+        """The same memory, keys and values shared, for texts paired with (pairs,) visual inputs.
 
-        Args:
-            visual_index: (pairs,) the visual input that each text is paired with.
-            frame_weights: (pairs, frames) factors of the keys of a frame's tokens, but of [CLS].
+        ``frame_weights`` (pairs, frames) are factors of the keys of a frame's tokens, but of [CLS].
         """
         view = copy.copy(self)
         view._layout = PairLayout(visual_index, len(self.states))

@@ -18,6 +18,7 @@ from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dat
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
 from lavis_uniadapter.common.schema.model import ModelSection, RetrievalModel
 from lavis_uniadapter.common.schema.processors import PROCESSORS
+from lavis_uniadapter.common.schema.section import shown
 
 if TYPE_CHECKING:
     from lavis.common.config import Config
@@ -68,6 +69,8 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         reject_unread_keys(given["model"], section.tuning)
         content["model"] = section.model_dump(mode="json")
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
+    for name, section in content["datasets"].items():
+        _check_image_sizes(name, section, content["model"])
     content["run"] = RunSection.read(content["run"], "run").filled_in()
     unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
     if section_cls not in (None, RetrievalModel) and unread:
@@ -188,6 +191,8 @@ def _check_image_sizes(name: str, section: Mapping[str, Any], model: Mapping[str
     # LAVIS's ALPRO has a section for its visual encoder, which also fixes the number of frames.
     where = "model.timesformer" if "timesformer" in model else "model"
     encoder = model.get("timesformer", model)
+    if not isinstance(encoder, Mapping):
+        raise ConfigError(f"{where} is {shown(encoder)}; it must be a section.")
     for mode, processor in (section.get("vis_processor") or {}).items():
         for key in ("image_size", "n_frms"):
             if key in encoder and key in (processor or {}) and processor[key] != encoder[key]:

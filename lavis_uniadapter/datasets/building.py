@@ -12,11 +12,13 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.datasets.overlap import check_overlap
 from lavis_uniadapter.datasets.preflight import (
     as_list,
     check_annotations,
     check_dataset,
     leave_out,
+    unreadable_files,
 )
 from lavis_uniadapter.datasets.records import SPLITS, DatasetError, listing
 
@@ -72,17 +74,27 @@ def _annotations(config: Mapping) -> MutableMapping:
     return (config.get("build_info") or {}).get("annotations") or {}
 
 
+def _check_records(datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
+    for by_split in datasets.values():
+        for split, dataset in by_split.items():
+            check_dataset(dataset, split)
+    check_overlap(datasets)
+
+
 def check_built(
     datasets: Mapping[str, Mapping[str, BaseDataset]], datasets_cfg: Mapping, files: bool = True
 ) -> None:
-    """Check what a LAVIS task built, by name and split; leave out what ``skip_missing`` says.
+    """Check datasets that a LAVIS task built, by name and split.
 
-    ``files``: check the visual files too, which takes a while if there are many.
+    With ``skip_missing``, records of unreadable files are removed from the training split.
+
+    Without ``files``, images and videos are not read.
 
     Raises:
         DatasetError: listing what is missing or malformed.
-        ConfigError: missing files are to be left out but files are not checked.
+        ConfigError: ``skip_missing`` is set, but files are not read.
     """
+    on_main_process(_check_records, datasets, errors=(DatasetError,))
     images = 0
     for name, by_split in datasets.items():
         skip_missing = datasets_cfg[name].get("skip_missing", False)
@@ -94,13 +106,14 @@ def check_built(
         for split, dataset in by_split.items():
             training = split == "train"
             allowed = skip_missing if training else datasets_cfg[name].get("allow_missing", False)
-            unusable = on_main_process(check_dataset, dataset, split, files, errors=(DatasetError,))
+            check = (unreadable_files, dataset, split)
+            unusable = on_main_process(*check, errors=()) if files else {}
             what = f"{name}, {split}: {len(unusable)} files cannot be read"
             if unusable and not allowed:
                 reasons = [f"{path}: {why}" for path, why in unusable.items()]
                 raise DatasetError(
-                    f"{what}. Get them again, correct the visual folder, or remove their records "
-                    "from the annotations (skip_missing: True leaves them out of training, "
+                    f"{what}. Download them again, correct the visual folder, or remove their "
+                    "records from the annotations (skip_missing: True leaves them out of training, "
                     f"allow_missing: True scores them as wrong in evaluation):{listing(reasons)}"
                 )
             if unusable and training:
@@ -112,7 +125,7 @@ def check_built(
             elif unusable:
                 logger.warning("%s; their items are scored as wrong (allow_missing).", what)
             if training and hasattr(dataset, "img_ids"):
-                # Contrastive learning recognises positives by these numbers, and each of LAVIS's
+                # Contrastive learning finds positives by these numbers, and each of LAVIS's
                 # datasets counts them from 0.
                 dataset.img_ids = {key: images + i for key, i in dataset.img_ids.items()}
                 images += len(dataset.img_ids)

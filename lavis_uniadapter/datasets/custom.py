@@ -1,6 +1,6 @@
 """LAVIS dataset builders for a user's own images or videos, annotated in JSON, JSONL, CSV or TSV.
 
-A file is read with the schema of its task, and its records are made into those of LAVIS's own
+Files are read by the schema of the task, and their records are converted to those of LAVIS's own
 dataset classes.
 """
 
@@ -32,7 +32,12 @@ from lavis_uniadapter.datasets.layouts import (
     Identifier,
     layout,
 )
-from lavis_uniadapter.datasets.preflight import annotation_fault, as_list, section_faults
+from lavis_uniadapter.datasets.preflight import (
+    annotation_fault,
+    as_list,
+    blank_texts,
+    section_faults,
+)
 from lavis_uniadapter.datasets.records import (
     FORMATS,
     SPLITS,
@@ -52,20 +57,15 @@ logger = logging.getLogger(__name__)
 _CONFIGS = PACKAGE_ROOT / "configs" / "datasets" / "custom"
 
 
-def _given(value: object) -> object:
-    """An identifier of a table, in which none is an empty cell."""
-    return (value.strip() or None) if isinstance(value, str) else value
+def _text(value: object) -> object:
+    """An identifier as text, as 7 in JSON is the 7 of a table; an empty cell is None."""
+    return (str(value).strip() or None) if type(value) in (int, str) else value
 
 
 def _number(value: object) -> object:
-    value = _given(value)
-    is_number = isinstance(value, str) and re.fullmatch(r"[0-9]{1,19}", value)
-    return int(str(value)) if is_number else value
-
-
-def _name(value: object) -> object:
-    # 7 of JSON is the 7 of a table
-    return str(value) if type(value) is int else _given(value)
+    text = _text(value)
+    is_number = isinstance(text, str) and re.fullmatch(r"[0-9]{1,19}", text)
+    return int(str(text)) if is_number else text
 
 
 Captions = Annotated[
@@ -75,16 +75,14 @@ Captions = Annotated[
 ]
 # Identifiers are collated to tensors of 64 bits.
 Number = Annotated[
-    Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None,
+    Annotated[int, Field(strict=True, lt=2**63)] | None,
     BeforeValidator(_number),
     Field(description="a whole number, or nothing,"),
 ]
 Name = Annotated[
-    str | None,
-    BeforeValidator(_name),
-    Field(description="a string or a whole number, or nothing,"),
+    str | None, BeforeValidator(_text), Field(description="a string or a whole number, or nothing,")
 ]
-# Records of LAVIS's with the places of the user's, or what is wrong there.
+# Records for LAVIS, each with the place of the user's record, or what is wrong there.
 Converted = Iterator[tuple[Place, dict[str, Any] | Problem]]
 
 
@@ -101,7 +99,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
     task: str
     fields: Mapping[str, Any]
-    numbered: bool  # a file without image_id has its number; otherwise its name
+    numbered: bool  # the default image_id of a file is a number; otherwise it is its name
     annotation_keys: tuple[str, ...] = SPLITS
 
     def __init__(self, cfg: DictConfig | str | None = None):
@@ -121,7 +119,6 @@ class CustomBuilder(BaseDatasetBuilder):
         return self._build(self._read())
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
-        self.build_processors()
         folder, _ = self._paths()
         datasets = {}
         for split in filter(read.__contains__, SPLITS):
@@ -149,18 +146,20 @@ class CustomBuilder(BaseDatasetBuilder):
         annotations = (info and info.annotations) or {}
         reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
         folder = _storages(getattr(info, self.data_type, None))
-        files = {key: _storages(source) for key, source in annotations.items()}
-        given = {key: paths for key, paths in files.items() if paths}
-        return folder[0] if len(folder) == 1 else None, given
+        files = {key: _storages(source) for key, source in annotations.items() if source}
+        return folder[0] if len(folder) == 1 else None, files
 
     def _read(self) -> dict[str, list[Any]]:
         """LAVIS's records by split."""
+        self.build_processors()
         folder, paths = self._paths()
         faults = list(section_faults(self.data_type, folder, paths))
         read: dict[str, list[Any]] = {}
-        for key, files in paths.items():
+        for key, files in ((key, files) for key, files in paths.items() if files):
             read[key] = self._read_files(key, files)
-            if wrong := problems(read[key]):
+            texts = ((item.place, dict(item.record)) for item in read[key])
+            processor = self.text_processors["train" if key == "train" else "eval"]
+            if wrong := problems(read[key]) or list(blank_texts(texts, processor)):
                 faults.append(annotation_fault(key, wrong))
         raise_if_any(faults, "The dataset cannot be used")
         return read
@@ -171,7 +170,7 @@ class CustomBuilder(BaseDatasetBuilder):
         return items if problems(items) else list(self._convert(items, key == "train"))
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        text, unique = (Text, ()) if training else (Texts, ("image_id",))
+        text, unique = (Text, None) if training else (Texts, "image_id")
         schema = layout(self.visual_key, unique, caption=text, image_id=Identifier)
         return check_placed(lavis_captions(items, training, self.numbered), schema, "")
 
@@ -191,22 +190,13 @@ def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Co
         new = {own.visual_key: own.file, "caption": [], "image_id": image_id}
         first, record = by_file.setdefault(own.file, (place, new))
         if own.image_id not in (None, record["image_id"]):
-            text = f"gives '{own.file}' the image_id {image_id!r}, and {first} gives it "
-            yield place, Problem(place, f"{text}{record['image_id']!r}; give a file one image_id")
+            ids = f"the image_id {image_id!r} here, and {record['image_id']!r} in {first}"
+            yield place, Problem(place, f"'{own.file}' has {ids}; give each file one")
         record["caption"] += own.caption
         for caption in own.caption if training else ():
             yield place, {**record, "caption": caption}
     if not training:
         yield from by_file.values()
-
-
-def lavis_questions(items: Sequence[Found]) -> Converted:
-    """Records for LAVIS's ``VideoQADataset``, numbered unless they have numbers."""
-    for number, item in enumerate(items):
-        record = item.record.model_dump()
-        if record["question_id"] is None:
-            record["question_id"] = number
-        yield item.place, record
 
 
 @registry.register_builder("custom_retrieval")
@@ -249,9 +239,9 @@ class CustomQABuilder(CustomBuilder):
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
-        # Named now, as an evaluation removes the training split and needs the same candidates.
+        # Set here, as an evaluation removes the training split but needs the same candidates.
         _, paths = super()._paths()
-        if "train" in paths and "answer_list" not in paths:
+        if paths.get("train") and "answer_list" not in paths:
             self.config.build_info.annotations.answer_list = {"storage": paths["train"]}
 
     def _paths(self) -> tuple[str | None, dict[str, list[str]]]:
@@ -273,7 +263,11 @@ class CustomQABuilder(CustomBuilder):
         return [item for path in files for item in read_records(path, Answer, formats)]
 
     def _convert(self, items: Sequence[Found], training: bool) -> Iterator[Found | Problem]:
-        return check_placed(lavis_questions(items), LAYOUTS[self.train_dataset_cls], "")
+        records = (
+            (item.place, {"question_id": n, **item.record.model_dump(exclude_none=True)})
+            for n, item in enumerate(items)
+        )
+        return check_placed(records, LAYOUTS[self.train_dataset_cls], "")
 
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
         candidates = read["answer_list" if "answer_list" in read else "train"]
@@ -285,8 +279,8 @@ class CustomQABuilder(CustomBuilder):
             strange = [item for item in read[split] if item.record.answer not in labels]
             if strange:
                 logger.warning(
-                    "%s: the first of %d of %d questions whose answer is not among the "
-                    "candidates, so that no ranking finds it.",
-                    *(strange[0].place, len(strange), len(read[split])),
+                    "%d of %d answers are not among the candidates, so they are never predicted. "
+                    "The first is in %s.",
+                    *(len(strange), len(read[split]), strange[0].place),
                 )
         return datasets

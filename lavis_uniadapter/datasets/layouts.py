@@ -1,7 +1,7 @@
-"""What LAVIS's dataset classes read from their annotation files: a schema for each class.
+"""The annotation files of LAVIS's dataset classes: a schema for each class.
 
-LAVIS checks nothing: a wrong record makes it fail in the middle of training, or gives wrong
-results, as an evaluation dataset iterates over a caption that is a plain string letter by letter.
+LAVIS checks nothing. A wrong record stops it in the middle of training or gives wrong results: an
+evaluation dataset takes each letter of a plain string as a caption.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lavis_uniadapter.datasets.records import (
     problems,
 )
 
-# What is wrong with the content of an annotation file, given the path too.
+# Takes the content of an annotation file and its path; returns what is wrong.
 CheckContent = Callable[[object, str], list[Problem]]
 
 Identifier = Annotated[int | float | str, Field(description="an identifier")]
@@ -78,7 +78,7 @@ class Answer(Record):
 
 def layout(
     visual_key: str,
-    unique: tuple[str, ...] = (),
+    unique: str | None = None,
     side_files: tuple[CheckContent, ...] = (),
     **fields: Any,
 ) -> type[VisualRecord]:
@@ -116,7 +116,7 @@ def label_problems(content: object, path: str) -> list[Problem]:
     numbers = sorted(number for number in labels.values() if type(number) is int)
     if labels and all(map(str.strip, labels)) and numbers == list(range(len(labels))):
         return []
-    text = "must be a mapping of non-empty answers to the numbers from 0 on, each once"
+    text = "must be a mapping of non-empty answers to different numbers, counted from 0"
     return [Problem(Place(path), text)]
 
 
@@ -141,12 +141,12 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
     coco_caption.NoCapsEvalDataset: layout("image", caption=References, img_id=Identifier),
     video_caption.VideoCaptionDataset: layout("video", caption=Caption, image_id=Identifier),
     video_caption.VideoCaptionEvalDataset: layout("video", caption=References, image_id=Identifier),
-    VideoQADataset: layout("video", unique=("question_id",), **_QUESTION),
-    ImageQADataset: layout("image", unique=("question_id",), **_QUESTION),
+    VideoQADataset: layout("video", unique="question_id", **_QUESTION),
+    ImageQADataset: layout("image", unique="question_id", **_QUESTION),
     coco_vqa.COCOVQADataset: layout("image", question=Text, answer=Texts),
     coco_vqa.COCOVQAEvalDataset: layout(
         "image",
-        unique=("question_id",),
+        unique="question_id",
         side_files=(
             answer_problems,
             partial(coco_problems, list_key="questions"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from lavis_uniadapter.datasets.reading import file_of
 from lavis_uniadapter.datasets.records import (
     SPLITS,
     DatasetError,
+    Place,
     Problem,
     UnusableFile,
     listing,
@@ -35,6 +37,7 @@ from lavis_uniadapter.datasets.records import (
 from lavis_uniadapter.processors.decoding import (
     frames_problem,
     image_problem,
+    images_read_whole,
     visual_problem,
 )
 from lavis_uniadapter.processors.extracted_frames import clip_file
@@ -72,43 +75,48 @@ def check_annotations(builder: BaseDatasetBuilder) -> None:
     }
     if isinstance(builder, VideoQABuilder):
         checks["ans2label"] = [label_problems]
-    storage = (build_info.get(data_type) or {}).get("storage")
-    faults = list(section_faults(data_type, storage, annotations))
+    folder = (build_info.get(data_type) or {}).get("storage")
+    infos = {key: annotations.get(key) or {} for key in (*annotations, *checks)}
+    files = {key: as_list(info.get("storage")) for key, info in infos.items()}
+    faults = list(section_faults(data_type, folder, files))
     for key, of_files in checks.items():
-        faults += _annotation_faults(key, annotations.get(key) or {}, of_files)
+        faults += _annotation_faults(key, files[key], as_list(infos[key].get("url")), of_files)
     raise_if_any(faults, "The dataset config cannot be used")
 
 
-def section_faults(data_type: str, storage: object, annotations: Mapping) -> Iterator[str]:
-    """What is wrong with the visual folder and the splits that a dataset's config names."""
+def section_faults(
+    data_type: str, folder: object, files: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """What is wrong with the visual folder and the annotations that a dataset's config names."""
     where = f"build_info.{data_type}.storage"
-    if storage is None:
+    if folder is None:
         yield f"{where} is missing; set it to the folder of the {data_type}."
-    elif not isinstance(storage, str):
-        yield f"{where} is {storage!r}; it must be a path."
-    elif not os.path.isdir(path := get_cache_path(storage)):
+    elif not isinstance(folder, str):
+        yield f"{where} is {folder!r}; it must be a path."
+    elif not os.path.isdir(path := get_cache_path(folder)):
         yield f"The visual folder {path} does not exist; create it or correct {where}."
-    if not any(split in annotations for split in SPLITS):
+    for key in (key for key, paths in files.items() if not paths):
+        yield f"build_info.annotations.{key}.storage is missing; set it to the annotation file."
+    if not any(split in files for split in SPLITS):
         yield f"build_info.annotations names none of {', '.join(SPLITS)}; add at least one."
 
 
 def annotation_fault(key: str, wrong: Sequence[Problem]) -> str:
-    """Say that the files under a key of ``build_info.annotations`` have problems."""
+    """The message about problems in the files under a key of ``build_info.annotations``."""
     return (
         f"build_info.annotations.{key} has {len(wrong)} problem(s); correct the path, or fix or "
         f"remove the records:{listing(wrong)}"
     )
 
 
-def _annotation_faults(key: str, info: Mapping, checks: Sequence[CheckContent]) -> Iterator[str]:
-    """Check the files under a key; the last of the checks is for all files that are left."""
+def _annotation_faults(
+    key: str, storages: Sequence[str], urls: Sequence[str], checks: Sequence[CheckContent]
+) -> Iterator[str]:
+    """Check the files under a key; the last of the checks is for all remaining files."""
     where = f"build_info.annotations.{key}"
-    storages, urls = as_list(info.get("storage")), as_list(info.get("url"))
-    if not storages:
-        yield f"{where}.storage is missing; set it to the annotation file."
-    elif len(checks) > 1 and len(storages) == 1:
+    if len(checks) > 1 and len(storages) == 1:
         yield f"{where}.storage names one file; add the answer list after it."
-    elif urls and len(urls) != len(storages):
+    elif urls and storages and len(urls) != len(storages):
         yield f"{where} has {len(urls)} url(s) for {len(storages)} storage path(s); give each one."
     wrong = []
     for number, path in enumerate(map(get_cache_path, storages)):
@@ -130,41 +138,72 @@ def as_list(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def check_dataset(dataset: BaseDataset, split: str, files: bool = True) -> dict[str, str]:
-    """Check a built dataset's records, and if ``files``, that each file can be decoded.
-
-    Of a video the last frame that the split can sample is decoded: the very last one in training,
-    the middle of the last segment in evaluation. Of an image the header is read.
-
-    Returns:
-        Why files cannot be used, by path.
+def check_dataset(dataset: BaseDataset, split: str) -> None:
+    """Check the records of a built dataset, some of which LAVIS may just have downloaded.
 
     Raises:
-        DatasetError: listing what is wrong with the records.
+        DatasetError: listing what is wrong. Texts without words are only logged for training and as
+            references of captioning, as published data may have some.
     """
     layout = layout_of(type(dataset))
     if layout is None:
         logger.warning("%s, %s: not checked.", type(dataset).__name__, split)
-        return {}
-    # those that LAVIS has just downloaded have not been checked yet
-    wrong = record_problems(dataset.annotation, f"the {split} annotations", layout)
+        return
+    source = f"the {split} annotations"
+    wrong = record_problems(dataset.annotation, source, layout)
+    if not wrong:
+        placed = ((Place(source, "record", i), each) for i, each in enumerate(dataset.annotation))
+        wrong = list(blank_texts(placed, dataset.text_processor))
+        caption = layout.model_fields.get("caption")
+        if wrong and (split == "train" or (caption and not caption.is_required())):
+            logger.warning("%s (one of %d such texts)", wrong[0], len(wrong))
+            return
     if wrong:
         raise DatasetError(annotation_fault(split, wrong))
-    if not files:
+
+
+def blank_texts(
+    records: Iterable[tuple[Place, Mapping[str, Any]]], processor: Callable[[str], str] | None
+) -> Iterator[Problem]:
+    """The captions and questions of which a text processor leaves nothing."""
+    process = processor or str
+    nothing = process("")  # a prompt, perhaps
+    for place, record in records:
+        for key in ("caption", "question"):
+            for text in as_list(record.get(key)):
+                if process(text) == nothing:
+                    what = f"the {key} {reprlib.repr(text)} is empty after preprocessing"
+                    yield Problem(place, what)
+
+
+def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
+    """Find the files of a dataset that cannot be read; returns why, by path.
+
+    What is evaluated is decoded as in evaluation: a whole image, the frames that are sampled of a
+    video. In training, where another item replaces an unreadable one, it is the header of an image
+    and the last frame of a video.
+    """
+    layout = layout_of(type(dataset))
+    if layout is None:
         return {}
-    paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
-    check = partial(image_problem, whole=False)
+    training = split == "train"
+    problem_of = partial(image_problem, whole=not training)
     if layout.visual_key == "video":
-        check = partial(_clip_problem, processor=dataset.vis_processor, train=split == "train")
+        problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
     may_open = partial(
         visual_problem, folder=dataset.vis_root, is_video=layout.visual_key == "video"
     )
-    what = f"{split} {layout.visual_key}s"
-    return files_with_problems(lambda path: may_open(path) or check(path), paths, what)
+    paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
+    what = f"checking {split} {layout.visual_key}s"
+    # here, as Pillow has one setting for all threads
+    with images_read_whole(), ThreadPoolExecutor(_DECODE_THREADS) as pool:
+        reasons = pool.map(lambda path: may_open(path) or problem_of(path), paths)
+        found = tqdm(reasons, total=len(paths), desc=what)
+        return {path: why for path, why in zip(paths, found, strict=True) if why}
 
 
 def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
-    """Remove the records of unusable files from a dataset; returns how many they were.
+    """Remove the records of unusable files from a dataset; returns their number.
 
     Raises:
         DatasetError: none would be left.
@@ -173,7 +212,7 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
     kept = [dataset.annotation[i] for i in range(before) if file_of(dataset, i) not in unusable]
     if not kept:
         raise DatasetError(
-            f"None of the {len(unusable)} files of the dataset can be used, the first being "
+            f"None of the {len(unusable)} files of the dataset can be used, such as "
             f"{min(unusable)}. Check the visual folder {dataset.vis_root}."
         )
     dataset.annotation = kept
@@ -181,31 +220,19 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
     return before - len(kept)
 
 
-def files_with_problems(
-    problem_of: Callable[[str], str | None], paths: Sequence[str], what: str
-) -> dict[str, str]:
-    """Check files in several threads, with a progress bar; returns what is wrong, by path."""
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        found = tqdm(pool.map(problem_of, paths), total=len(paths), desc=f"checking {what}")
-        return {path: why for path, why in zip(paths, found, strict=True) if why}
+def _clip_problem(path: str, processor: Any, training: bool) -> str | None:
+    n_frms = getattr(processor, "n_frms", 0)
+    # LAVIS's own, which reads no extracted frames, and fewer frames than n_frms of a short clip
+    is_alpro = isinstance(processor, AlproVideoBaseProcessor)
+    clip = path if is_alpro else clip_file(path)
 
+    def choose(num_frames: int) -> list[int]:
+        if is_alpro and num_frames < n_frms:
+            raise ValueError(f"it has {num_frames} frames, and n_frms is {n_frms}")
+        if (training and clip == path) or not n_frms:
+            return [num_frames - 1]
+        return sample_frame_indices(num_frames, n_frms, 0 if is_alpro else 0.5)
 
-def last_frame(num_frames: int) -> list[int]:
-    """The index of a clip's last frame."""
-    return [num_frames - 1]
-
-
-def _clip_problem(path: str, processor: Any, train: bool) -> str | None:
-    n_frms = getattr(processor, "n_frms", None)
-
-    def last_sampled(num_frames: int) -> list[int]:
-        if train or n_frms is None:
-            return last_frame(num_frames)
-        return sample_frame_indices(num_frames, n_frms)[-1:]
-
-    # LAVIS's own processors read no extracted frames
-    reads_frames = not isinstance(processor, AlproVideoBaseProcessor)
-    if n_frms and reads_frames and clip_file(path) != path and hasattr(processor, "options"):
-        size = processor.options.image_size
-        return frames_problem(clip_file(path), partial(sample_frame_indices, n_frms=n_frms), size)
-    return frames_problem(path, last_sampled)
+    if clip != path and n_frms:
+        return frames_problem(clip, choose, processor.options.image_size)
+    return frames_problem(clip, choose)

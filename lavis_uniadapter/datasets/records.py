@@ -27,7 +27,7 @@ MAX_NAMED = 20
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be trained or evaluated on. The message lists problems and fixes."""
+    """A dataset that cannot be used. The message lists problems and fixes."""
 
 
 class Place(NamedTuple):
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 
 class UnusableFile(DatasetError):
-    """A file of which no more can be read; ``problem`` says where and why."""
+    """A file that cannot be read any further; ``problem`` says where and why."""
 
     def __init__(self, path: str, text: str, line: int | None = None):
         self.problem = Problem(Place(path, "line", line) if line else Place(path), text)
@@ -65,11 +65,11 @@ class Record(BaseModel):
     """Base of the schemas. Messages use the descriptions of fields. Other keys are allowed.
 
     Attributes:
-        unique: fields whose values together differ from record to record, unless one is None.
+        unique: a field whose value may not repeat, unless it is None.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
-    unique: ClassVar[tuple[str, ...]] = ()
+    unique: ClassVar[str | None] = None
 
 
 R = TypeVar("R", bound=Record)
@@ -119,8 +119,8 @@ def read_records(
 
     ``.json`` is a list, ``.jsonl`` has a value on each line, ``.csv`` and ``.tsv`` are tables with
     a header (RFC 4180; spaces after a separator are skipped), ``.txt`` has a string on each line.
-    A value that is no object is the value of the schema's field, if it has one alone. Empty lines
-    are skipped, except in ``.txt``. An unreadable or empty file is a problem of its own.
+    If the schema has a single field, a value may stand alone, without an object around it. Empty
+    lines are skipped, except in ``.txt``. An unreadable or empty file is one problem.
     """
     path = os.fspath(path)
     ending = Path(path).suffix.lower()
@@ -136,9 +136,9 @@ def read_records(
 
 
 def check_records(values: object, schema: type[R], source: str) -> Iterator[Found[R] | Problem]:
-    """Check what a JSON file from ``source`` holds, or a part of it: it must be a list."""
+    """Check the records of a parsed JSON file, or of a part of it: they must be a list."""
     if not isinstance(values, list):
-        yield Problem(Place(source), f"must be a list, [...], and is {reprlib.repr(values)}")
+        yield Problem(Place(source), f"must be a list, [...], not {reprlib.repr(values)}")
         return
     places = (Place(source, "record", index) for index in range(len(values)))
     yield from check_placed(zip(places, values, strict=True), schema, source)
@@ -147,8 +147,8 @@ def check_records(values: object, schema: type[R], source: str) -> Iterator[Foun
 def check_placed(
     values: Iterable[tuple[Place, object]], schema: type[R], source: str
 ) -> Iterator[Found[R] | Problem]:
-    """Check values at their places; a value that is a `Problem` is returned as it is."""
-    first: dict[tuple, Place] = {}
+    """Check values at their places; a `Problem` among them is passed on."""
+    first: dict[object, Place] = {}
     place = None
     for place, value in values:
         if isinstance(value, Problem):
@@ -161,14 +161,13 @@ def check_placed(
         except ValidationError as error:
             yield from (Problem(place, text) for text in _faults(error, schema, value))
             continue
-        key = tuple(getattr(record, name) for name in schema.unique)
-        if key and None not in key and first.setdefault(key, place) is not place:
-            what = " and ".join(f"{name} {getattr(record, name)!r}" for name in schema.unique)
-            yield Problem(place, f"has the {what}, as {first[key]} has")
+        key = getattr(record, schema.unique) if schema.unique else None
+        if key is not None and first.setdefault(key, place) is not place:
+            yield Problem(place, f"repeats the {schema.unique} {key!r} of {first[key]}")
         else:
             yield Found(place, record)
     if place is None:
-        yield Problem(Place(source), "holds no records")
+        yield Problem(Place(source), "has no records")
 
 
 def problems(items: Iterable[Found | Problem]) -> list[Problem]:
@@ -177,7 +176,7 @@ def problems(items: Iterable[Found | Problem]) -> list[Problem]:
 
 
 def listing(items: Sequence[object]) -> str:
-    """The first of many items, a line each, and how many more there are."""
+    """The first items, one per line, and how many more there are."""
     lines = [str(item) for item in items[:MAX_NAMED]]
     if len(items) > MAX_NAMED:
         lines.append(f"and {len(items) - MAX_NAMED} more")
@@ -192,10 +191,10 @@ def raise_if_any(faults: Iterable[str], title: str) -> None:
 
 
 def load_json(path: str, encoding: str = "utf-8-sig") -> Any:
-    """What a JSON file holds.
+    """Parse a JSON file.
 
     Raises:
-        UnusableFile: it cannot be read or is no JSON.
+        UnusableFile: it cannot be read or is not JSON.
     """
     text = _read_text(path, encoding)
     try:
@@ -203,12 +202,12 @@ def load_json(path: str, encoding: str = "utf-8-sig") -> Any:
     # ValueError also for a number of thousands of digits, RecursionError for deeply nested lists
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
-        raise UnusableFile(path, f"is no valid JSON ({_in_short(error)})", line) from error
+        raise UnusableFile(path, f"is not valid JSON ({_in_short(error)})", line) from error
 
 
 def _faults(error: ValidationError, schema: type[Record], value: object) -> Iterator[str]:
     if not isinstance(value, Mapping):
-        yield f"must be an object, {{...}}, and is {reprlib.repr(value)}"
+        yield f"must be an object, {{...}}, not {reprlib.repr(value)}"
         return
     details = error.errors(include_url=False, include_context=False, include_input=False)
     for key in dict.fromkeys(detail["loc"][:1] for detail in details):
@@ -238,7 +237,7 @@ def _read_text(path: str, encoding: str = "utf-8-sig") -> str:
 
 
 def _in_short(error: Exception) -> str:
-    """An error's message without its place."""
+    """An error's message without the place in the file."""
     return getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error)
 
 
@@ -258,7 +257,7 @@ def _parse_jsonl(path: str, schema: type[Record]) -> _Parsed:
         try:
             yield place, json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield place, Problem(place, f"is no valid JSON ({_in_short(error)})")
+            yield place, Problem(place, f"is not valid JSON ({_in_short(error)})")
 
 
 def _parse_table(path: str, schema: type[Record]) -> _Parsed:
@@ -274,7 +273,7 @@ def _parse_table(path: str, schema: type[Record]) -> _Parsed:
         except StopIteration:
             return
         except csv.Error as error:
-            reason = f"is no valid row ({error}); look for a quote that is not closed or doubled"
+            reason = f"is not a valid row ({error}); look for a quote that is not closed or doubled"
             if not header:
                 raise UnusableFile(path, reason, place.number) from error
             yield place, Problem(place, reason)
@@ -286,7 +285,7 @@ def _parse_table(path: str, schema: type[Record]) -> _Parsed:
         elif len(cells) == len(header):
             yield place, dict(zip(header, cells, strict=True))
         else:
-            reason = f"has {len(cells)} cells, and the header has {len(header)}"
+            reason = f"has {len(cells)} cells, but the header has {len(header)}"
             advice = f'put a cell that contains a {name} into "quotes"'
             yield place, Problem(place, f"{reason}; {advice}")
 
@@ -300,7 +299,7 @@ def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[st
     if absent:
         there = name_some(map(reprlib.repr, header))
         hint = nearest(absent[0], header)
-        text = f"has no column {name_some(map(repr, absent))}, but {there}.{hint}"
+        text = f"has no column {name_some(map(repr, absent))}; its columns are {there}.{hint}"
     elif twice:
         text = f"has the column {reprlib.repr(twice[0])} twice"
     else:

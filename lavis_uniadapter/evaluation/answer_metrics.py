@@ -61,10 +61,7 @@ def _percent(outcomes: Sequence[bool]) -> float:
 
 
 def majority_answers(training: Sequence[tuple[str, str]], questions: Sequence[str]) -> list[str]:
-    """Answers of a baseline that sees nothing: the most frequent one for the type of question.
-
-    A type without (question, answer) pairs in ``training`` gets the answer most frequent overall.
-    """
+    """The answer most frequent for each question's type in (question, answer) pairs, or overall."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for question, answer in training:
         counts[question_type(question)][answer] += 1

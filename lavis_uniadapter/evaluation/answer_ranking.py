@@ -27,10 +27,8 @@ def tokenise_answers(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -
     """Token ids of each answer, on the CPU, without the token that all begin with.
 
     Raises:
-        ValueError: for an answer without tokens, or an empty list.
+        ValueError: for an answer without tokens.
     """
-    if not texts:
-        raise ValueError("answer_list is empty: there is nothing to choose from.")
     tokens = tokenizer(list(texts), padding="longest", return_tensors="pt")
     masks = tokens.attention_mask.bool()
     answers = [ids[mask][1:] for ids, mask in zip(tokens.input_ids, masks, strict=True)]

@@ -25,18 +25,15 @@ def _directions(visual: str) -> tuple[str, str]:
 
 
 def query_ranks(scores: np.ndarray | Tensor, right: Mapping[int, Sequence[int]]) -> Tensor:
-    """Rank of the best-scored right candidate of each query, from 1.
+    """Rank of the best-scored right candidate of each query, from 1; (queries,) float64.
 
     Ties count against the model: every wrong candidate that scores as high as the right one comes
-    first, so a constant scorer gets the worst rank. (LAVIS's ``RetrievalTask`` leaves ties to the
-    sort order.) The other right candidates of a query never count against it.
+    first. (LAVIS's ``RetrievalTask`` leaves ties to the sort order.) The other right candidates of
+    a query never count against it.
 
     Args:
         scores: (queries, candidates), higher is better.
         right: indices of the right candidates of each query, at least one.
-
-    Returns:
-        (queries,) float64.
 
     Raises:
         ValueError: if a score is NaN.
@@ -64,11 +61,8 @@ def retrieval_ranks(
     """Ranks (see ``query_ranks``) in both directions, ``t2v`` and ``v2t`` or ``t2i`` and ``i2t``.
 
     Args:
-        scores_v2t: (visuals, texts).
-        scores_t2v: (texts, visuals); not the transpose in general, since each direction has its
-            own shortlist.
-        txt2img: as in LAVIS's datasets, the visual input of a text.
-        img2txt: likewise, the texts of a visual input.
+        scores_v2t, scores_t2v: (visuals, texts) and (texts, visuals); each has its own shortlist.
+        txt2img, img2txt: as in LAVIS's datasets, what belongs to a text or visual input.
         visual: ``video`` or ``image``.
     """
     to_visual, to_text = _directions(visual)
@@ -81,9 +75,7 @@ def retrieval_ranks(
 def retrieval_outcomes(ranks: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
     """What each query contributes to each recall, in percent.
 
-    Returns:
-        By metric, one list of values per kind of query: one for the recall of a direction, two for
-        ``mean_recall``. The metric is the mean of the lists' means.
+    A metric has one list for each direction that it covers, and is the mean of the lists' means.
     """
     outcomes: dict[str, list[list[float]]] = {}
     both = []

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.datasets.loading import gather_unreadable, samples_of
 from lavis_uniadapter.datasets.reading import Unreadable
 
+if TYPE_CHECKING:
+    from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
+
 logger = logging.getLogger(__name__)
 
 # LAVIS's score of pairs outside the shortlist. The contrastive similarity, at most 1, is added, so
@@ -35,35 +38,10 @@ logger = logging.getLogger(__name__)
 OUTSIDE_SHORTLIST = -100.0
 TEXT_BATCH = 256
 
-# Matching logits (pairs, 2) of one text per pair with the visual inputs of (pairs,) indices.
-Matcher = Callable[[TextFeatures, Tensor], Tensor]
-
-
-class PairScorer(Protocol):
-    """A model that scores texts against visual inputs in two stages."""
-
-    embed_dim: int  # of the contrastive features
-    training: bool
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def tokenize(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` (texts, longest), padded on the right."""
-
-    def encode_text(self, texts: Sequence[str]) -> TextFeatures: ...
-
-    def encode_visual(self, samples: Tensor) -> VisualFeatures: ...
-
-    def matcher(self, visuals: VisualFeatures) -> Matcher:
-        """Project visual inputs for cross-attention, once for all texts paired with them."""
-
 
 @dataclass(frozen=True)
 class _Gallery:
-    """A rank's view of an encoded gallery; its share are visual inputs ``rank::world``."""
+    """An encoded gallery as a rank has it; its share are visual inputs ``rank::world``."""
 
     texts: TextFeatures  # all, padded to the longest
     lengths: Tensor  # (texts,) in tokens, on the CPU
@@ -75,7 +53,7 @@ class _Gallery:
 
 @torch.no_grad()
 def score_gallery(
-    scorer: PairScorer, data_loader: DataLoader, settings: Evaluation
+    model: BlipUniAdapterRetrieval, data_loader: DataLoader, settings: Evaluation
 ) -> tuple[Tensor, Tensor, Mapping[int, Unreadable]]:
     """Score a gallery in both directions.
 
@@ -85,24 +63,23 @@ def score_gallery(
         settings: ``k_test``, ``itc_weight``, ``rerank_batch`` and ``feature_memory`` are read.
 
     Returns:
-        (visuals, texts) and (texts, visuals) scores on the scorer's device, equal on every rank. An
-        unreadable visual input (``allow_missing``) scores lowest for its texts, and they for it: it
-        counts as wrong in both directions. Third, what was unreadable, by index.
+        (visuals, texts) and (texts, visuals) scores on the model's device, equal on every rank, and
+        unreadable visual inputs (``allow_missing``) by index, which count as wrong both ways.
 
     Raises:
         FloatingPointError: if similarities are not finite.
         RuntimeError: if a visual input was encoded by no rank.
     """
     dataset: Any = data_loader.dataset
-    was_training = scorer.training
-    scorer.train(False)
+    was_training = model.training
+    model.train(False)
     try:
-        texts, lengths = _encode_texts(scorer, list(dataset.text))
-        visuals = _encode_visuals(scorer, data_loader, len(dataset), settings.feature_memory)
+        texts, lengths = encode_texts(model, list(dataset.text))
+        visuals = _encode_visuals(model, data_loader, len(dataset), settings.feature_memory)
         gallery = _Gallery(texts, lengths, *visuals)
-        v2t, t2v = _score(scorer, gallery, settings)
+        v2t, t2v = _score(model, gallery, settings)
     finally:
-        scorer.train(was_training)
+        model.train(was_training)
     for index in gallery.unreadable:
         v2t[index] = 0
         v2t[index, dataset.img2txt[index]] = float("-inf")
@@ -110,8 +87,10 @@ def score_gallery(
     return v2t, t2v, gallery.unreadable
 
 
-def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple[Tensor, Tensor]:
-    with torch.autocast(scorer.device.type, enabled=False):
+def _score(
+    model: BlipUniAdapterRetrieval, gallery: _Gallery, settings: Evaluation
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(model.device.type, enabled=False):
         sims = gallery.feat @ gallery.texts.feat.t()
     if not torch.isfinite(sims).all():
         raise FloatingPointError(
@@ -124,7 +103,7 @@ def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple
     readable = sims.clone()  # an unreadable input must not displace others from a shortlist
     readable[list(gallery.unreadable)] = float("-inf")
     chosen_t2v = _shortlist(readable.t(), settings.k_test).t()
-    matching = _rerank(scorer, gallery, chosen_v2t | chosen_t2v, settings.rerank_batch)
+    matching = _rerank(model, gallery, chosen_v2t | chosen_t2v, settings.rerank_batch)
     matching += settings.itc_weight * sims
     outside = OUTSIDE_SHORTLIST + sims
     return (
@@ -133,20 +112,24 @@ def _score(scorer: PairScorer, gallery: _Gallery, settings: Evaluation) -> tuple
     )
 
 
-def _encode_texts(scorer: PairScorer, texts: list[str]) -> tuple[TextFeatures, Tensor]:
-    """``texts`` and ``lengths`` of a ``_Gallery``."""
-    tokens = scorer.tokenize(texts)
+def encode_texts(model: BlipUniAdapterRetrieval, texts: list[str]) -> tuple[TextFeatures, Tensor]:
+    """Encode texts, each rank its share; every rank must call it.
+
+    Returns:
+        All texts, padded to the longest, and their (texts,) lengths in tokens, on the CPU.
+    """
+    tokens = model.tokenize(texts)
     lengths = tokens["attention_mask"].sum(dim=1).cpu()
-    feat = torch.zeros(len(texts), scorer.embed_dim, device=scorer.device)
+    feat = torch.zeros(len(texts), model.embed_dim, device=model.device)
     batches = lengths.argsort(stable=True).split(TEXT_BATCH)
     for batch in batches[get_rank() :: get_world_size()]:
-        feat[batch] = scorer.encode_text([texts[i] for i in batch.tolist()]).feat.to(feat.dtype)
+        feat[batch] = model.encode_text([texts[i] for i in batch.tolist()]).feat.to(feat.dtype)
     feat = _sum_over_ranks(feat)
     return TextFeatures(tokens["input_ids"], tokens["attention_mask"], None, feat), lengths
 
 
 def _encode_visuals(
-    scorer: PairScorer, data_loader: DataLoader, number: int, feature_memory: float
+    model: BlipUniAdapterRetrieval, data_loader: DataLoader, number: int, feature_memory: float
 ) -> tuple[Tensor, Tensor, Tensor, Mapping[int, Unreadable]]:
     """``feat``, ``embeds``, ``frame_feat`` and ``unreadable`` of a ``_Gallery``.
 
@@ -154,7 +137,7 @@ def _encode_visuals(
     """
     rank, world = get_rank(), get_world_size()
     share = len(range(rank, number, world))
-    feat = torch.zeros(number, scorer.embed_dim, device=scorer.device)
+    feat = torch.zeros(number, model.embed_dim, device=model.device)
     seen = torch.zeros(number, dtype=torch.int)
     embeds = frame_feat = torch.empty(0)
     unreadable: dict[int, Unreadable] = {}
@@ -165,7 +148,7 @@ def _encode_visuals(
         if not mine.any():
             continue
         index = index[mine]
-        encoded = scorer.encode_visual(visual_input(samples)[mine].to(scorer.device))
+        encoded = model.encode_visual(visual_input(samples)[mine].to(model.device))
         if not len(embeds):
             embeds = _allocate((share, *encoded.embeds.shape[1:]), encoded.embeds, feature_memory)
             frame_feat = encoded.frame_feat.new_empty(share, *encoded.frame_feat.shape[1:])
@@ -173,7 +156,7 @@ def _encode_visuals(
         embeds[index // world] = encoded.embeds.cpu()
         frame_feat[index // world] = encoded.frame_feat
         seen[index] = 1
-    if missing := torch.where(_sum_over_ranks(seen.to(scorer.device)) == 0)[0].tolist():
+    if missing := torch.where(_sum_over_ranks(seen.to(model.device)) == 0)[0].tolist():
         raise RuntimeError(
             f"{len(missing)} of {number} visual inputs were not encoded, the first at index "
             f"{missing[0]}. The evaluation sampler must cover the gallery: do not shuffle it."
@@ -207,20 +190,23 @@ def _shortlist(sims: Tensor, k_test: int) -> Tensor:
     return torch.zeros_like(sims, dtype=torch.bool).scatter_(1, best, True)
 
 
-def _rerank(scorer: PairScorer, gallery: _Gallery, chosen: Tensor, rerank_batch: int) -> Tensor:
+def _rerank(
+    model: BlipUniAdapterRetrieval, gallery: _Gallery, chosen: Tensor, rerank_batch: int
+) -> Tensor:
     """Matching scores of the chosen (visual, text) pairs, zero elsewhere; (visuals, texts)."""
     rank, world = get_rank(), get_world_size()
-    scores = torch.zeros(chosen.shape, device=scorer.device)
+    scores = torch.zeros(chosen.shape, device=model.device)
     mine = chosen[rank::world].cpu()
     with _progress(None, "rerank pairs", int(mine.sum())) as progress:
         for group in _groups(mine.sum(dim=1).tolist(), rerank_batch):
             visual, text = mine[group].nonzero(as_tuple=True)
-            embeds = gallery.embeds[group].to(scorer.device)
+            embeds = gallery.embeds[group].to(model.device)
             feat, frame_feat = gallery.feat[rank::world][group], gallery.frame_feat[group]
-            match = scorer.matcher(VisualFeatures(embeds, feat, frame_feat))
+            match = model.matcher(VisualFeatures(embeds, feat, frame_feat))
             for pairs in gallery.lengths[text].argsort(stable=True).split(rerank_batch):
                 v, t = visual[pairs], text[pairs]
-                logits = match(_select(gallery, t), v.to(scorer.device))
+                texts = gallery.texts[t.to(model.device)].cut(int(gallery.lengths[t].max()))
+                logits = match(texts, v.to(model.device))
                 scores[rank + world * (group.start + v), t] = logits[:, 1]
                 progress.update(len(pairs))
     return _sum_over_ranks(scores)
@@ -234,14 +220,6 @@ def _groups(pairs: Sequence[int], least: int) -> Iterator[slice]:
         if total >= least or i + 1 == len(pairs):
             yield slice(start, i + 1)
             start, total = i + 1, 0
-
-
-def _select(gallery: _Gallery, index: Tensor) -> TextFeatures:
-    """Some texts of a gallery, padded to the longest of them."""
-    length = int(gallery.lengths[index].max())
-    texts, index = gallery.texts, index.to(gallery.feat.device)
-    ids, mask = texts.input_ids[index, :length], texts.attention_mask[index, :length]
-    return TextFeatures(ids, mask, None, texts.feat[index])
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

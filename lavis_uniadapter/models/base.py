@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from lavis.models.base_model import BaseModel
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BatchEncoding, BertTokenizer
 
-from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet, delta_path
+from lavis_uniadapter.adapters.bank import AdapterBank, AdapterSet
 from lavis_uniadapter.adapters.methods import TUNING_METHODS
 from lavis_uniadapter.backbone.attach import attach_adapters, attach_deltas, geometry_of
 from lavis_uniadapter.backbone.build import build_visual_encoder
-from lavis_uniadapter.backbone.features import visual_input
+from lavis_uniadapter.backbone.features import text_list, visual_input
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
 from lavis_uniadapter.checkpoints import adapter_files, blip_files
@@ -32,12 +33,7 @@ DEFAULT_SET = "default"  # the adapter set that training changes
 
 
 class TunedBlip(BaseModel):
-    """Mixin for LAVIS's BLIP models, whose names of encoders and heads it keeps.
-
-    Args:
-        section: its ``model:`` section.
-        tokenizer: by default the section's own.
-    """
+    """Mixin for LAVIS's BLIP models, built from a ``model:`` section; it keeps LAVIS's names."""
 
     CONFIG: type[ModelSection]
     HEADS: tuple[str, ...] = ()  # modules that are trained whole
@@ -45,6 +41,8 @@ class TunedBlip(BaseModel):
     # Attributes that decide what an adapter computes, noted in adapter folders.
     SETTINGS: tuple[str, ...] = ("max_txt_len",)
     _frozen: frozenset[str] = frozenset()  # parameters that training leaves as they were built
+    _hashed: tuple[int | None, str] = None, ""  # see adapter_state
+    _changes = 0  # of any model that do not count in a parameter's version
 
     # --- building -------------------------------------------------------------------------------
 
@@ -65,12 +63,7 @@ class TunedBlip(BaseModel):
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any]) -> TunedBlip:
-        """Build from a ``model:`` section, with weights and adapters.
-
-        Raises:
-            ConfigError: naming an unknown key or impossible value.
-            CheckpointError: naming weights that do not fit.
-        """
+        """Build with weights and adapters; ConfigError or CheckpointError for what does not fit."""
         section = cls.CONFIG.read(cfg, "model")
         model = cls(section)
         if section.pretrained is not None:
@@ -115,11 +108,7 @@ class TunedBlip(BaseModel):
         return tokenizer
 
     def load_base(self, source: str) -> None:
-        """Load BLIP's weights from a path or URL.
-
-        Raises:
-            CheckpointError: unless every tensor of the backbone is there and fits.
-        """
+        """Load BLIP's weights from a path or URL; CheckpointError unless the backbone is whole."""
         self.base_changed(os.path.basename(source))
         state = blip_files.read_state_dict(source)
         may_be_missing = (*(f"{head}." for head in self.HEADS), "temp")
@@ -152,8 +141,7 @@ class TunedBlip(BaseModel):
     def attach_tuning(self) -> None:
         """Make the encoders adapter-aware, create what ``model.tuning`` trains, freeze the rest."""
         section = self.section
-        self.tuning = section.tuning
-        self.method_config = section.method_config
+        self.tuning, self.method_config = section.tuning, section.method_config
         self.adapters = AdapterBank()
         visual_layers = section.vit_ckpt_layer if section.vit_grad_ckpt else 0
         attach_adapters(self, visual_layers, section.text_ckpt_layer)
@@ -181,6 +169,20 @@ class TunedBlip(BaseModel):
 
     # --- computing ------------------------------------------------------------------------------
 
+    def forward(self, samples: Mapping[str, Any]):
+        """Loss of a batch; see LAVIS's model."""
+        self.check_training()
+        return super().forward(samples)
+
+    def check_training(self) -> None:
+        """ValueError in training mode unless the adapter that trains is active."""
+        active = self.adapters.active
+        if self.training and self.adapters and not (active and self._trains(active)):
+            raise ValueError(
+                f"The active adapter is {active!r}, not the one that trains. Call "
+                f"set_adapter('{DEFAULT_SET}') first."
+            )
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name; each once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -188,8 +190,7 @@ class TunedBlip(BaseModel):
     def apply_head(self, name: str, states: Tensor) -> Tensor:
         """Apply the active adapter's own head, or BLIP's, to (..., width) states.
 
-        In the head's own precision also under autocast: its output is compared and ranked, and
-        bfloat16 would make many of the numbers equal.
+        Under autocast it keeps its precision: its output is ranked, and bfloat16 would make ties.
         """
         active = self.adapters.active_set
         head = getattr(self, name) if active is None else active.heads[name]
@@ -201,7 +202,7 @@ class TunedBlip(BaseModel):
     ) -> BatchEncoding:
         """Token ids and mask, cut at ``max_txt_len`` tokens, on the model's device."""
         tokens = self.tokenizer(
-            list(texts),
+            text_list(texts, "texts"),
             padding=padding,
             truncation=truncation,
             max_length=self.max_txt_len if truncation else None,
@@ -219,11 +220,15 @@ class TunedBlip(BaseModel):
     def generate_texts(
         self, prompt_ids: Tensor, memory: VisualMemory, *, num_return_sequences: int = 1, **options
     ) -> list[str]:
-        """Continuations of (items, length) prompts, ``num_return_sequences`` for each.
-
-        ``options`` are those of ``transformers.GenerationMixin.generate``.
-        """
+        """Continue (items, length) prompts; ``options`` are those of transformers' ``generate``."""
+        most = self.text_decoder.config.max_position_embeddings
+        shortest, longest = options["min_length"], options["max_length"]
         rows = num_return_sequences if options.get("do_sample") else options.get("num_beams", 1)
+        if not (0 <= shortest <= longest <= most and 1 <= num_return_sequences <= rows):
+            raise ConfigError(
+                f"Cannot write {num_return_sequences} texts of {shortest} to {longest} tokens with "
+                f"num_beams {rows}: at most {most} tokens, and at least 1 text and 1 beam for it."
+            )
         items = torch.arange(len(prompt_ids), device=prompt_ids.device)
         output = self.text_decoder.generate(
             input_ids=prompt_ids,
@@ -243,20 +248,20 @@ class TunedBlip(BaseModel):
     def save_adapter(
         self, folder: str | os.PathLike, metrics: Mapping[str, float] | None = None
     ) -> None:
-        """Write the active adapter; see ``checkpoints.adapter_files``. ConfigError without one."""
+        """Write the active adapter; see ``checkpoints.adapter_files``."""
         adapter_files.save(self, folder, metrics or {})
 
     def load_adapter(
         self, folder: str | os.PathLike, name: str = DEFAULT_SET, force: bool = False
     ) -> None:
-        """Read an adapter folder into the set ``name``, created if it does not exist; activate it.
+        """Read an adapter folder into a new or existing set, and activate it.
 
         Args:
             force: load although it was trained on another base checkpoint.
 
         Raises:
-            CheckpointError: if anything about it does not fit this model.
-            KeyError: if ``name`` is empty, has a dot, or is an attribute of the bank ("active").
+            CheckpointError: if anything else about it does not fit this model.
+            KeyError: for an impossible name.
         """
         adapter_files.load(self, folder, name, force)
         self.set_adapter(name)
@@ -265,15 +270,31 @@ class TunedBlip(BaseModel):
 
     def set_adapter(self, name: str) -> None:
         """Activate a loaded adapter, for all threads; KeyError if no adapter has that name."""
-        self.adapters.activate(name)
+        self.adapters[name]
+        self.adapters.active = name
+
+    def adapter_state(self) -> str:
+        """Identifies what features are computed with: the values of the active adapter, or BLIP's.
+
+        In training, where hashing each step would take too long, it counts changes instead.
+        """
+        active = self.adapters.active_set
+        owner = self if active is None else active
+        counts = (0 if p.is_inference() else p._version for p in owner.parameters())
+        version = sum(counts, start=TunedBlip._changes)
+        if self.training:
+            return f"training: {id(owner)}, {version}"
+        if owner._hashed[0] != version:
+            tensors = blip_files.base_state_dict(self) if active is None else active.state_dict()
+            owner._hashed = version, blip_files.hash_tensors(tensors)
+        return owner._hashed[1]
 
     def delete_adapter(self, name: str) -> None:
         """Remove a loaded adapter; ValueError for the active one and the one that trains."""
         if self._trains(name) or name == self.adapters.active:
             raise ValueError(
-                f"'{name}' is active, or the adapter that this model trains, and cannot be "
-                "deleted. Activate another one, and load what you want to delete later under "
-                "another name."
+                f"'{name}' is active or the adapter that trains, and cannot be deleted. Activate "
+                "another one first; the adapter that trains stays."
             )
         del self.adapters[name]
 
@@ -285,11 +306,10 @@ class TunedBlip(BaseModel):
     def merge_adapter(self) -> None:
         """Fold the active adapter into BLIP itself, heads included, and remove all adapters.
 
-        The model computes what it computed, at a plain BLIP's cost; its state dict is one that
-        LAVIS's own models load.
+        The result has a plain BLIP's cost, and a state dict that LAVIS's own models load.
 
         Raises:
-            ConfigError: for a method whose adapters stand beside BLIP's layers.
+            ConfigError: for a method whose adapters are modules beside BLIP's layers.
         """
         active = self.adapters.active_set
         if active is None:
@@ -300,8 +320,8 @@ class TunedBlip(BaseModel):
                 f"Adapters of tuning '{self.tuning}' are modules beside BLIP's layers and cannot "
                 "be folded into its weights. Those of LoRA, BitFit and linear can."
             )
-        for key, delta in active.deltas.items():
-            delta.fold_into(self.get_submodule(delta_path(key)))
+        for path, delta in active.deltas.items():
+            delta.fold_into(self.get_submodule(path.replace("/", ".")))
         for name, head in active.heads.items():
             getattr(self, name).load_state_dict(head.state_dict())
         self.adapters.clear()
@@ -312,19 +332,18 @@ class TunedBlip(BaseModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Compute with the BLIP that the model was built on, heads included, inside the context."""
-        with self.adapters.disabled():
+        """Inside the context, compute with BLIP as it was loaded, heads included."""
+        before, self.adapters.active = self.adapters.active, None
+        try:
             yield
+        finally:  # unless it was deleted or merged inside
+            self.adapters.active = before if before in self.adapters else None
 
     def reset_momentum(self) -> None:
         """Restart moving averages, where the model has any, from the present parameters."""
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters.
-
-        ``adapters`` is the paper's count (bottlenecks alone), ``backbone`` BLIP's encoders without
-        heads.
-        """
+        """Numbers of parameters: ``adapters`` as the paper counts, ``backbone`` without heads."""
         active = self.adapters.active_set
         encoders = nn.ModuleList([self.visual_encoder, *self.text_encoders().values()])
         return {
@@ -365,13 +384,9 @@ class TunedBlip(BaseModel):
         blip_files.load_trained(self, str(url_or_filename))
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """Load tensors by name (``torch.nn.Module``).
+        """Load tensors by name; with ``strict``, CheckpointError for those that do not fit.
 
-        With ``strict``, parameters that ``attach_tuning`` froze may be absent, and nothing else:
-        LAVIS's runners do not save them, and load what they saved with this method.
-
-        Raises:
-            CheckpointError: with ``strict``, naming what is missing, unexpected or misshapen.
+        Frozen parameters may be absent: LAVIS's runners do not save them.
         """
         if strict:
             own = {
@@ -384,7 +399,16 @@ class TunedBlip(BaseModel):
                     f"These are not weights of this {type(self).__name__}: {problems}."
                 )
         self._fingerprint = None
+        note_change()
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def note_change(*_: Any) -> None:
+    """Note that some model's weights may have changed; see ``adapter_state``."""
+    TunedBlip._changes += 1
+
+
+register_optimizer_step_post_hook(note_change)  # a fused one's steps do not count in versions
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

@@ -31,11 +31,7 @@ def is_lavis_model(model_cls: type) -> bool:
 
 
 def check_lavis_model(config: Config, datasets: Mapping[str, Mapping[str, Dataset]]) -> None:
-    """Refuse what would stop one of LAVIS's own models in the middle of a run.
-
-    Raises:
-        ConfigError: naming the key, or the dependencies to install.
-    """
+    """ConfigError for what would stop one of LAVIS's own models in the middle of a run."""
     run, model = config.run_cfg, config.model_cfg
     model_cls = registry.get_model_class(model.arch)
     if not is_lavis_model(model_cls):
@@ -90,8 +86,7 @@ def lavis_similarities(
     """(visuals, texts) and (texts, visuals) scores by a model's own ``compute_sim_matrix``.
 
     In float32: under autocast LAVIS cannot write scores into its matrices. Candidates that are not
-    reranked all score -100: recalls up to ``k_test`` are exact, and in median and mean rank a right
-    candidate that is not reranked counts as the last. Every process encodes the whole split.
+    reranked all score -100 and rank last; recalls up to ``k_test`` are exact.
     """
     k_test = Evaluation.pick(run_cfg, "run").k_test
     k_test = min(k_test, len(loader.dataset.text), len(loader.dataset.image))

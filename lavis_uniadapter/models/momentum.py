@@ -14,14 +14,10 @@ from torch import Tensor, nn
 
 
 class MomentumAverage(nn.Module):
-    """Exponential moving average of some parameters of a model.
+    """Exponential moving average of some parameters of a model, with decays by their names.
 
     The averages are buffers, so that LAVIS's savers, which drop frozen parameters, keep them. A
     buffer has its parameter's name with slashes for dots.
-
-    Args:
-        model: owner of the parameters.
-        decays: by the parameters' names.
     """
 
     def __init__(self, model: nn.Module, decays: Mapping[str, float]):

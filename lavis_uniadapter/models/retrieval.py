@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,19 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer
 
 from lavis_uniadapter.backbone.build import build_text_encoder
-from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures, visual_input
+from lavis_uniadapter.backbone.features import (
+    TextFeatures,
+    VisualFeatures,
+    check_lengths,
+    texts_of,
+    visual_input,
+)
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory, frame_aware_weights
 from lavis_uniadapter.common import lavis_versions
 from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.common.schema.model import RetrievalModel
-from lavis_uniadapter.evaluation.two_stage import Matcher, score_gallery
+from lavis_uniadapter.evaluation.two_stage import score_gallery
 from lavis_uniadapter.models.base import DEFAULT_SET, TunedBlip
 from lavis_uniadapter.models.momentum import MomentumAverage
 
@@ -91,17 +98,18 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     # --- encoding and matching ------------------------------------------------------------------
 
     def encode_visual(self, samples: Mapping[str, Any] | Tensor) -> VisualFeatures:
-        """Encode the images or videos of a batch; see ``visual_input``."""
+        """Encode the images or videos of a batch; raises as ``visual_input``."""
         embeds = encode_frames(self.visual_encoder, visual_input(samples))
         frame_cls = embeds[:, :, 0]
         return VisualFeatures(
             embeds=embeds.flatten(1, 2),
             feat=F.normalize(self.apply_head("vision_proj", frame_cls.mean(dim=1)), dim=-1),
             frame_feat=F.normalize(self.apply_head("vision_proj", frame_cls), dim=-1),
+            adapter=self.adapter_state(),
         )
 
     def encode_text(self, texts: str | Sequence[str] | BatchEncoding) -> TextFeatures:
-        """Encode texts (one, several, or the output of ``tokenize``) in text mode."""
+        """Encode texts (one, several, or the output of ``tokenize``); raises as ``text_list``."""
         texts = [texts] if isinstance(texts, str) else texts
         tokens = texts if isinstance(texts, BatchEncoding) else self.tokenize(texts)
         embeds = self.text_encoder.forward_text(tokens).last_hidden_state
@@ -110,18 +118,17 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             attention_mask=tokens.attention_mask,
             embeds=embeds,
             feat=F.normalize(self.apply_head("text_proj", embeds[:, 0]), dim=-1),
+            adapter=self.adapter_state(),
         )
 
     def match_hidden(
         self, texts: TextFeatures, memory: VisualMemory, visual_index: Tensor, frame_feat: Tensor
     ) -> Tensor:
-        """Hidden states (pairs, length, width) of texts attending to one visual input each.
+        """Hidden states (pairs, length, width) of texts, each attending to a visual input.
 
         Args:
-            texts: one text per pair.
             visual_index: (pairs,) the input in memory that each text is paired with.
-            frame_feat: (visuals, frames, embed_dim) of the inputs in memory; read only if the
-                active adapter has frame-aware attention.
+            frame_feat: of the inputs in memory; only read for frame-aware attention.
         """
         weights = None
         active = self.adapters.active_set
@@ -136,27 +143,60 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             return_dict=True,
         ).last_hidden_state
 
-    def matcher(self, visuals: VisualFeatures) -> Matcher:
-        """Project visual inputs once, for any number of calls of the function returned.
-
-        It takes one text per pair and the (pairs,) indices of their visual inputs, and returns
-        matching logits (pairs, 2), of which column 1 stands for a match.
-        """
+    def matcher(self, visuals: VisualFeatures) -> Callable[[TextFeatures, Tensor], Tensor]:
+        """``match`` for visual inputs that are projected once for any number of calls."""
         memory = self.text_encoder.encoder.project(visuals.embeds)
 
         def match(texts: TextFeatures, visual_index: Tensor) -> Tensor:
+            self._check_features(texts=texts, visuals=visuals)
             hidden = self.match_hidden(texts, memory, visual_index, visuals.frame_feat)
             return self.apply_head("itm_head", hidden[:, 0])
 
         return match
 
     def match(
-        self, texts: TextFeatures, visuals: VisualFeatures, visual_index: Tensor | None = None
+        self,
+        texts: TextFeatures,
+        visuals: VisualFeatures,
+        visual_index: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Matching logits (pairs, 2); by default of each text and the visual input beside it."""
+        """Matching logits (pairs, 2); column 1 stands for a match.
+
+        Args:
+            texts: one text per pair.
+            visual_index: (pairs,) the visual input of each text; by default the one beside it.
+
+        Raises:
+            TypeError, ValueError: for arguments that do not fit, and features that were encoded
+                with another adapter than the active one, or before its weights changed.
+        """
+        self._check_features(texts=texts, visuals=visuals)
+        number = len(visuals.feat)
         if visual_index is None:
-            visual_index = torch.arange(len(texts.input_ids), device=texts.input_ids.device)
-        return self.matcher(visuals)(texts, visual_index)
+            check_lengths(texts=len(texts.feat), visuals=number)
+            visual_index = range(number)
+        index = torch.as_tensor(visual_index, device=visuals.feat.device)
+        if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1:
+            raise TypeError("visual_index must be a list of integers.")
+        check_lengths(texts=len(texts.feat), visual_index=len(index))
+        if ((index < 0) | (index >= number)).any():
+            raise ValueError(f"visual_index must have numbers from 0 to {number - 1}.")
+        return self.matcher(visuals)(texts, index)
+
+    def _check_features(self, **features: VisualFeatures | TextFeatures) -> None:
+        """Refuse what was not encoded, or not with what is active now."""
+        for name, given in features.items():
+            expected = TextFeatures if name == "texts" else VisualFeatures
+            if not isinstance(given, expected):
+                raise TypeError(
+                    f"{name} must be the {expected.__name__} that encode_{name[:-1]} returns; got "
+                    f"{type(given).__name__}."
+                )
+            if given.adapter not in (None, self.adapter_state()):
+                raise ValueError(
+                    f"{name} were encoded with another adapter than the active one, before its "
+                    "weights changed, or in another mode (train or eval). Encode them again."
+                )
 
     # --- training -------------------------------------------------------------------------------
 
@@ -170,36 +210,30 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
         A loss that is not finite is returned as it is; the training loop skips the step.
         """
-        active = self.adapters.active
-        if self.training and active and not self._trains(active):
-            raise ValueError(
-                f"The active adapter '{active}' is not the one that trains. Call "
-                f"set_adapter('{DEFAULT_SET}') first."
-            )
+        self.check_training()
+        texts, ids = texts_of(samples), samples["image_id"]
+        check_lengths(text_input=len(texts), visual=len(visual_input(samples)), image_id=len(ids))
+        ids = lavis_versions.numbers(ids, self.device).view(-1, 1)
         with torch.no_grad():
             self.temp.clamp_(0.001, 0.5)
-        ids = lavis_versions.numbers(samples["image_id"], self.device).view(-1, 1)
         gathers_texts = self.section.negative_all_rank and get_world_size() > 1
-        tokens = self.tokenize(
-            samples["text_input"], padding="max_length" if gathers_texts else "longest"
-        )
+        tokens = self.tokenize(texts, padding="max_length" if gathers_texts else "longest")
         # Averages first, while no activations are kept for the backward pass.
         self.momentum_average.update()
         with self.momentum_average.swapped_in():
             momentum = self.encode_visual(samples), self.encode_text(tokens)
-        visuals = self.encode_visual(samples)
-        texts = self.encode_text(tokens)
+        online = self.encode_visual(samples), self.encode_text(tokens)
 
-        loss_itc, sims = self._contrastive_loss(samples, visuals, texts, *momentum, ids)
-        loss_itm, itm = self._matching_loss(visuals, texts, ids)
+        loss_itc, sims = self._contrastive_loss(samples, *online, *momentum, ids)
+        loss_itm, itm = self._matching_loss(*online, ids)
         return BlipOutput(
             loss=loss_itc + loss_itm,
             loss_itc=loss_itc,
             loss_itm=loss_itm,
             sims=sims,
             intermediate_output=BlipIntermediateOutput(
-                image_embeds=visuals.embeds,
-                text_embeds=texts.embeds,
+                image_embeds=online[0].embeds,
+                text_embeds=online[1].embeds,
                 image_embeds_m=momentum[0].embeds,
                 text_embeds_m=momentum[1].embeds,
                 itm_logits=itm[0],
@@ -238,9 +272,8 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
         """Loss of positives, and of a hard negative visual and a hard negative text for each item.
 
-        The three groups are one batch of pairs over the batch's own visual memory; only negatives
-        from all ranks add visual inputs to it. An item without any negative also has pairs, so
-        that shapes do not depend on values on the device; the loss ignores them.
+        An item without any negative also has pairs, so that shapes do not depend on values on the
+        device; the loss ignores them.
         """
         own = torch.arange(len(ids), device=ids.device)
         from_ranks = self.section.negative_all_rank and get_world_size() > 1
@@ -256,17 +289,13 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
             )
         positive_text = own + get_rank() * len(ids) if from_ranks else own
         text_index = torch.cat([positive_text, positive_text, negative_text])
-        pair_texts = TextFeatures(
-            input_ids=pool_texts.input_ids[text_index],
-            attention_mask=pool_texts.attention_mask[text_index],
-            embeds=None,
-            feat=pool_texts.feat[text_index],
-        )
+        pair_texts = dataclasses.replace(pool_texts, embeds=None)[text_index]
         if from_ranks:
-            pairs = zip(vars(visuals).values(), vars(pool_visuals).values(), strict=True)
+            names = "embeds", "feat", "frame_feat"
+            pairs = [(getattr(visuals, name), getattr(pool_visuals, name)) for name in names]
             visuals = VisualFeatures(*(torch.cat([x, y[negative_visual]]) for x, y in pairs))
             negative_visual = len(ids) + own
-        logits = self.match(pair_texts, visuals, torch.cat([own, negative_visual, own]))
+        logits = self.matcher(visuals)(pair_texts, torch.cat([own, negative_visual, own]))
         no_match = torch.where(has_negative, 0, IGNORED)
         labels = torch.cat([torch.ones_like(own), no_match, no_match])
         return F.cross_entropy(logits, labels, ignore_index=IGNORED), (logits, labels)
@@ -287,10 +316,9 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
 
     @torch.no_grad()
     def _enqueue(self, image_feat: Tensor, text_feat: Tensor, ids: Tensor) -> None:
-        """Replace the oldest entries of the queue by all ranks' features and (batch, 1) ids.
+        """Replace the queue's oldest entries, also across its end, by all ranks' features and ids.
 
-        The queue wraps around; LAVIS's asserts that the global batch divides it. Features that are
-        not finite leave the old entry: one bad batch must not spoil the next.
+        Features that are not finite leave the old entry: one bad batch must not spoil the next.
         """
         size = self.queue_size
         if not size:
@@ -314,7 +342,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         return min(1, (epoch * num_iters_per_epoch + iters) / steps) if steps else 1
 
     def compute_sim_matrix(self, data_loader, task_cfg) -> tuple[np.ndarray, np.ndarray]:
-        """(visuals, texts) and (texts, visuals) scores for LAVIS's ``retrieval`` task."""
+        """(visuals, texts) and (texts, visuals) scores, for LAVIS's ``retrieval`` task."""
         v2t, t2v, _ = score_gallery(self, data_loader, Evaluation.pick(task_cfg, "run"))
         return v2t.cpu().numpy(), t2v.cpu().numpy()
 
@@ -323,8 +351,7 @@ def _sample_negatives(logits: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Draw for each row a column that is not the same item, with softmax(logits) probability.
 
     Returns:
-        (rows,) columns, and (rows,) whether the row has any negative. MSR-VTT has 20 captions per
-        video, so a small batch may show a single video.
+        (rows,) columns, and (rows,) whether the row has any negative: a batch may be one video.
     """
     has_negative = ~same.all(dim=1)
     weights = logits.masked_fill(same, float("-inf")).softmax(dim=1)

@@ -21,6 +21,7 @@ from lavis_uniadapter.checkpoints.blip_files import hash_tensors
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.evaluation.two_stage import encode_texts
 from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
@@ -32,11 +33,11 @@ _VISUAL_OPTIONS = ("image_size", "n_frms", "mean", "std")
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one text with several segments.
+    """Of pairs of a text and a visual input.
 
     Attributes:
-        ranking: (segments,) what segments are ordered by, as in the retrieval task.
-        probability: (segments,) that text and segment match.
+        ranking: (pairs,) what candidates are ordered by, as in the retrieval task.
+        probability: (pairs,) that both match.
     """
 
     ranking: Tensor
@@ -106,27 +107,31 @@ class Engine:
             return self.model.encode_visual(pixels)
 
     @torch.inference_mode()
-    def encode_text(self, text: str) -> TextFeatures:
-        """Encode one text, prepared as in evaluation."""
+    def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
+        """Encode texts, prepared as in evaluation. Every rank must call it."""
         with autocast(self.amp, self.model.device):
-            return self.model.encode_text([self._text_processor(text)])
+            return encode_texts(self.model, [self._text_processor(text) for text in texts])[0]
 
     @torch.inference_mode()
-    def match(self, text: TextFeatures, visuals: VisualFeatures) -> Scores:
-        """Score one text with each of several visual inputs by the matching head."""
-        number = len(visuals.feat)
-        texts = TextFeatures(
-            text.input_ids.expand(number, -1),
-            text.attention_mask.expand(number, -1),
-            None,
-            text.feat.expand(number, -1),
-        )
+    def match(self, texts: TextFeatures, visuals: VisualFeatures, pairs: Tensor) -> Scores:
+        """Score pairs of a text and a visual input by the matching head.
+
+        Args:
+            pairs: (pairs, 2) positions in ``texts`` and in ``visuals``.
+        """
+        pairs = pairs.to(self.model.device)
         with autocast(self.amp, self.model.device):
-            logits = self.model.match(texts, visuals).float()
-        similarity = (visuals.feat.float() @ text.feat.float().t())[:, 0]
+            match = self.model.matcher(visuals)
+            logits = []
+            for some in pairs.split(self.settings.rerank_batch):
+                chosen = texts[some[:, 0]]
+                longest = int(chosen.attention_mask.sum(dim=1).max())
+                logits.append(match(chosen.cut(longest), some[:, 1]).float())
+        scores = torch.cat(logits)
+        similarity = (visuals.feat[pairs[:, 1]].float() * texts.feat[pairs[:, 0]].float()).sum(1)
         return Scores(
-            ranking=(logits[:, 1] + self.settings.itc_weight * similarity).cpu(),
-            probability=logits.softmax(dim=1)[:, 1].cpu(),
+            ranking=(scores[:, 1] + self.settings.itc_weight * similarity).cpu(),
+            probability=scores.softmax(dim=1)[:, 1].cpu(),
         )
 
 
@@ -167,11 +172,21 @@ def load_recipe(
 
 
 def build_model(config: Any) -> Any:
-    """The model of a configuration, in evaluation mode on its device."""
+    """The model of a configuration, in evaluation mode on its device.
+
+    Raises:
+        ConfigError: if heads would be random, as the base weights lack them and so no adapter.
+    """
     section = config.model_cfg
     model = registry.get_model_class(section.arch).from_config(section)
     if section.adapter_ckpt is None:
         model.adapters.active = None  # an untrained adapter would only disturb
+        heads = [h for h in model.HEADS if f"{h}.weight" in model.randomly_initialised]
+        if heads:
+            raise ConfigError(
+                f"'{section.pretrained}' has no {', '.join(heads)}, so results would be random. "
+                "Use BLIP's weights of pre-training or retrieval, or a trained --adapter."
+            )
     return model.to(config.run_cfg.device).eval()
 
 

@@ -277,7 +277,7 @@ class Index:
         """A query's text, if it is one, and its vector."""
         with self._lock:
             if text is not None:
-                encoded = self.engine.encode_text(_checked(text))
+                encoded = self.engine.encode_texts([_checked(text)])
                 return encoded, encoded.feat[0]
             if image is not None:
                 clip = image_clip(image, self.engine.processor.options.image_size)
@@ -316,7 +316,8 @@ class Index:
             by_frames.setdefault(len(candidate.stored.segment.times), []).append(candidate)
         for group in by_frames.values():
             visuals = _stack([features[c.stored.id] for c in group], self.engine.model.device)
-            scores = self.engine.match(text, visuals)
+            pairs = torch.tensor([(0, position) for position in range(len(group))])
+            scores = self.engine.match(text, visuals, pairs)
             for i, candidate in enumerate(group):
                 judged[candidate.stored.id] = replace(
                     candidate,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lavis.common.dist_utils import get_rank, get_world_size, is_main_process
@@ -25,8 +25,10 @@ from lavis_uniadapter.search.manifest import (
     insert_file,
 )
 from lavis_uniadapter.search.reading import FileToRead, Part, read_parts
-from lavis_uniadapter.search.segments import Segment, find_media
+from lavis_uniadapter.search.segments import Segment, find_media, take_unusable
 from lavis_uniadapter.search.store import Store
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -120,11 +122,7 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
     if not present:
         what = f"; the index has {len(of_scope)} of them" if of_scope else ""
         raise ConfigError(f"'{scope}' holds no images or videos{what}. Check the folder.")
-    unreadable = {}
-    for path in [path for path in present if not _is_utf8(path)]:
-        escaped = os.fsencode(path).decode("utf-8", "backslashreplace")
-        unreadable[escaped] = "its name is not UTF-8; rename the file"
-        del present[path]
+    unreadable = take_unusable(present)
     files = []
     for path, status in present.items():
         now = IndexedFile(path, status.st_size, status.st_mtime_ns)
@@ -136,10 +134,6 @@ def compare(manifest: Manifest, root: Path, scope: Path) -> Work:
     changed = {file.path for file in files if file.hash is not None}
     gone = sorted(of_scope.difference(present))
     return Work(files, changed, gone, len(present) - len(files), unreadable)
-
-
-def _is_utf8(path: str) -> bool:
-    return path.encode("utf-8", "replace") == os.fsencode(path)
 
 
 def encode_parts(engine: Engine, parts: Iterable[Part]) -> Iterator[list[EncodedFile]]:
@@ -202,7 +196,8 @@ def update(
         work: what to do, the same on every rank.
         window: seconds of a segment.
         workers: processes that read files, beside each rank.
-        timeout: seconds that a file may take before it counts as unreadable.
+        timeout: seconds without a new segment after which the file being read counts as
+            unreadable.
     """
     summary = Summary(gone=work.gone, unchanged=work.unchanged, unreadable=dict(work.unreadable))
     if manifest is not None and store is not None and work.gone:
@@ -215,7 +210,7 @@ def update(
     parts = read_parts(to_read, window, engine.processor.options, workers, timeout)
     clips, hidden = 0, not is_main_process() or not work.files
     with tqdm(total=len(work.files), desc="index", unit=" files", disable=hidden) as bar:
-        for batch in _gathered(encode_parts(engine, parts)):
+        for batch in gathered(encode_parts(engine, parts)):
             if manifest is not None and store is not None:
                 _write(manifest, store, work, batch, summary)
             clips += sum(len(done.feat) for done in batch)
@@ -227,14 +222,14 @@ def update(
     return summary
 
 
-def _gathered(encoded: Iterator[list[EncodedFile]]) -> Iterator[list[EncodedFile]]:
-    """The files of all ranks, until the last rank has no more."""
+def gathered(done: Iterator[list[T]]) -> Iterator[list[T]]:
+    """What all ranks have done, until the last rank has no more; every rank must iterate."""
     if get_world_size() == 1:
-        yield from filter(None, encoded)
+        yield from filter(None, done)
         return
     while True:
-        # a batch of files a round, so that ranks that are done wait in few collectives
-        batch = next(filter(None, encoded), None)
+        # a batch a round, so that ranks that are done wait in few collectives
+        batch = next(filter(None, done), None)
         batches = gather(batch)
         if all(b is None for b in batches):
             return

@@ -14,6 +14,7 @@ from lavis_uniadapter.processors.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSI
 from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
+MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +57,13 @@ def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
                 yield path.relative_to(root).as_posix(), path.stat()
 
 
-MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+def take_unusable(found: dict[str, os.stat_result]) -> dict[str, str]:
+    """Remove files whose names are not UTF-8; returns what is wrong, by escaped path."""
+    odd = [path for path in found if path.encode("utf-8", "replace") != os.fsencode(path)]
+    for path in odd:
+        del found[path]
+    escaped = (os.fsencode(path).decode("utf-8", "backslashreplace") for path in odd)
+    return dict.fromkeys(escaped, "its name is not UTF-8; rename the file")
 
 
 def cut(timestamps: np.ndarray, window: float, n_frms: int) -> list[Segment]:
@@ -64,7 +71,7 @@ def cut(timestamps: np.ndarray, window: float, n_frms: int) -> list[Segment]:
 
     Args:
         timestamps: (frames, 2) seconds at which each frame begins and ends.
-        window: length in seconds.
+        window: length in seconds; ``math.inf``: the video is one segment.
         n_frms: frames that represent a segment, spread over it as ``sample_frame_indices`` does.
 
     Returns:
@@ -72,6 +79,7 @@ def cut(timestamps: np.ndarray, window: float, n_frms: int) -> list[Segment]:
     """
     begins = np.maximum.accumulate(timestamps[:, 0] - timestamps[0, 0])
     duration = float(max(begins[-1], timestamps[-1, 1] - timestamps[0, 0]))
+    window = min(window, max(duration, 1.0))
     number = max(1, round(duration / window))
     # the window in which each frame begins; a division alone may be off by rounding
     which = np.floor(begins / window)

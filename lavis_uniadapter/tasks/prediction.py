@@ -90,16 +90,15 @@ class MeasuredTask(BaseTask, ABC):
         outcomes: Mapping[str, Sequence[Sequence[float]]],
         unreadable: Sequence[Mapping[str, Any]],
     ) -> dict[str, float]:
-        """Write what was measured on a split to the run's ``result`` folder.
+        """Write the metrics of a split to the run's ``result`` folder.
 
         Args:
-            outcomes: by metric, what each query or item contributes to it, as one list of values
-                per kind of query; the metric is the mean of the lists' means.
+            outcomes: what each query or item contributes to a metric; see ``retrieval_outcomes``.
             unreadable: ``index``, ``file`` and ``reason`` of what was scored as wrong.
 
         Returns:
-            The metrics, with ``agg_metrics``, which LAVIS maximises (0 without the selection
-            metric), and the number of unreadable items, if any.
+            The metrics, with the number of unreadable items and ``agg_metrics``, which LAVIS
+            maximises (0 without the selection metric).
         """
         selected = metrics.get(self.selection_metric, 0.0)
         lower_is_better = self.selection_metric.endswith(self.LOWER_IS_BETTER)
@@ -122,9 +121,8 @@ class MeasuredTask(BaseTask, ABC):
 class PredictionTask(MeasuredTask):
     """Predicts for every item of a split, gathers over ranks, and scores once.
 
-    LAVIS's tasks exchange predictions through files and detect repetitions by ``question_id`` or
-    ``image_id``, which need not be numbers. Here each record of the dataset's ``annotation`` has
-    one prediction. Predictions are written before they are scored.
+    Each record of the dataset's ``annotation`` has one prediction, whatever its id is. (LAVIS's
+    tasks need numbers.) Predictions are written before they are scored.
     """
 
     WRONG_PREDICTION: Mapping[str, Any]  # for an unreadable item (``allow_missing``)

@@ -32,11 +32,10 @@ SETTINGS = {"inference_method", "num_ans_candidates", "num_beams", "max_len", "m
 class VideoQATask(PredictionTask):
     """VideoQA by ranking the training answers or by generation, scored by exact match.
 
-    LAVIS's ``msrvtt_qa`` and ``msvd_qa`` give an answer as a class index, with a single index for
-    all answers that are not a class. Here the datasets' class labels are extended by those answers,
-    so that an index stands for one answer: the model learns every training answer, ranks those that
-    are classes, and is scored on all. LAVIS's ``alpro_qa``, a classifier, is trained and tested on
-    the same classes; training questions whose answer is not a class are left out.
+    LAVIS's ``msrvtt_qa`` and ``msvd_qa`` give all answers that are not a class the same index. Here
+    each has an index of its own: the model learns every training answer, ranks those that are
+    classes, and is scored on all. LAVIS's ``alpro_qa``, a classifier, has the same classes and
+    skips training questions whose answer is not one.
 
     Settings (``run:``) are those of LAVIS's ``vqa``, and ``selection_metric`` (accuracy).
     """
@@ -52,11 +51,7 @@ class VideoQATask(PredictionTask):
         return super().fits(model_cls) or issubclass(model_cls, AlproQA)
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets, with class labels for every answer in them.
-
-        Raises:
-            ConfigError: for a selection metric that the first validation split does not have.
-        """
+        """LAVIS's datasets, with class labels for every answer in them."""
         datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
         every = [dataset for splits in datasets.values() for dataset in splits.values()]

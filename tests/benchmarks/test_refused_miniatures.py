@@ -78,7 +78,7 @@ def test_empty_answer_among_the_labels(start):
 def test_labels_that_are_no_numbering(start, indices):
     edit = lambda labels: dict(zip(labels, indices, strict=False))  # noqa: E731
     path = "msvd/annotations/qa_ans2label.json"
-    refused(start, "msvd_qa", path, edit, "a mapping of non-empty answers to the numbers from 0 on")
+    refused(start, "msvd_qa", path, edit, "a mapping of non-empty answers to different numbers")
 
 
 def test_question_id_twice(start):
@@ -86,7 +86,7 @@ def test_question_id_twice(start):
         records[3]["question_id"] = records[1]["question_id"]
 
     path = "msrvtt/annotations/qa_test.json"
-    refused(start, "msrvtt_qa", path, edit, r"record 3: has the question_id 22, as .*record 1 has")
+    refused(start, "msrvtt_qa", path, edit, r"record 3: repeats the question_id 22 of .*record 1")
 
 
 @pytest.mark.parametrize("evaluate", [True, False])

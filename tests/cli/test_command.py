@@ -32,6 +32,10 @@ CASES = {
     "evaluate shapes_retrieval --adapter none": (2, "'none' is not an adapter folder"),
     "train shapes_retrieval run.k_tets=3": (2, "Did you mean 'k_test'?"),
     "train shapes_retrieval run.init_lr=-1": (2, "run.init_lr is -1"),
+    "predict caption . --cfg shapes_qa --output x.csv": (2, "Use 'uniadapter predict qa'"),
+    "predict caption no --cfg shapes_caption --output x.csv": (2, "There is no 'no'"),
+    "predict caption . --cfg shapes_caption --output x.txt": (2, "must end in .jsonl or .csv"),
+    "predict retrieval . --cfg shapes_retrieval --output x.csv": (2, "Give --text TEXT"),
     "compare vqa": (2, "Did you mean 'vqav2'?"),
     "compare": (2, "Give a PLAN"),
 }

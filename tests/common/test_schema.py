@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -95,6 +96,41 @@ def test_defaults_depend_on_the_task_where_they_must():
 
 def test_names_that_look_like_numbers_are_names():
     assert RunSection.read({**EVALUATED, "job_id": 20240101}, "run").job_id == "20240101"
+
+
+RECIPES = PACKAGE_ROOT.parent / "projects"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "expected"),
+    [
+        (
+            "uniadapter/train/shapes_retrieval.yaml",
+            "datasets.shapes_retrieval.vis_processor.eval.image_size=96",
+            "datasets.shapes_retrieval.vis_processor.eval.image_size is 96 and model.image_size is",
+        ),
+        (
+            "baselines/alpro_retrieval_msrvtt.yaml",
+            "model.timesformer.n_frms=4",
+            "vis_processor.train.n_frms is 8 and model.timesformer.n_frms is 4. Give both the same",
+        ),
+        (
+            "baselines/alpro_retrieval_msrvtt.yaml",
+            "model.timesformer=5",
+            "model.timesformer is 5; it must be a section.",
+        ),
+        (
+            "baselines/alpro_retrieval_msrvtt.yaml",
+            "model.timesformer=null",
+            "model.timesformer is None; it must be a section.",
+        ),
+    ],
+)
+def test_sizes_of_processors_and_models_are_compared_before_lavis_is_imported(
+    recipe, option, expected
+):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        validate(RECIPES / recipe, [option])
 
 
 def test_retrieval_settings_are_refused_for_other_models():

@@ -197,8 +197,9 @@ def test_an_answer_list_wins_and_what_it_lacks_is_counted(name, mine, caplog):
     assert datasets.keys() == {"train", "test"}
     assert list(datasets["test"].class_labels.items()) == [("zebra", 0), ("a b", 1), ("é", 2)]
     assert [datasets["train"][i]["answers"] for i in range(4)] == [2, 2, 1, 3]
-    assert f"{train}:5: the first of 1 of 4 questions whose answer is not among" in caplog.text
-    assert f"{test}:3: the first of 2 of 3 questions whose answer is not among" in caplog.text
+    said = "answers are not among the candidates, so they are never predicted. The first is in"
+    assert f"1 of 4 {said} {train}:5." in caplog.text
+    assert f"2 of 3 {said} {test}:3." in caplog.text
 
 
 def test_evaluation_alone_has_the_candidates_of_training(mine):

@@ -41,7 +41,7 @@ from lavis_uniadapter.datasets.records import DatasetError, check_records, probl
         (
             {"build_info": {"annotations": {"train": {"storage": None}}}},
             DatasetError,
-            "names none of train, val, test; add at least one",
+            r"annotations\.train\.storage is missing; set it to the annotation file",
         ),
         (
             {"build_info": {"images": None}},
@@ -52,6 +52,16 @@ from lavis_uniadapter.datasets.records import DatasetError, check_records, probl
             {"build_info": {"images": {"storage": "mine/nowhere"}}},
             DatasetError,
             "mine/nowhere does not exist; create it or correct",
+        ),
+        (
+            {"build_info": {"annotations": {"val": {"storage": None}}}},
+            DatasetError,
+            r"cannot be used:\n- \S*annotations\.val\.storage is missing; set it .* file\.$",
+        ),
+        (
+            {"build_info": {"annotations": {"train": None}}},
+            DatasetError,
+            "names none of train, val, test; add at least one",
         ),
         ({"build_info": None}, DatasetError, "(?s)images.storage is missing.*names none of train"),
     ],
@@ -105,7 +115,7 @@ def test_an_identifier_that_equals_a_default_is_named(mine):
     rows = [{**QA, "question_id": i} for i in ("1", "", "4", "")]
     path = write(mine / "a.csv", rows)
     message = error_of("qa", "images", {"train": "mine/a.csv"})
-    assert f"{path}:3: has the question_id 1, as {path}:2 has" in message
+    assert f"{path}:3: repeats the question_id 1 of {path}:2" in message
     write(mine / "a.csv", rows[2:])
     train = build("qa", "images", {"train": "mine/a.csv"})["train"]
     assert [record["question_id"] for record in train.annotation] == [4, 1]
@@ -115,7 +125,7 @@ def test_a_question_id_is_unique_within_its_split_alone(mine):
     rows = [{**QA, "question_id": i} for i in ("3", "03", "4")]
     path = write(mine / "a.csv", rows)
     message = error_of("qa", "images", {"train": "mine/a.csv"})
-    assert f"{path}:3: has the question_id 3, as {path}:2 has" in message
+    assert f"{path}:3: repeats the question_id 3 of {path}:2" in message
     write(mine / "a.csv", rows[1:])
     assert len(build("qa", "images", {"train": "mine/a.csv", "val": "mine/a.csv"})["val"]) == 2
 
@@ -130,7 +140,7 @@ def test_an_image_id_is_of_one_file_in_evaluation(task, mine):
     path = write(mine / "a.csv", rows)
     assert len(build(task, "images", {"train": "mine/a.csv"})["train"]) == 3
     message = error_of(task, "images", {"val": "mine/a.csv"})
-    assert re.search(rf"{path}:4: has the image_id '?1'?, as {path}:2 has", message)
+    assert re.search(rf"{path}:4: repeats the image_id '?1'? of {path}:2", message)
     assert "has 1 problem(s)" in message
 
 
@@ -139,7 +149,8 @@ def test_a_file_has_one_image_id(split, mine):
     rows = [{"image": "two.png", "caption": "a", "image_id": i} for i in ("1", "2")]
     path = write(mine / "a.csv", rows)
     message = error_of("retrieval", "images", {split: "mine/a.csv"})
-    assert f"{path}:3: gives 'two.png' the image_id '2', and {path}:2 gives it '1'" in message
+    expected = f"{path}:3: 'two.png' has the image_id '2' here, and '1' in {path}:2; give each file"
+    assert expected in message
 
 
 def test_missing_annotation_files_and_folders_are_named(mine):
@@ -195,7 +206,7 @@ def test_without_candidates_both_fixes_are_named(mine):
         ("a.json", '["a",\n " "]', ", record 1: needs a non-empty string under 'answer', has ' '"),
         ("a.json", '["a",\n 3]', ", record 1: needs a non-empty string under 'answer', has 3"),
         ("a.json", '{"a": 0}', ": must be a list"),
-        ("a.json", "[]", ": holds no records"),
+        ("a.json", "[]", ": has no records"),
         ("a.txt", "a\n\nb\n", ":2: needs a non-empty string under 'answer', has ''"),
         ("a.txt", "", ": is empty"),
         ("a.xml", "a\n", ": the file's name must end in .json or"),
@@ -216,6 +227,14 @@ def test_what_is_no_whole_number_is_no_question_id(value):
     schema = layout("video", **CustomQABuilder.fields)
     (problem,) = problems(check_records([record], schema, "a.json"))
     assert "question_id" in problem.text
+
+
+@pytest.mark.parametrize("value", [2**63 - 1, str(2**63 - 1), " 7 ", "007", 0])
+def test_whole_numbers_are_question_ids(value):
+    record = {"video": "a.mp4", "question": "b", "answer": "c", "question_id": value}
+    schema = layout("video", **CustomQABuilder.fields)
+    (found,) = check_records([record], schema, "a.json")
+    assert found.record.question_id == int(value)
 
 
 def test_a_number_of_json_is_that_of_a_table():

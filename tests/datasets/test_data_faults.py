@@ -63,14 +63,14 @@ def unchecked(monkeypatch):
     from lavis_uniadapter.datasets import building
 
     def rot_after_the_checks(do):
-        check = building.check_dataset
+        check = building.unreadable_files
 
-        def check_then_rot(dataset, split, *args):
-            result = check(dataset, split, *args)
+        def check_then_rot(dataset, split):
+            result = check(dataset, split)
             do(split)
             return result
 
-        monkeypatch.setattr(building, "check_dataset", check_then_rot)
+        monkeypatch.setattr(building, "unreadable_files", check_then_rot)
 
     return rot_after_the_checks
 
@@ -255,14 +255,14 @@ def test_images_too(run, tmp_path, monkeypatch):
     options = (f"run.cache_root={tmp_path / 'cache'}", "run.unreadable_threshold=1")
     run("shapes_pretrain", *options, "run.job_id=whole", "run.max_epoch=1")
     bad = sorted((tmp_path / "cache").rglob("train_*.png"))[0]
-    check = building.check_dataset
+    check = building.unreadable_files
 
-    def check_then_cut(dataset, split, *args):
-        result = check(dataset, split, *args)
+    def check_then_cut(dataset, split):
+        result = check(dataset, split)
         bad.write_bytes(bad.read_bytes()[:60])
         return result
 
-    monkeypatch.setattr(building, "check_dataset", check_then_cut)
+    monkeypatch.setattr(building, "unreadable_files", check_then_cut)
     result = run("shapes_pretrain", *options, "run.max_epoch=1", "run.test_splits=[]")
     noted = [json.loads(line) for line in (result.output_dir / UNREADABLE).read_text().splitlines()]
     assert {line["file"] for line in noted} == {str(bad)}

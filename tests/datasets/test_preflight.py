@@ -2,7 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from clips import spoil_from_frame, write_clip
+from clips import frame_starts, spoil_from_frame, write_clip
+from decord import VideoReader
 from lavis.common.registry import registry
 from lavis.datasets.datasets.aok_vqa_datasets import AOKVQADataset
 from lavis.datasets.datasets.retrieval_datasets import (
@@ -11,15 +12,19 @@ from lavis.datasets.datasets.retrieval_datasets import (
     VideoRetrievalDataset,
     VideoRetrievalEvalDataset,
 )
+from lavis.processors.alpro_processors import AlproVideoEvalProcessor, AlproVideoTrainProcessor
 from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
-from PIL import Image
+from PIL import Image, ImageFile
 
-from lavis_uniadapter.datasets import preflight
+from lavis_uniadapter.datasets import preflight, reading
 from lavis_uniadapter.datasets.building import check_built
-from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
+from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset, unreadable_files
+from lavis_uniadapter.datasets.reading import EvaluationItems
 from lavis_uniadapter.datasets.records import DatasetError
+from lavis_uniadapter.processors.decoding import frames_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
+from lavis_uniadapter.tools.prepare.check import examine
 
 DATASETS = {
     ("video", "train"): VideoRetrievalDataset,
@@ -72,7 +77,8 @@ def test_sound_datasets_pass(kind, split, root):
     for name in names:
         write_visual(root / name)
     dataset = build(kind, split, [record(kind, split, n) for n in names], root)
-    assert check_dataset(dataset, split) == {}
+    check_dataset(dataset, split)
+    assert unreadable_files(dataset, split) == {}
 
 
 @pytest.mark.parametrize(("kind", "split"), DATASETS)
@@ -85,11 +91,11 @@ def test_missing_files_are_counted_and_the_first_twenty_named(kind, split, root)
     message = str(caught.value)
     assert [name in message for name in names] == [False] + [True] * 20 + [False] * 2
     assert "and 2 more" in message and "skip_missing" in message and "allow_missing" in message
-    assert check_dataset(dataset, split, files=False) == {}
+    check_built({"mine": {split: dataset}}, {"mine": {}}, files=False)
 
 
 def test_empty_dataset_is_refused(root):
-    with pytest.raises(DatasetError, match="the train annotations: holds no records"):
+    with pytest.raises(DatasetError, match="the train annotations: has no records"):
         check_dataset(build("image", "train", [], root), "train")
 
 
@@ -100,7 +106,7 @@ def test_every_unusable_video_is_named_with_the_reason(root):
     (root / names[1]).write_bytes(b"")
     (root / names[2]).write_text("no video")
     dataset = build("video", "train", [record("video", "train", n) for n in names], root)
-    unusable = check_dataset(dataset, "train")
+    unusable = unreadable_files(dataset, "train")
     assert list(unusable) == [str(root / names[index]) for index in (1, 2, 4)]
     for reason, found in zip(
         ("is empty", "in no known format", "no such file"), unusable.values(), strict=True
@@ -113,24 +119,44 @@ def test_every_unusable_video_is_named_with_the_reason(root):
 
 
 @pytest.mark.parametrize(
-    ("split", "processor", "frame"),
+    ("split", "processor"),
     [
-        # Of 20 frames, the middle of the last of two segments is 15, of the last of ten 19.
-        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=2), 15),
-        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=10), 19),
-        ("train", BlipVideoTrainProcessor(image_size=32, n_frms=2), 19),
+        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=2)),
+        ("val", BlipVideoEvalProcessor(image_size=32, n_frms=7)),
+        ("val", AlproVideoEvalProcessor(image_size=32, n_frms=7)),
+        ("train", BlipVideoTrainProcessor(image_size=32, n_frms=2)),
     ],
 )
-def test_the_last_frame_that_the_split_samples_is_decoded(
-    root, monkeypatch, split, processor, frame
+def test_the_frames_that_evaluation_reads_or_the_last_one_are_decoded(
+    root, monkeypatch, split, processor
 ):
     write_clip(root / "clip.mp4", num_frames=20)
-    asked = []
-    monkeypatch.setattr(preflight, "frames_problem", lambda path, choose: asked.extend(choose(20)))
-    check_dataset(
-        build("video", split, [record("video", split, "clip.mp4")], root, processor), split
-    )
-    assert asked == [frame]
+    dataset = build("video", split, [record("video", split, "clip.mp4")], root, processor)
+    read = []
+    get_batch = VideoReader.get_batch
+
+    def remember(reader, indices):
+        read.append(list(map(int, indices)))
+        return get_batch(reader, indices)
+
+    monkeypatch.setattr(VideoReader, "get_batch", remember)
+    assert unreadable_files(dataset, split) == {}
+    dataset[0]
+    checked, evaluated = read
+    assert checked == ([19] if split == "train" else evaluated)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_clip_too_short_for_alpro_is_named(root, split):
+    """LAVIS takes fewer frames of it, and the model or the collation of its batch fails."""
+    processor = AlproVideoTrainProcessor if split == "train" else AlproVideoEvalProcessor
+    names = names_of("video", 2)
+    for name, num_frames in zip(names, (5, 8), strict=True):
+        write_clip(root / name, num_frames=num_frames)
+    records = [record("video", split, name) for name in names]
+    dataset = build("video", split, records, root, processor(image_size=32, n_frms=8))
+    expected = {str(root / names[0]): "it has 5 frames, and n_frms is 8"}
+    assert unreadable_files(dataset, split) == expected
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -141,7 +167,57 @@ def test_a_clip_damaged_at_its_end_is_named(root, split):
     spoil_from_frame(root / "tail.mp4", 18)
     processor = BlipVideoEvalProcessor(image_size=32, n_frms=10)
     dataset = build("video", split, [record("video", split, "tail.mp4")], root, processor)
-    assert list(check_dataset(dataset, split)) == [str(root / "tail.mp4")]
+    assert list(unreadable_files(dataset, split)) == [str(root / "tail.mp4")]
+
+
+def test_an_evaluation_clip_damaged_between_its_ends_is_named(root):
+    write_clip(root / "hole.mp4", num_frames=40)
+    whole = (root / "hole.mp4").read_bytes()
+    spoil_from_frame(root / "hole.mp4", 14)
+    back = frame_starts(whole)[36]  # where a group of frames begins
+    (root / "hole.mp4").write_bytes((root / "hole.mp4").read_bytes()[:back] + whole[back:])
+    processor = BlipVideoEvalProcessor(image_size=32, n_frms=10)
+    dataset = build("video", "val", [record("video", "val", "hole.mp4")], root, processor)
+    assert frames_problem(str(root / "hole.mp4"), lambda num_frames: [38]) is None
+    assert list(unreadable_files(dataset, "val")) == [str(root / "hole.mp4")]
+
+
+def test_truncated_images_are_named_before_an_evaluation(root, monkeypatch):
+    """Training replaces them, and reads their headers alone."""
+    names = [f"{index:02d}.jpg" for index in range(24)]
+    for name in names:
+        Image.effect_noise((200, 200), 50).save(root / name)
+    for name in names[::2]:
+        (root / name).write_bytes((root / name).read_bytes()[:-3000])
+    val = build("image", "val", [record("image", "val", name) for name in names], root)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS sets it
+    for _ in range(3):  # as threads take turns
+        unreadable = unreadable_files(val, "val")
+        assert list(unreadable) == [str(root / name) for name in names[::2]]
+    assert "image file is truncated" in unreadable[str(root / names[0])]
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+    train = build("image", "train", [record("image", "train", name) for name in names], root)
+    assert unreadable_files(train, "train") == {}
+
+
+def test_all_checks_and_evaluation_agree_on_which_images_are_readable(root, monkeypatch):
+    monkeypatch.setattr(reading, "RETRY_AFTER", 0)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS sets it
+    picture = Image.effect_noise((64, 48), 50).convert("RGB")
+    for form in ("bmp", "gif", "ico", "jpg", "png", "ppm", "tga", "tif", "webp"):
+        picture.save(root / f"whole.{form}")
+        content = (root / f"whole.{form}").read_bytes()
+        for percent in (2, 30, 60, 95, 99):
+            cut = content[: len(content) * percent // 100]
+            (root / f"{percent:02d}.{form}").write_bytes(cut)
+    names = sorted(path.name for path in root.iterdir())
+    dataset = build("image", "val", [record("image", "val", name) for name in names], root)
+    items = EvaluationItems(dataset, 0)
+    unread = [name for index, name in enumerate(names) if items.try_to_read(index)[1]]
+    assert [Path(path).name for path in unreadable_files(dataset, "val")] == unread
+    examined = [name for name in names if examine((str(root / name), True), thorough=False)]
+    assert examined == unread
+    assert "60.ico" in unread and not any(name.startswith("whole") for name in unread)
 
 
 def test_each_distinct_video_is_decoded_once(root, monkeypatch):
@@ -149,19 +225,20 @@ def test_each_distinct_video_is_decoded_once(root, monkeypatch):
     decoded = []
     monkeypatch.setattr(preflight, "frames_problem", lambda path, _: decoded.append(path))
     records = [record("video", "train", "shared.mp4") for _ in range(3)]
-    check_dataset(build("video", "train", records, root), "train")
+    unreadable_files(build("video", "train", records, root), "train")
     assert decoded == [str(root / "shared.mp4")]
 
 
 def test_unreadable_image_is_named(root):
     (root / "a.png").write_bytes(b"anything")
-    unusable = check_dataset(build("image", "val", [record("image", "val", "a.png")], root), "val")
+    dataset = build("image", "val", [record("image", "val", "a.png")], root)
+    unusable = unreadable_files(dataset, "val")
     assert "it cannot be read as an image" in unusable[str(root / "a.png")]
 
 
 def test_datasets_of_other_tasks_are_not_checked(caplog):
     with caplog.at_level("WARNING"):
-        assert check_dataset(AOKVQADataset.__new__(AOKVQADataset), "train") == {}
+        check_dataset(AOKVQADataset.__new__(AOKVQADataset), "train")
     assert "AOKVQADataset, train: not checked" in caplog.text
 
 
@@ -252,10 +329,10 @@ def test_wrong_records_are_named_before_the_dataset_is_built(config, kind, split
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("[{", "no valid JSON"),
+        ("[{", "not valid JSON"),
         ('{"video": "a.mp4"}', "must be a list"),
-        ("[]", "holds no records"),
-        ('["a.mp4"]', "record 0: must be an object, .* and is 'a.mp4'"),
+        ("[]", "has no records"),
+        ('["a.mp4"]', "record 0: must be an object, .* not 'a.mp4'"),
     ],
 )
 def test_wrong_annotation_files_are_named(config, content, named):

@@ -104,7 +104,7 @@ def test_tables_are_read_as_they_are_written_with_true_lines(rows, delimiter, ne
     name = {",": "a.csv", "\t": "a.TSV"}[delimiter]
     found, problems = read(name, "\ufeff" * bom + buffer.getvalue(), Two)
     assert found == expected
-    assert problems == ([] if expected else [(0, "holds no records")])
+    assert problems == ([] if expected else [(0, "has no records")])
 
 
 def test_spaces_after_separators_and_empty_rows_are_passed_over():
@@ -181,26 +181,34 @@ def test_values_of_a_wrong_type_are_named(task, change, problem, tmp_path):
     [
         ("a.csv", b"", ": is empty"),
         ("a.jsonl", b"\xef\xbb\xbf\n \n", ": is empty"),
-        ("a.csv", b"image,caption\r\n\r\n", ": holds no records"),
-        ("a.json", b" [ ]", ": holds no records"),
-        ("a.csv", b"image,text\ntwo.png,x\n", ":1: has no column 'caption', but 'image', 'text'."),
+        ("a.csv", b"image,caption\r\n\r\n", ": has no records"),
+        ("a.json", b" [ ]", ": has no records"),
+        (
+            "a.csv",
+            b"image,text\ntwo.png,x\n",
+            ":1: has no column 'caption'; its columns are 'image', 'text'.",
+        ),
         (
             "a.csv",
             b"\n\nimage;caption\n",
-            ":3: has no column 'image', 'caption', but 'image;caption'",
+            ":3: has no column 'image', 'caption'; its columns are 'image;caption'",
         ),
-        ("a.csv", b"image,captions\n", ":1: has no column 'caption', but 'image', 'captions'. Did"),
+        (
+            "a.csv",
+            b"image,captions\n",
+            ":1: has no column 'caption'; its columns are 'image', 'captions'. Did",
+        ),
         ("a.csv", b"image,caption,caption\na,b,c\n", ":1: has the column 'caption' twice"),
-        ("a.csv", b"image,caption\ntwo.png\n", ":2: has 1 cells, and the header has 2; put a cell"),
-        ("a.csv", b"image,caption\ntwo.png,a, b\n", ":2: has 3 cells, and the header has 2"),
-        ("a.tsv", b"image\tcaption\ntwo.png\ta\tb\n", ":2: has 3 cells, and the header has 2; put"),
+        ("a.csv", b"image,caption\ntwo.png\n", ":2: has 1 cells, but the header has 2; put a cell"),
+        ("a.csv", b"image,caption\ntwo.png,a, b\n", ":2: has 3 cells, but the header has 2"),
+        ("a.tsv", b"image\tcaption\ntwo.png\ta\tb\n", ":2: has 3 cells, but the header has 2; put"),
         (
             "a.csv",
             b'image,caption\ntwo.png,"a\nb\n',
-            ":2: is no valid row (unexpected end of data)",
+            ":2: is not a valid row (unexpected end of data)",
         ),
-        ("a.csv", b'image,caption\ntwo.png,"a" b\n', ":2: is no valid row ("),
-        ("a.csv", b'image,"caption\n', ":1: is no valid row (unexpected end of data)"),
+        ("a.csv", b'image,caption\ntwo.png,"a" b\n', ":2: is not a valid row ("),
+        ("a.csv", b'image,"caption\n', ":1: is not a valid row (unexpected end of data)"),
         ("a.csv", b"image,caption\n\ntwo.png,caf\xe9\n", ":3: is not UTF-8 (byte 0xe9); save the"),
         ("a.csv", b"\xef\xbb\xbfimage,caption\ntwo.png,caf\xe9\n", ":2: is not UTF-8 (byte 0xe9)"),
         ("a.csv", "image,caption".encode("utf-16"), ":1: is not UTF-8 (byte 0xff)"),
@@ -208,7 +216,7 @@ def test_values_of_a_wrong_type_are_named(task, change, problem, tmp_path):
         (
             "a.json",
             b'\n[{"image": "two.png", "caption": "a"},\n\n3]',
-            ", record 1: must be an object, {...}, and is 3",
+            ", record 1: must be an object, {...}, not 3",
         ),
         (
             "a.json",
@@ -217,11 +225,11 @@ def test_values_of_a_wrong_type_are_named(task, change, problem, tmp_path):
             "mean 'captoin'?",
         ),
         ("a.json", b"[{}]", ", record 0: needs a file name below"),
-        ("a.json", b'[\n{"image":\n two}]', ":3: is no valid JSON (Expecting value)"),
-        ("a.json", b"[\n{}\n{}]", ":3: is no valid JSON ("),
-        ("a.json", b"[{}]\n\nx", ":3: is no valid JSON (Extra data)"),
-        ("a.jsonl", b'\n{"image": "two.png",\n"caption": "a"}\n', ":2: is no valid JSON ("),
-        ("a.jsonl", b'["two.png", "a"]\n', ":1: must be an object, {...}, and is ['two.png', 'a']"),
+        ("a.json", b'[\n{"image":\n two}]', ":3: is not valid JSON (Expecting value)"),
+        ("a.json", b"[\n{}\n{}]", ":3: is not valid JSON ("),
+        ("a.json", b"[{}]\n\nx", ":3: is not valid JSON (Extra data)"),
+        ("a.jsonl", b'\n{"image": "two.png",\n"caption": "a"}\n', ":2: is not valid JSON ("),
+        ("a.jsonl", b'["two.png", "a"]\n', ":1: must be an object, {...}, not ['two.png', 'a']"),
         ("a.txt", b"two.png a\n", ": the file's name must end in .json or .jsonl or .csv or .tsv"),
     ],
 )

@@ -192,6 +192,15 @@ def test_builder_follows_moved_storage_and_refuses_scattered_storage(cache_root)
     assert len(moved.build_datasets()["train"]) == 1
 
 
+@pytest.mark.parametrize("key", ["annotations.val", "images"])
+@pytest.mark.parametrize("storage", [None, ["a", "b"]])
+def test_builder_refuses_storage_that_is_no_path(cache_root, key, storage):
+    made = builder("shapes_image_retrieval", num_train=1, num_val=1, num_test=1)
+    OmegaConf.update(made.config.build_info, f"{key}.storage", storage)
+    with pytest.raises(ConfigError, match=rf"{key}\.storage is .*; it must be a path"):
+        made.build_datasets()
+
+
 def test_builder_refuses_annotations_that_it_does_not_generate(cache_root):
     questions = builder("shapes_qa", num_train=1, num_val=1, num_test=1)
     questions.config.build_info.annotations.ans2label.storage = "shapes/clips/annotations/x.json"

@@ -146,7 +146,7 @@ def test_the_answer_list_is_tokenised_once(model, samples, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answers", "expected"), [([], "nothing to choose from"), (["red", ""], "has no token")]
+    ("answers", "expected"), [([], "answer_list is empty"), (["red", ""], "has no token")]
 )
 def test_what_cannot_be_ranked_is_named(model, samples, answers, expected):
     with pytest.raises(ValueError, match=expected):

@@ -102,14 +102,14 @@ def test_extreme_values_are_named_by_their_line(folder, extreme, ending):
     (problem,) = read_records(path, Named)
     # json tells no place of what it cannot read at all, so only a line of its own has one
     assert (problem.place.number == 2) == (ending == ".jsonl")
-    assert "is no valid JSON" in problem.text
+    assert "is not valid JSON" in problem.text
 
 
 def test_a_table_without_a_header_is_shown_in_short(folder):
     path = folder / "headless.csv"
     path.write_text(f"a.mp4,{'a long caption ' * 200}\n")
     (problem,) = read_records(path, Named)
-    assert "has no column 'video', but 'a.mp4', 'a long" in problem.text
+    assert "has no column 'video'; its columns are 'a.mp4', 'a long" in problem.text
     assert len(problem.text) < 200
 
 

@@ -79,7 +79,7 @@ def test_another_adapter_leaves_training_state_alone(build_model, video_batch, t
     before = {k: v.clone() for k, v in model.momentum_average.state_dict().items()}
     model.load_adapter(tmp_path / "other", name="other")
     assert_same(before, model.momentum_average.state_dict())
-    with pytest.raises(ValueError, match="'other' is not the one that trains"):
+    with pytest.raises(ValueError, match="is 'other', not the one that trains"):
         model(video_batch)
     model.set_adapter("default")
     model(video_batch).loss.backward()

@@ -29,9 +29,7 @@ def test_outputs(case):
         texts = model.encode_text(["", ""])
         with model.momentum_average.swapped_in():
             visuals_m = model.encode_visual(case.samples())
-        pair_texts = type(texts)(
-            *(getattr(texts, f)[case["out.pair_text_index"]] for f in texts.__dataclass_fields__)
-        )
+        pair_texts = texts[case["out.pair_text_index"]]
         memory = model.text_encoder.encoder.project(visuals.embeds)
         hidden = model.match_hidden(
             pair_texts, memory, case["out.pair_visual_index"], visuals.frame_feat
@@ -85,13 +83,8 @@ def test_one_batch_of_pairs_equals_pair_by_pair(case):
         texts = model.encode_text(["", ""])
         together = model.match(texts, visuals, torch.tensor([1, 0]))
         for i, j in enumerate((1, 0)):
-            one_text = type(texts)(
-                *(getattr(texts, f)[i : i + 1] for f in texts.__dataclass_fields__)
-            )
-            one_visual = type(visuals)(
-                *(getattr(visuals, f)[j : j + 1] for f in visuals.__dataclass_fields__)
-            )
-            assert_close(model.match(one_text, one_visual)[0], together[i], 1e-5)
+            alone = model.match(texts[i : i + 1], visuals[j : j + 1])
+            assert_close(alone[0], together[i], 1e-5)
 
 
 def test_count_of_trainable_parameters(case):

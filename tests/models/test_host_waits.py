@@ -15,9 +15,9 @@ READS = (
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount"),
     *("aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::equal"),
 )
-# On a GPU none of these reads from it: data are prepared on the host, and a fused optimizer keeps
-# its step counts on the device.
-ON_THE_HOST = ("enumerate(DataLoader)", "Optimizer.step")
+# On a GPU none of these reads from it: data are prepared on the host, a fused optimizer keeps its
+# step counts on the device, and an assertion is checked there.
+ON_THE_HOST = ("enumerate(DataLoader)", "Optimizer.step", "aten::_assert_async")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
 
-from lavis_uniadapter.datasets.preflight import check_dataset
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.processors import decoding
 from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_file, decode_frames
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, read_about
@@ -93,7 +93,7 @@ def test_smaller_frames_and_fewer_are_refused(videos, tmp_path, options, reason)
         dataset = VideoRetrievalEvalDataset(
             processor(**options), str, str(clip.parent), [str(tmp_path / "a.json")]
         )
-        (problem,) = check_dataset(dataset, split).values()
+        (problem,) = unreadable_files(dataset, split).values()
         assert reason in problem
 
 
@@ -161,7 +161,7 @@ def test_lavis_builder_and_checks_read_them_in_place_of_videos(tmp_path, monkeyp
         for mode in ("train", "eval")
     }
     for split, dataset in cls(config).build().items():
-        assert check_dataset(dataset, split) == {}
+        assert unreadable_files(dataset, split) == {}
         assert dataset[0]["video"].shape == (3, 2, 32, 32)
 
 

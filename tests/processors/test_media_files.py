@@ -21,7 +21,7 @@ from PIL import Image
 
 from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.datasets import reading
-from lavis_uniadapter.datasets.preflight import check_dataset
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.datasets.reading import EvaluationItems
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors import decoding
@@ -116,7 +116,7 @@ def test_a_video_may_have_a_percent_sign_in_its_name(tmp_path):
 def test_datasets_refuse_playlists_whatever_their_processor(tmp_path, outside, processor):
     (tmp_path / "p.mp4").write_text(hls(outside))
     dataset = dataset_of(tmp_path, "p.mp4", processor(image_size=32, n_frms=2))
-    problems = check_dataset(dataset, "val")
+    problems = unreadable_files(dataset, "val")
     assert re.search(REFUSED, problems[str(tmp_path / "p.mp4")])
     assert re.search(REFUSED, EvaluationItems(dataset, 0).try_to_read(0)[1].reason)
 
@@ -192,18 +192,18 @@ def linked(tmp_path):
 @pytest.mark.parametrize("name", ["sub/a.mp4", "stays.mp4"])
 def test_links_that_stay_in_the_folder_are_followed(linked, name):
     dataset = dataset_of(linked, name, BlipVideoEvalProcessor(image_size=32, n_frms=2))
-    assert check_dataset(dataset, "val") == {}
+    assert unreadable_files(dataset, "val") == {}
     assert EvaluationItems(dataset, 0).try_to_read(0)[1] is None
 
 
 @pytest.mark.parametrize("name", ["leaves.mp4", "folder/b.mp4"])
 def test_links_that_leave_the_folder_are_refused_unless_allowed(linked, name, monkeypatch):
     dataset = dataset_of(linked, name, BlipVideoEvalProcessor(image_size=32, n_frms=2))
-    problem = check_dataset(dataset, "val")[str(linked / name)]
+    problem = unreadable_files(dataset, "val")[str(linked / name)]
     assert "a link that leaves" in problem and "elsewhere/b.mp4" in problem
     assert "a link that leaves" in EvaluationItems(dataset, 0).try_to_read(0)[1].reason
     monkeypatch.setenv(FOLLOW_LINKS, "1")
-    assert check_dataset(dataset, "val") == {}
+    assert unreadable_files(dataset, "val") == {}
     assert EvaluationItems(dataset, 0).try_to_read(0)[1] is None
 
 
@@ -212,7 +212,7 @@ def test_a_link_to_extracted_frames_may_not_leave_either(linked):
     os.rename(linked / "elsewhere.frames.zip", linked.parent / "c.frames.zip")
     (linked / "c.mp4.frames.zip").symlink_to(linked.parent / "c.frames.zip")
     dataset = dataset_of(linked, "c.mp4", BlipVideoEvalProcessor(image_size=32, n_frms=2))
-    assert "a link that leaves" in check_dataset(dataset, "val")[str(linked / "c.mp4")]
+    assert "a link that leaves" in unreadable_files(dataset, "val")[str(linked / "c.mp4")]
 
 
 def test_prepare_refuses_links_that_leave(linked, capsys, monkeypatch):

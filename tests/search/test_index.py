@@ -140,6 +140,19 @@ def test_an_adapter_may_be_given_by_options_and_have_any_path(media, options, tr
         Index.open(tmp_path / "one", ["datasets.shapes_retrieval.vis_processor.eval.n_frms=4"])
 
 
+def test_a_rebuilt_index_leaves_no_old_collection_in_milvus(build, media, tmp_path):
+    pytest.importorskip("milvus_lite")
+    from pymilvus import MilvusClient
+
+    folder, collections = tmp_path / "index", []
+    for arguments in ({"store": "milvus"}, {"rebuild": True}):
+        build(media, **arguments)
+        with contextlib.closing(Manifest(folder)) as manifest:
+            collections.append(manifest.about["collection"])
+    with contextlib.closing(MilvusClient(str(folder / "milvus.db"))) as client:
+        assert client.list_collections() == collections[1:] != collections[:1]
+
+
 def test_an_update_keeps_window_and_store(build, media):
     build(media)
     assert build(media, cfg=None, window=None, store=None).unchanged == 5

@@ -343,6 +343,23 @@ def test_all_of_it_by_keyboard(page):
     wait(page, lambda b: not find(b, "#viewer").get_attribute("open"))
 
 
+def test_up_and_down_move_by_a_row_of_cards(page):
+    focused = "return [...document.querySelectorAll('.hit')].indexOf(document.activeElement)"
+    page.set_window_size(700, 800)
+    try:
+        type_query(page, "a red circle")
+        tops = [card.rect["y"] for card in cards(page)]
+        columns = tops.count(tops[0])
+        assert 1 < columns < len(tops)
+        cards(page)[0].send_keys(Keys.ARROW_DOWN)
+        assert page.execute_script(focused) == columns
+        for _ in range(2):  # the second time there is no row above
+            page.switch_to.active_element.send_keys(Keys.ARROW_UP)
+            assert page.execute_script(focused) == 0
+    finally:
+        page.set_window_size(1000, 800)
+
+
 def test_a_phone_needs_no_sideways_scrolling(page):
     try:
         page.set_window_size(500, 800)  # Chromium's least; the page gets 360 by emulation

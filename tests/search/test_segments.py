@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lavis_uniadapter.processors.media_files import FOLLOW_LINKS
+from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.search.segments import Segment, cut, find_media
 
 
@@ -28,6 +31,13 @@ def test_windows_have_equal_length_and_the_last_takes_what_is_left():
 def test_a_short_clip_is_one_segment_sampled_as_in_evaluation():
     (segment,) = cut(regular(frames=12, fps=6), window=10, n_frms=4)
     assert segment == Segment(0, 2, (1, 4, 7, 10), (0.167, 0.667, 1.167, 1.667))
+
+
+@pytest.mark.parametrize("frames", [1, 240])
+def test_without_a_window_a_video_is_one_segment(frames):
+    (segment,) = cut(regular(frames=frames, fps=10), window=math.inf, n_frms=2)
+    assert (segment.start, segment.end) == (0, frames / 10)
+    assert segment.frames == tuple(sample_frame_indices(frames, 2))
 
 
 def test_times_come_from_the_frames_and_not_from_a_rate():

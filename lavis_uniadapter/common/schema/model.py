@@ -84,8 +84,8 @@ class ModelSection(Section):
             raise ValueError(f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder.")
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(
-                "adapter.frame_aware is True, and only retrieval models have the features that it "
-                "weighs frames by. Set it to False."
+                "adapter.frame_aware is True, and frame-aware attention works in retrieval models "
+                "alone. Set it to False."
             )
         return self
 

@@ -8,6 +8,7 @@ from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
+from omegaconf import OmegaConf
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
@@ -36,6 +37,10 @@ class ShapesBuilder(BaseDatasetBuilder):
         """
         options = GENERATED[self.name].read(self.config.get("generate"), "generate")
         info = self.config.build_info
+        for key in (self.data_type, *(f"annotations.{key}" for key in info.annotations)):
+            storage = OmegaConf.select(info, f"{key}.storage")
+            if not isinstance(storage, str):
+                raise ConfigError(f"build_info.{key}.storage is {storage}; it must be a path.")
         visual = Path(get_cache_path(info[self.data_type].storage))
         annotations = visual.parent / "annotations"
         for key, source in info.annotations.items():

@@ -30,6 +30,9 @@ def prepare(args: argparse.Namespace) -> int:
     """
     published = list(BENCHMARKS[args.benchmark](args))
     raise_if_any(_faults(published, args.allow_other_counts), "The annotations cannot be written")
+    published = [split for split in published if split.written]
+    planned = [*hold_out(published[0], args.num_val, args.seed), *published[1:]]
+    _check_output(args.output, {split.file for split in planned})  # before hours of decoding
     names = usable_videos(published, args.videos, args.skip_missing)
     usable = [_keep(split, names) for split in published]
     empty = [f"{split.file} would hold no video." for split in usable if not split.captions]
@@ -58,13 +61,13 @@ def hold_out(train: Split, number: int, seed: int) -> list[Split]:
     Raises:
         ConfigError: the number is negative, or leaves nothing to train on.
     """
+    if number == 0:
+        return [train]
     total = len(train.captions)
     if not 0 <= number < total:
         raise ConfigError(
             f"--num-val is {number}; of {total} training videos it must be from 0 to {total - 1}."
         )
-    if number == 0:
-        return [train]
     ranked = sorted(train.captions, key=lambda v: hashlib.sha256(f"{seed} {v}".encode()).digest())
     return [_keep(train, ranked[number:]), replace(_keep(train, ranked[:number]), name="val")]
 
@@ -105,20 +108,22 @@ def _size(split: Split) -> tuple[int, int]:
 
 def _faults(published: Sequence[Split], allow_other_counts: bool) -> Iterator[str]:
     """What is wrong with the published files."""
-    for one, other in itertools.combinations(published, 2):
+    written = [split for split in published if split.written]
+    for one, other in itertools.combinations(written, 2):
         both = sorted(one.captions.keys() & other.captions.keys())
         if both and one.recipe == other.recipe:
             yield (
                 f"{len(both)} videos are both in {one.source} and in {other.source}: "
                 f"{name_some(both)}; use the published files of one release."
             )
-    other_counts = []
-    for split in published:
+    for split in written:
         bare = [
             video for video, captions in split.captions.items() if not any(map(str.strip, captions))
         ]
         if bare:
             yield f"{len(bare)} videos of {split.file} have no caption: {name_some(bare)}."
+    other_counts = []
+    for split in published:
         videos, each = split.published
         if _size(split) != (videos, videos * each):
             found = "{} videos and {} captions".format(*_size(split))
@@ -130,15 +135,23 @@ def _faults(published: Sequence[Split], allow_other_counts: bool) -> Iterator[st
         )
 
 
+def _check_output(folder: Path, files: Collection[str]) -> None:
+    """Check that the folder can be written to, and holds no validation split of another run."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"--output is {folder}, but {existing} is not a folder you can write to.")
+    left_over = folder / "retrieval_val.json"
+    if left_over.name not in files and left_over.exists():
+        raise FileExistsError(
+            f"{left_over} was written by another run, and its videos may now be in the training "
+            "split. Delete it, hold out the same videos (--num-val, --val), or name another "
+            "--output."
+        )
+
+
 def _write(folder: Path, contents: Mapping[str, bytes], overwrite: bool) -> None:
     files = {folder / name: content for name, content in contents.items()}
     other = [path for path, new in files.items() if path.is_file() and path.read_bytes() != new]
-    left_over = folder / "retrieval_val.json"
-    if left_over not in files and left_over.exists():
-        raise FileExistsError(
-            f"{left_over} is of another run, and its videos may now be trained on. Delete it, hold "
-            "the same videos out, or name another --output."
-        )
     if other and not overwrite:
         raise FileExistsError(
             f"{', '.join(map(str, other))} exist with other contents. Replace them with "

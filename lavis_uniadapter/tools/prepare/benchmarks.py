@@ -1,4 +1,4 @@
-"""MSR-VTT and DiDeMo: the files that are published, and the annotation files made of them."""
+"""MSR-VTT and DiDeMo: the published files, and the annotation files made from them."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class Split:
         captions: of each video, by the file name that the published files give it.
         source: where videos are listed, for messages.
         published: number of videos, and of captions of each.
+        written: False if only its numbers are checked.
     """
 
     recipe: str
@@ -52,6 +53,7 @@ class Split:
     captions: dict[str, list[str]]
     source: str
     published: tuple[int, int]
+    written: bool = True
 
     @property
     def captioning(self) -> bool:
@@ -72,7 +74,7 @@ Text = Annotated[str, Field(description="a string")]
 class Listed(Record):
     """A row of MSRVTT_train.9k.csv, MSRVTT_train.7k.csv or MSRVTT_JSFUSION_test.csv."""
 
-    unique = ("video_id",)
+    unique = "video_id"
     video_id: VideoId
     sentence: Text = ""  # of the test
 
@@ -80,7 +82,7 @@ class Listed(Record):
 class Video(Record):
     """An entry of ``videos`` in MSRVTT_data.json."""
 
-    unique = ("video_id",)
+    unique = "video_id"
     video_id: VideoId
     split: Annotated[Literal["train", "validate", "test"], Field(description=" or ".join(MSRVTT))]
 
@@ -127,12 +129,11 @@ def msrvtt(args: argparse.Namespace) -> Iterator[Split]:
     yield Split("msrvtt_retrieval", "train", _files(train, captions), source, number)
     test = _files(queries, queries)
     yield Split("msrvtt_retrieval", "test", test, str(args.test_csv), (MSRVTT_QUERIES, 1))
-    if args.retrieval_only:
-        return
     for name, videos in MSRVTT.items():
         chosen = _files((v for v, split in official.items() if split == name), captions)
         number, source = (videos, MSRVTT_CAPTIONS), f"split {name!r} of {args.data}"
-        yield Split("msrvtt_caption", name.removesuffix("idate"), chosen, source, number)
+        name = name.removesuffix("idate")
+        yield Split("msrvtt_caption", name, chosen, source, number, not args.retrieval_only)
 
 
 def didemo(args: argparse.Namespace) -> Iterator[Split]:
@@ -151,7 +152,7 @@ def _read(path: Path, schema: type[R]) -> list[R]:
 def _sound(items: Iterable[Found[R] | Problem]) -> list[R]:
     items = list(items)
     if wrong := problems(items):
-        raise DatasetError(f"The files are not as they are published:{listing(wrong)}")
+        raise DatasetError(f"The files differ from the published ones:{listing(wrong)}")
     return [item.record for item in items if isinstance(item, Found)]
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from lavis_uniadapter.common.atomic import write_text
+from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.datasets.records import (
     DatasetError,
     Place,
@@ -33,6 +34,7 @@ from lavis_uniadapter.processors.decoding import (
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
 from lavis_uniadapter.processors.images import ignored_by_lavis
 from lavis_uniadapter.processors.media_files import link_problem
+from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
 
@@ -46,9 +48,9 @@ def check(args: argparse.Namespace) -> int:
     for path, (place, is_image) in _named_files(args.annotations, args.folder).items():
         found = path if is_image else clip_file(path)
         if os.path.lexists(found):
-            files.setdefault(found, is_image)
+            files[found] = is_image  # as training reads it, whatever its name
         else:
-            wrong[path] = f"named by {place}, and there is no such file"
+            wrong[path] = f"named in {place}, but there is no such file"
     _refuse_links(files, wrong, args.folder)
     if not files and not wrong:
         raise DatasetError(
@@ -58,7 +60,7 @@ def check(args: argparse.Namespace) -> int:
     total, checked = len(files) + len(wrong), len(wrong)
     work = partial(examine, thorough=args.thorough)
     outcomes = examine_isolated(work, sorted(files.items()), args.threads, args.timeout)
-    # An interruption ends the search, but what was found before is reported.
+    # After an interruption, what was found before is still reported.
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(outcomes):
         for (path, _), why in tqdm(outcomes, total=len(files), desc="checking"):
             checked += 1
@@ -77,6 +79,8 @@ def check(args: argparse.Namespace) -> int:
     if notes:
         print(f"{len(notes)} images look different in LAVIS's own data sets, which ignore this:")
         _print(dict(sorted(notes.items())))
+    if args.output is not None:
+        print(f"written to {args.output}")
     if checked < total:
         return 130
     return 1 if wrong else 0
@@ -108,15 +112,16 @@ def examine(file: tuple[str, bool], thorough: bool) -> str | None:
     if is_image:
         ignored = None if (problem := image_problem(path, whole=True)) else ignored_by_lavis(path)
         return Note(ignored) if ignored else problem
-    return frames_problem(path, range if thorough else _ends)
+    return frames_problem(path, range if thorough else _frames_read)
 
 
-def _ends(num_frames: int) -> list[int]:
-    return sorted({0, num_frames // 2, num_frames - 1})
+def _frames_read(num_frames: int) -> list[int]:
+    """What a run reads by default: the last frame before training, and those of evaluation."""
+    return sorted({0, *sample_frame_indices(num_frames, VideoEval().n_frms), num_frames - 1})
 
 
 def find_files(folder: Path) -> tuple[dict[str, bool], dict[str, str]]:
-    """What is named like a video, an image or extracted frames below a folder or its links.
+    """Find videos, images and extracted frames below a folder by their names; links are followed.
 
     Returns:
         By path, whether each is an image, and why folders cannot be searched.
@@ -144,7 +149,7 @@ Name = Annotated[str | None, Field(description="a file name")]
 
 
 class NamingRecord(Record):
-    """A record of any layout: all that matters is which files it names."""
+    """A record of any layout; only the files that it names matter."""
 
     video: Name = None
     image: Name = None

@@ -47,8 +47,8 @@ def _add_benchmarks(commands: argparse._SubParsersAction) -> None:
     add("--videos", type=_folder, help="folder of the videos")
     add("--output", type=Path, help="folder of the annotation files")
     flag = partial(shared.add_argument, action="store_true")
-    flag("--skip-missing", help="leave out missing and undecodable videos, in training only")
-    flag("--allow-other-counts", help="accept other numbers than the published ones")
+    flag("--skip-missing", help="leave missing and undecodable videos out of training")
+    flag("--allow-other-counts", help="accept numbers that differ from the published ones")
     flag("--overwrite", help="replace annotation files that differ")
 
     msrvtt = commands.add_parser(
@@ -67,7 +67,7 @@ def _add_benchmarks(commands: argparse._SubParsersAction) -> None:
     add("--split", choices=("9k", "7k"), default="9k", help="training list (default 9k)")
     text = "hold N videos out of training for validation, which 1k-A does not have (default 0)"
     add("--num-val", type=int, default=0, metavar="N", help=text)
-    add("--seed", type=int, default=42, help="picks those N (default 42)")
+    add("--seed", type=int, default=42, help="seed that picks those N (default 42)")
     text = "write nothing for captioning, and need none of its videos"
     add("--retrieval-only", action="store_true", help=text)
     msrvtt.set_defaults(run=("annotations", "prepare"), benchmark="msrvtt")
@@ -108,19 +108,19 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "check",
         help="find videos, images and extracted frames that cannot be read",
-        description="Decode the first, middle and last frame of every video and of every archive "
-        "of extracted frames below a folder, and every image as a whole. Exit status: 0 if all can "
-        "be read, 1 if not, 2 for a wrong call, 130 if interrupted, which still reports what was "
-        "found so far.",
+        description="Decode every image below a folder, and of every video or archive of extracted "
+        "frames the first frame, the last, and the 8 that evaluation samples by default. Exit "
+        "status: 0 if all can be read, 1 if not, 2 for a wrong call, 130 if interrupted, after "
+        "reporting what was found so far.",
     )
     add = parser.add_argument
     add("folder", type=_folder, metavar="DIR", help="searched with its subfolders")
-    text = "also report files that these annotations (.json, .jsonl, .csv, .tsv) name and DIR lacks"
+    text = "also report files that these annotations (.json, .jsonl, .csv, .tsv) name, if missing"
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help=text)
     add("--thorough", action="store_true", help="decode every frame; give more --timeout")
-    text = "write what cannot be read: one line of JSON each, with file and reason"
+    text = "write a line of JSON, with file and reason, for each file that cannot be read"
     add("--output", type=_new_file, metavar="FILE", help=text)
-    text = "that a file may take (default 60); one that takes longer counts as unreadable"
+    text = "time limit per file (default 60); a file that takes longer counts as unreadable"
     add("--timeout", type=_seconds, default=60, metavar="SECONDS", help=text)
     text = "files at a time"
     add("--threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help=text)

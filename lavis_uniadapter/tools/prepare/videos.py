@@ -48,8 +48,8 @@ def usable_videos(splits: Sequence[Split], folder: Path, skip_missing: bool) -> 
         raise DatasetError(
             f"{len(refused)} of {len(annotated)} videos in {folder} cannot be used:{listing(lines)}"
             f"\n{len(evaluated)} of them are for validation or test, which must be complete; "
-            f"{len(refused) - len(evaluated)} are for training alone, and --skip-missing leaves "
-            "such out."
+            f"{len(refused) - len(evaluated)} are for training only, and --skip-missing leaves "
+            "them out."
         )
     return {video: name for video, name in names.items() if video not in unusable}
 
@@ -79,9 +79,9 @@ def find_videos(folder: Path, annotated: Iterable[str]) -> dict[str, str]:
 
 
 def stem(name: str) -> str:
-    """A name without its video extensions.
+    """A name without all of its video extensions.
 
-    All of them: DiDeMo's download script adds ``.mp4`` to names that end in ``.avi``.
+    DiDeMo's download script adds ``.mp4`` to names that end in ``.avi``.
     """
     rest, extension = os.path.splitext(name)
     return stem(rest) if extension.lower() in VIDEO_EXTENSIONS else name

@@ -10,6 +10,7 @@ from concurrent.futures import Future, TimeoutError, as_completed
 from functools import partial
 from typing import TypeVar
 
+import torch
 from pebble import ProcessExpired, ProcessPool
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def examine_isolated(
         if not files:
             return
         died: list[T] = []
-        pool = ProcessPool(workers, tasks_per_process, _silence, context=context)
+        pool = ProcessPool(workers, tasks_per_process, _prepare_worker, context=context)
         work = partial(_examine, examine, int(2 * seconds) + 1)
         try:
             futures: dict[Future, T] = {
@@ -62,9 +63,10 @@ def examine_isolated(
         files = died
 
 
-def _silence() -> None:
+def _prepare_worker() -> None:
     # What decoders print would break the progress bar.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)  # the workers share the cores
 
 
 def _examine(examine: Callable[[T], str | None], seconds: int, file: T) -> str | None:

@@ -23,6 +23,7 @@ from lavis_uniadapter.processors.extracted_frames import (
     video_state,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare import check
 from lavis_uniadapter.tools.prepare.command import main
 
@@ -60,10 +61,11 @@ def checked(folder, capsys):
 
 
 @pytest.mark.usefixtures("leaves_no_workers")
-def test_a_whole_folder_passes(checked):
+def test_a_whole_folder_passes(folder, checked):
     for options in ((), ("--thorough", "--threads", 1)):
         status, report, wrong = checked(*options)
         assert (status, wrong) == (0, {})
+        assert report.endswith(f"written to {folder.parent / 'wrong.jsonl'}\n")
         assert "4 files in" in report and "4 can be read, 0 cannot" in report
 
 
@@ -95,7 +97,7 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         "videos/empty.mp4": "the file is empty",
         "videos/truncated.mp4": "decord says",
         "videos/audio_only.mp4": "is in no known format",
-        "videos/vanished.mp4": f"named by {annotations}, record 3, and there is no such file",
+        "videos/vanished.mp4": f"named in {annotations}, record 3, but there is no such file",
         "videos/not_a_video.mp4": "is in no known format",
         "videos/header_only.mp4": "decord says",
         "videos/dangling_link.mp4": "it is a link to",
@@ -113,7 +115,7 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
     assert "16 files in" in report and "4 can be read, 12 cannot" in report
 
 
-def test_the_first_middle_and_last_frame_or_all_are_decoded(tmp_path, monkeypatch):
+def test_the_frames_that_runs_read_or_all_are_decoded(tmp_path, monkeypatch):
     write_clip(tmp_path / "a.mp4", num_frames=12)
     asked = []
     original = decoding.decode_file
@@ -125,7 +127,8 @@ def test_the_first_middle_and_last_frame_or_all_are_decoded(tmp_path, monkeypatc
     monkeypatch.setattr(decoding, "decode_file", record)
     video = (str(tmp_path / "a.mp4"), False)
     assert check.examine(video, thorough=False) is None
-    assert asked == [[0, 6, 11]]
+    evaluated = sample_frame_indices(12, 8)
+    assert asked == [sorted({0, *evaluated, 11})] and len(evaluated) > 2
     asked.clear()
     monkeypatch.setattr(decoding, "_PROBED_AT_ONCE", 5)
     assert check.examine(video, thorough=True) is None
@@ -223,7 +226,7 @@ def test_files_that_annotations_name_and_that_are_not_there(folder, checked, nam
     status, report, wrong = checked("--annotations", folder.parent / name)
     line = 1 + content[: content.index("gone")].count("\n")
     place = f"{folder.parent / name}" + (", record 1" if name == "a.json" else f":{line}")
-    assert (status, wrong) == (1, {"gone.mp4": f"named by {place}, and there is no such file"})
+    assert (status, wrong) == (1, {"gone.mp4": f"named in {place}, but there is no such file"})
     assert "4 can be read, 1 cannot" in report
 
 
@@ -235,6 +238,15 @@ def test_annotated_files_of_another_ending_are_examined(folder, checked):
     status, _, wrong = checked("--annotations", annotations)
     assert status == 1 and wrong["clip"] == "the file is empty"
     assert "cannot be read as an image" in wrong["picture.dat"]
+
+
+def test_annotations_decide_what_a_file_is_read_as(folder, checked):
+    (folder / "videos/one.mp4").rename(folder / "clip.gif")
+    (folder / "images/one.png").rename(folder / "picture.mp4")
+    assert checked()[0] == 1
+    annotations = folder.parent / "a.jsonl"
+    annotations.write_text('{"video": "clip.gif"}\n{"image": "picture.mp4"}\n')
+    assert checked("--annotations", annotations)[::2] == (0, {})
 
 
 def test_names_of_another_encoding_are_reported(folder, checked):

@@ -64,7 +64,7 @@ ERRORS = {
     outside: r"data.json, record 0: needs a file name below .* under 'video', has '../a.mp4'",
     not_a_list: r"train_data.json: must be a list",
     empty: r"1 videos of retrieval_val.json have no caption: 3@N00_c.3gp",
-    no_records: r"train_data.json: holds no records",
+    no_records: r"train_data.json: has no records",
 }
 
 

@@ -22,7 +22,7 @@ from published import (
 )
 from torch.utils.data import DataLoader
 
-from lavis_uniadapter.tools.prepare import benchmarks
+from lavis_uniadapter.tools.prepare import benchmarks, videos
 from lavis_uniadapter.tools.prepare.annotations import hold_out
 from lavis_uniadapter.tools.prepare.benchmarks import Split
 
@@ -43,7 +43,17 @@ def test_retrieval_reads_back(msr, monkeypatch, split, listed, encoding):
     assert "'run.valid_splits=[]'" in report
 
 
-def test_validation_is_held_out_of_training(msr, monkeypatch):
+@pytest.fixture
+def not_decoded(monkeypatch):
+    """Call it to make decoding an error."""
+
+    def refuse(*_):
+        raise AssertionError("a video is decoded before the output is checked")
+
+    return lambda: monkeypatch.setattr(videos, "frames_problem", refuse)
+
+
+def test_validation_is_held_out_of_training(msr, monkeypatch, not_decoded):
     report = msr.succeed("--num-val", 3)
     datasets = msr.datasets("msrvtt_retrieval", monkeypatch)
     val = evaluation_captions(datasets["val"])
@@ -53,8 +63,9 @@ def test_validation_is_held_out_of_training(msr, monkeypatch):
     assert trained | set(val) == set(TRAINING["9k"])
     assert "'run.valid_splits=[val]'" in report
     # without validation, its videos are trained on
+    not_decoded()
     for options in ((), ("--overwrite",)):
-        assert "retrieval_val.json is of another run" in msr.fail(*options)
+        assert "retrieval_val.json was written by another run" in msr.fail(*options)
     assert (msr.output / "retrieval_val.json").exists()
 
 
@@ -86,7 +97,8 @@ def test_the_pick_depends_on_nothing_but_seed_and_names(numbers, seed, data):
 
 
 @pytest.mark.parametrize("num_val", [-1, 8])
-def test_validation_must_leave_something_to_train_on(msr, num_val):
+def test_validation_must_leave_something_to_train_on(msr, num_val, not_decoded):
+    not_decoded()
     message = msr.fail("--num-val", num_val)
     assert f"--num-val is {num_val}; of 8 training videos it must be from 0 to 7" in message
 
@@ -157,15 +169,15 @@ ERRORS = {
     ),
     "repeated in training": (
         lambda m: m.train_csv([*TRAINING["9k"], "video0"]),
-        r"train.csv:10: has the video_id 'video0', as .*train.csv:2 has",
+        r"train.csv:10: repeats the video_id 'video0' of .*train.csv:2",
     ),
     "repeated in the test": (
         lambda m: m.test_rows.append(m.test_rows[0]),
-        r"test.csv:4: has the video_id 'video10', as .*test.csv:2 has",
+        r"test.csv:4: repeats the video_id 'video10' of .*test.csv:2",
     ),
     "repeated video": (
         lambda m: m.data["videos"].append(m.data["videos"][0]),
-        r"record 10: has the video_id 'video0', as .*record 0 has",
+        r"record 10: repeats the video_id 'video0' of .*record 0",
     ),
     "split": (
         lambda m: m.data["videos"][0].update(split="training"),
@@ -178,7 +190,7 @@ ERRORS = {
     "part": (lambda m: m.data.pop("videos") and [], "data.json is not .*'videos'.*; download it"),
     "record": (
         lambda m: m.data["videos"].append("video1"),
-        r"'videos' of .*data.json, record 10: must be an object, .* and is 'video1'",
+        r"'videos' of .*data.json, record 10: must be an object, .* not 'video1'",
     ),
     "empty name": (
         lambda m: m.test_rows[0].update(video_id=""),
@@ -231,7 +243,7 @@ def test_files_that_are_not_as_published_are_named(msr, name, content, message):
 def test_a_training_list_without_ids_is_named(msr):
     write_csv(msr.root / "train.csv", [{"vid_key": "video0"}])
     message = msr.fail("--train-csv", msr.root / "train.csv")
-    assert "train.csv:1: has no column 'video_id', but 'vid_key'" in message
+    assert "train.csv:1: has no column 'video_id'; its columns are 'vid_key'" in message
 
 
 def test_the_folder_of_videos_must_exist(msr, capsys):
@@ -303,3 +315,7 @@ def test_the_published_numbers_pass(msr, undecoded, monkeypatch):
     nine = msr.train_csv(f"video{n}" for n in [*range(70), *range(80, 100)])
     message = msr.fail("--split", "7k", *nine, counts=None)
     assert re.search(r"train.csv: 90 videos and 1800 captions, published 70 and 1400\n", message)
+    msr.data["videos"].pop()  # in the list, but not in the data
+    msr.save()
+    message = msr.fail(*nine, "--retrieval-only", counts=None)
+    assert "split 'test' of" in message and "29 videos and 580 captions, published 30" in message

@@ -87,7 +87,7 @@ def test_missing_and_undecodable_videos_are_counted_and_the_first_twenty_named(d
     assert [name in message for name in names] == [True] * 20 + [False] * 26
     assert "00.mp4: missing" in message and "12.mp4: it cannot be read as a video" in message
     assert "and 4 more" in message
-    assert "24 are for training alone, and --skip-missing leaves such out" in message
+    assert "24 are for training only, and --skip-missing leaves them out" in message
 
 
 def test_training_videos_can_be_left_out_and_are_counted(msr, monkeypatch):
@@ -120,7 +120,7 @@ def test_evaluation_videos_cannot_be_left_out(did, damage):
     assert "1@N00_a.avi" not in message
     message = did.fail(*did.val)
     assert "3 of 5 videos in" in message
-    assert "1 are for training alone, and --skip-missing" in message
+    assert "1 are for training only, and --skip-missing" in message
 
 
 def test_a_video_trained_on_here_and_tested_on_there_is_not_left_out(msr):

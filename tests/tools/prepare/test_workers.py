@@ -5,6 +5,7 @@ import signal
 
 import decoders
 import pytest
+import torch
 
 from lavis_uniadapter.tools.prepare import workers
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
@@ -38,6 +39,15 @@ def test_workers_work_side_by_side_and_take_any_name(tmp_path):
     names = [os.fsdecode(b"caf\xe9"), "new\nline"]
     paths = [str(tmp_path / name) for name in names]
     assert examined(decoders.meet, paths, 2, 60) == dict(zip(paths, names, strict=True))
+
+
+def test_workers_share_the_cores():
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(2)
+        workers._prepare_worker()
+        os._exit(torch.get_num_threads())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_no_files_need_no_workers():
