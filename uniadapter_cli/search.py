@@ -176,7 +176,7 @@ def _query(args: argparse.Namespace) -> None:
             raise ConfigError("--min-probability is for texts: an image has no probability.")
         try:
             image = read_image(args.image)
-        except ImageError as error:
+        except (ImageError, OSError) as error:
             raise ConfigError(f"'{args.image}': {error}.") from None
     hits = Index.open(args.index, args.options).query(
         args.text,

@@ -19,7 +19,13 @@ from lavis.datasets.datasets.vg_vqa_datasets import VGVQADataset
 from lavis.datasets.datasets.video_vqa_datasets import VideoQADataset
 from pydantic import Field, create_model
 
-from lavis_uniadapter.datasets.image_qa import ImageQADataset
+from lavis_uniadapter.datasets.own_images import (
+    ImageQADataset,
+    OwnCaptionDataset,
+    OwnCaptionEvalDataset,
+    OwnRetrievalDataset,
+    OwnRetrievalEvalDataset,
+)
 from lavis_uniadapter.datasets.records import (
     FileName,
     Place,
@@ -154,9 +160,9 @@ LAYOUTS: dict[type, type[VisualRecord]] = {
 
 # For training and evaluation, of this package's own datasets, by task and data_type.
 DATASET_CLASSES: dict[tuple[str, str], tuple[type, type]] = {
-    ("retrieval", "images"): (retrieval.RetrievalDataset, retrieval.RetrievalEvalDataset),
+    ("retrieval", "images"): (OwnRetrievalDataset, OwnRetrievalEvalDataset),
     ("retrieval", "videos"): (retrieval.VideoRetrievalDataset, retrieval.VideoRetrievalEvalDataset),
-    ("caption", "images"): (caption.CaptionDataset, caption.CaptionEvalDataset),
+    ("caption", "images"): (OwnCaptionDataset, OwnCaptionEvalDataset),
     ("caption", "videos"): (
         video_caption.VideoCaptionDataset,
         video_caption.VideoCaptionEvalDataset,

@@ -34,7 +34,12 @@ from lavis_uniadapter.datasets.records import (
     load_json,
     raise_if_any,
 )
-from lavis_uniadapter.processors.decoding import frames_problem, image_problem, images_read_whole
+from lavis_uniadapter.processors.decoding import (
+    frames_problem,
+    image_problem,
+    images_read_whole,
+    visual_problem,
+)
 from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
@@ -185,11 +190,15 @@ def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
     problem_of = partial(image_problem, whole=not training)
     if layout.visual_key == "video":
         problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
+    may_open = partial(
+        visual_problem, folder=dataset.vis_root, is_video=layout.visual_key == "video"
+    )
     paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
     what = f"checking {split} {layout.visual_key}s"
     # here, as Pillow has one setting for all threads
     with images_read_whole(), ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        found = tqdm(pool.map(problem_of, paths), total=len(paths), desc=what)
+        reasons = pool.map(lambda path: may_open(path) or problem_of(path), paths)
+        found = tqdm(reasons, total=len(paths), desc=what)
         return {path: why for path, why in zip(paths, found, strict=True) if why}
 
 
@@ -211,16 +220,19 @@ def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
     return before - len(kept)
 
 
-def _clip_problem(path: str, processor: object, training: bool) -> str | None:
+def _clip_problem(path: str, processor: Any, training: bool) -> str | None:
     n_frms = getattr(processor, "n_frms", 0)
     # LAVIS's own, which reads no extracted frames, and fewer frames than n_frms of a short clip
     is_alpro = isinstance(processor, AlproVideoBaseProcessor)
+    clip = path if is_alpro else clip_file(path)
 
     def choose(num_frames: int) -> list[int]:
         if is_alpro and num_frames < n_frms:
             raise ValueError(f"it has {num_frames} frames, and n_frms is {n_frms}")
-        if training or not n_frms:
+        if (training and clip == path) or not n_frms:
             return [num_frames - 1]
         return sample_frame_indices(num_frames, n_frms, 0 if is_alpro else 0.5)
 
-    return frames_problem(path if is_alpro else clip_file(path), choose)
+    if clip != path and n_frms:
+        return frames_problem(clip, choose, processor.options.image_size)
+    return frames_problem(clip, choose)

@@ -24,7 +24,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.processors.decoding import images_read_whole
+from lavis_uniadapter.processors.decoding import images_read_whole, visual_problem
+from lavis_uniadapter.processors.extracted_frames import clip_file
+from lavis_uniadapter.processors.media_files import is_machine_fault
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
 READ_ERRORS = (
@@ -68,6 +70,8 @@ class TrainingItems(Dataset):
         seed: of what is random about items.
     """
 
+    allow_missing = False
+
     def __init__(self, dataset: Dataset, workers: int, seed: int = 0):
         self.dataset = dataset
         self.seed = seed
@@ -92,17 +96,29 @@ class TrainingItems(Dataset):
         return items, read, unreadable
 
     def try_to_read(self, index: int) -> tuple[Any, Unreadable | None]:
-        """An item, or why it could not be read in two attempts."""
+        """An item, or why it could not be read in two attempts.
+
+        Raises:
+            DatasetError: for a fault of the machine, which another item would only hide.
+        """
         worker = get_worker_info()
         reading = self._reading[worker.id if worker else 0]
         for wait in (RETRY_AFTER, 0):
             reading[1] = time.monotonic()
             reading[0] = index
             try:
+                if problem := file_problem_of(self.dataset, index):
+                    raise ValueError(problem)
                 with images_read_whole():
                     return self.read(index), None
-            except READ_ERRORS as error:
-                reason = f"{type(error).__name__}: {error}"
+            except (MemoryError, *READ_ERRORS) as error:
+                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+                allowed = self.allow_missing and isinstance(error, PermissionError)
+                if is_machine_fault(error) and not allowed:
+                    raise DatasetError(
+                        f"'{file_of(self.dataset, index)}' cannot be read ({reason}). Its content "
+                        "may be sound: correct its permissions, or free memory and open files."
+                    ) from error
             finally:
                 reading[0] = -1
             time.sleep(wait)
@@ -179,13 +195,29 @@ def file_of(dataset: Dataset, index: int) -> str:
 
 def describe_item(dataset: Dataset, index: int) -> dict[str, Any]:
     """The index and the visual file of an item, and what else identifies its record."""
-    part, record = dataset, index
-    while isinstance(part, ConcatDataset):
-        number = int(np.searchsorted(part.cumulative_sizes, record, side="right"))
-        record -= part.cumulative_sizes[number - 1] if number else 0
-        part = part.datasets[number]
-    about = part.annotation[record] if hasattr(part, "annotation") else {}
+    part, about = _record_of(dataset, index)
     name = about.get("video", about.get("image"))
     file = f"item {index}" if name is None else os.path.join(getattr(part, "vis_root", ""), name)
     identity = {k: about[k] for k in ("caption", "question_id", "image_id") if k in about}
     return {"index": index, "file": file, **identity}
+
+
+def file_problem_of(dataset: Dataset, index: int) -> str | None:
+    """Say why the visual file of an item must not be opened, or None; LAVIS opens anything."""
+    part, about = _record_of(dataset, index)
+    name = about.get("video", about.get("image"))
+    if name is None or not hasattr(part, "vis_root"):
+        return None
+    path = os.path.join(part.vis_root, name)
+    if not os.path.lexists(clip_file(path)):  # some of LAVIS's records name part of a file's name
+        return None
+    return visual_problem(path, part.vis_root, "video" in about)
+
+
+def _record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:
+    """The dataset that an item of joined datasets comes from, and the item's record."""
+    while isinstance(dataset, ConcatDataset):
+        number = int(np.searchsorted(dataset.cumulative_sizes, index, side="right"))
+        index -= dataset.cumulative_sizes[number - 1] if number else 0
+        dataset = dataset.datasets[number]
+    return dataset, dataset.annotation[index] if hasattr(dataset, "annotation") else {}

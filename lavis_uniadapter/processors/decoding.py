@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import IO
 
+import decord.logging
 import torch
 from decord import DECORDError, VideoReader
 from PIL import Image, ImageFile
@@ -17,6 +21,13 @@ from lavis_uniadapter.processors.extracted_frames import (
     clip_file,
     read_extracted_frames,
 )
+from lavis_uniadapter.processors.media_files import (
+    IMAGE_FORMATS,
+    VIDEO_FORMATS,
+    file_problem,
+    is_machine_fault,
+    link_problem,
+)
 
 VIDEO_EXTENSIONS = frozenset(
     ".3g2 .3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split()
@@ -24,6 +35,8 @@ VIDEO_EXTENSIONS = frozenset(
 IMAGE_EXTENSIONS = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
+
+MAX_PIXELS = 100_000_000  # of an image; a small file may hold any number
 
 # Frames of a check are discarded, so small ones will do; decord fails at some sizes below 30.
 _PROBE_SIZE = 32
@@ -63,6 +76,7 @@ def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int
 
     Raises:
         VideoDecodeError: a frame cannot be decoded.
+        PermissionError, MemoryError: the machine is at fault, not the file.
     """
     return decode_file(clip_file(path), choose, image_size)
 
@@ -78,10 +92,44 @@ def decode_file(path: str, choose: ChooseFrames, image_size: int) -> Tensor:
 
 def open_video(path: str, image_size: int) -> VideoReader:
     """Open a video whose frames are scaled to a square while they are decoded; -1: not scaled."""
-    if reason := file_problem(path):
+    if reason := file_problem(path, VIDEO_FORMATS):
         raise ValueError(reason)
-    with _OPENING:
+    if "%" in path and os.path.splitext(path)[1].lower() not in VIDEO_EXTENSIONS:
+        raise ValueError("FFmpeg may take its name for a pattern of image files; remove the %")
+    with _OPENING, _messages_logged():
+        # FFmpeg prints a line for each damaged block; OpenCV's, which is the same library to the
+        # linker, resets this
+        decord.logging.set_level(decord.logging.QUIET)
+        # an absolute path, as FFmpeg takes `name:` at the beginning for a protocol
+        path = os.path.abspath(path)
         return VideoReader(path, width=image_size, height=image_size, num_threads=1)
+
+
+@contextlib.contextmanager
+def _messages_logged() -> Iterator[None]:
+    """Log what decord prints when it fails to open a file; it has no option for that."""
+    console = os.dup(2)
+    with _file_in_memory() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(console, 2)
+            printed.seek(0)
+            for line in printed:
+                if b"/src/video/" in line:
+                    # the root logger's messages go to a run's log file, not to the console
+                    logging.getLogger().info(line.decode(errors="replace").strip())
+                else:  # another thread's
+                    os.write(console, line)
+            os.close(console)
+
+
+def _file_in_memory() -> IO[bytes]:
+    # a full disk must not matter
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("printed"), "w+b")
+    return tempfile.TemporaryFile()  # on other systems than Linux
 
 
 def read_frames(reader: VideoReader, indices: Sequence[int]) -> Tensor:
@@ -98,8 +146,10 @@ def decode_errors(path: str) -> Iterator[None]:
         yield
     # decord asserts that there are frames; a DECORDError is no RuntimeError
     except (OSError, ValueError, RuntimeError, AssertionError, DECORDError) as error:
-        decord = isinstance(error, (RuntimeError, AssertionError, DECORDError))
-        reason = f"decord says: {str(error).strip()}" if decord else str(error)
+        if is_machine_fault(error):
+            raise
+        by_decord = isinstance(error, (RuntimeError, AssertionError, DECORDError))
+        reason = f"decord says: {str(error).strip()}" if by_decord else str(error)
         raise VideoDecodeError(
             f"Cannot decode video '{path}': {reason}. Download or re-encode the file, or remove "
             "its records from the annotations.",
@@ -107,24 +157,24 @@ def decode_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-def file_problem(path: str) -> str | None:
-    """Say what is wrong with a file, whatever its content, or None."""
-    if not os.path.lexists(path):
-        return "there is no such file"
-    if os.path.isdir(path):
-        return "it is a folder"
-    if os.path.islink(path) and not os.path.exists(path):
-        return f"it is a link to {os.readlink(path)}, which does not exist"
-    if not os.path.isfile(path):
-        return "it is no regular file"
-    try:
-        with open(path, "rb") as file:
-            return None if file.read(1) else "the file is empty"
-    except OSError as error:
-        return f"the file cannot be read ({error.strerror})"
+def visual_problem(path: str, folder: str, is_video: bool) -> str | None:
+    """Say why the file of a record must not be opened, or the frames in its place, or None.
+
+    Args:
+        path: of a video or an image below the folder.
+        folder: that links must not leave.
+        is_video: whether it is a video.
+    """
+    clip = clip_file(path) if is_video else path
+    if problem := link_problem(clip, folder):
+        return problem
+    if clip != path and not os.path.lexists(path):
+        return None
+    formats = VIDEO_FORMATS if is_video else IMAGE_FORMATS
+    return link_problem(path, folder) or file_problem(path, formats)
 
 
-def frames_problem(path: str, choose: ChooseFrames) -> str | None:
+def frames_problem(path: str, choose: ChooseFrames, image_size: int = _PROBE_SIZE) -> str | None:
     """Say why the chosen frames of exactly this video or archive cannot be decoded, or None."""
     indices: list[int] = []
 
@@ -133,12 +183,12 @@ def frames_problem(path: str, choose: ChooseFrames) -> str | None:
         return indices[:_PROBED_AT_ONCE]
 
     try:
-        decode_file(path, choose_first, _PROBE_SIZE)
+        decode_file(path, choose_first, image_size)
         while len(indices) > _PROBED_AT_ONCE:
             del indices[:_PROBED_AT_ONCE]
-            decode_file(path, lambda num_frames: indices[:_PROBED_AT_ONCE], _PROBE_SIZE)
-    except VideoDecodeError as error:
-        return error.reason
+            decode_file(path, lambda num_frames: indices[:_PROBED_AT_ONCE], image_size)
+    except (VideoDecodeError, PermissionError) as error:
+        return getattr(error, "reason", str(error))
     return None
 
 
@@ -147,12 +197,16 @@ def image_problem(path: str, whole: bool) -> str | None:
 
     Its header is read; ``whole``: its pixels too, which takes a hundred times as long.
     """
-    if problem := file_problem(path):
-        return problem
     try:
+        if problem := file_problem(path, IMAGE_FORMATS):
+            return problem
         with images_read_whole(), Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"it has {image.width} x {image.height} pixels, too many to read"
             if whole:
                 image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # each of Pillow's many decoders raises its own
         return f"it cannot be read as an image ({error})"
     return None

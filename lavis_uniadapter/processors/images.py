@@ -5,12 +5,14 @@ LAVIS's benchmark data sets are read by LAVIS's own processors, without any of t
 
 from __future__ import annotations
 
+import os
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from lavis_uniadapter.processors.decoding import images_read_whole
+from lavis_uniadapter.processors.decoding import MAX_PIXELS, images_read_whole
+from lavis_uniadapter.processors.media_files import IMAGE_FORMATS, file_problem, is_machine_fault
 
 # Pillow's modes with more than 8 bits per channel, and the value of white.
 _DEEP = {"I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535, "F": 1}
@@ -21,8 +23,8 @@ class ImageError(ValueError):
 
 
 def read_image(
-    source: str | IO[bytes],
-    max_pixels: int = 100_000_000,
+    source: str | os.PathLike | IO[bytes],
+    max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Read an image, turned as its EXIF orientation says.
@@ -35,17 +37,32 @@ def read_image(
     Raises:
         ImageError: for a file that is no whole image, too large, or has floating-point pixels
             outside [0, 1].
+        PermissionError: the file may not be read.
     """
+    if isinstance(source, (str, os.PathLike)):
+        source = os.fspath(source)
+        if problem := file_problem(source, IMAGE_FORMATS):
+            raise ImageError(problem)
     try:
         with Image.open(source, formats=formats) as image, images_read_whole():
             if image.width * image.height > max_pixels:
                 raise ImageError(f"it has {image.width} x {image.height} pixels, too many to read")
             upright = ImageOps.exif_transpose(image)
             return _with_8_bits(upright).convert("RGB")
-    except ImageError:
-        raise
     except Exception as error:  # each of Pillow's many decoders raises its own
+        if isinstance(error, ImageError) or is_machine_fault(error):
+            raise
         raise ImageError(f"it cannot be read as an image ({error})") from error
+
+
+def ignored_by_lavis(path: str) -> str | None:
+    """Say what of an image LAVIS's own data sets ignore, which `read_image` does not, or None."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        deep = image.mode in _DEEP
+    ignored = ["is turned by its EXIF orientation"] * turned
+    ignored += [f"has more than 8 bits per channel (mode {image.mode})"] * deep
+    return f"it {' and '.join(ignored)}" if ignored else None
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from lavis_uniadapter.processors.decoding import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 MEDIA_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,18 @@ def is_video(path: str | os.PathLike) -> bool:
 def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Images and videos below a folder: path relative to the root (with ``/``), and file status.
 
-    Hidden files and folders are skipped. Links to folders are not followed; links to files are, if
-    they stay below the root.
+    Hidden files and folders are skipped, and links to files outside of the root (`link_problem`),
+    with a warning. Links to folders are not followed.
     """
-    inside = os.path.realpath(root) + os.sep
     for folder, subfolders, names in os.walk(scope):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
             if name.startswith(".") or path.suffix.lower() not in MEDIA_EXTENSIONS:
                 continue
-            if path.is_symlink() and not os.path.realpath(path).startswith(inside):
-                continue
-            if path.is_file():
+            if path.is_symlink() and (problem := link_problem(path, root)):
+                logger.warning("'%s' is skipped: %s.", path, problem)
+            elif path.is_file():
                 yield path.relative_to(root).as_posix(), path.stat()
 
 

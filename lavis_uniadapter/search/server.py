@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import mimetypes
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from lavis_uniadapter.processors.decoding import (
     read_frames,
 )
 from lavis_uniadapter.processors.images import ImageError, read_image
+from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.search.answering import Answerer
 from lavis_uniadapter.search.index import Index
 from lavis_uniadapter.search.manifest import StoredSegment
@@ -210,11 +210,10 @@ class _Server:
             stored = self._index.segment(segment)
         except ConfigError as error:
             raise HTTPException(404, str(error)) from None
-        root = os.path.realpath(self._index.root)
-        path = os.path.realpath(os.path.join(root, stored.file))
-        if not path.startswith(root + os.sep) or not os.path.isfile(path):
+        path = Path(self._index.root, stored.file)
+        if link_problem(path, self._index.root) or not path.is_file():
             raise HTTPException(404, f"'{stored.file}' is no longer there. Update the index.")
-        return stored, Path(path)
+        return stored, path
 
 
 def _number(given: Any, name: str, default: int, least: int, most: int) -> int:

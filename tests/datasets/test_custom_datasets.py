@@ -60,7 +60,7 @@ def test_every_format_gives_the_same_datasets_and_nothing_is_written(
     assert list(Path(tempfile.tempdir).iterdir()) == []
 
     assert list(datasets) == ["train", "val", "test"]
-    prefix = "Video" if kind == "videos" else ""
+    prefix = "Video" if kind == "videos" else "Own"
     train_cls, eval_cls = f"{prefix}{task.title()}Dataset", f"{prefix}{task.title()}EvalDataset"
     if task == "qa":
         train_cls = eval_cls = f"{KEY[kind].title()}QADataset"

@@ -28,6 +28,8 @@ from lavis_uniadapter.processors.extracted_frames import (
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 SIDE = 16
+ABOUT_FOUR = {"num_frames": 4, "image_size": SIDE, "source_frames": 9}
+ABOUT_FOUR["video"] = [1, 1, "hash"]
 
 
 def read_frames_or_refuse(path: Path) -> None:
@@ -43,14 +45,15 @@ def read_frames_or_refuse(path: Path) -> None:
         about = read_about(str(path))
     except (OSError, ValueError):
         return
-    assert all(type(about[key]) is int for key in ("num_frames", "image_size", "source_frames"))
+    numbers = (about.num_frames, about.image_size, about.source_frames)
+    assert all(type(number) is int and number > 0 for number in numbers)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> tuple[Path, bytes]:
     path = tmp_path_factory.mktemp("frames") / f"clip.mp4{EXTRACTED_SUFFIX}"
     frames = torch.arange(4 * SIDE * SIDE * 3).reshape(4, SIDE, SIDE, 3) % 256
-    write_extracted_frames(str(path), frames.to(torch.uint8), 9)
+    write_extracted_frames(str(path), frames.to(torch.uint8), 9, (1, 1, "hash"))
     return path, path.read_bytes()
 
 
@@ -73,10 +76,11 @@ def test_an_archive_with_a_harmed_directory_is_read_or_refused(archive, data):
 @pytest.mark.parametrize(
     "about, why",
     [
-        ([4], "TypeError"),
-        ({"image_size": 16, "source_frames": 9}, "num_frames"),
-        ({"num_frames": "4", "image_size": 16, "source_frames": 9}, "num_frames.*'4'"),
-        ({"num_frames": 10**30, "image_size": 16, "source_frames": 9}, "no item named"),
+        ([4], r"about.json says '\[4\]'"),
+        ({**ABOUT_FOUR, "num_frames": "4"}, "about.json says '{\"num_fr"),
+        ({**ABOUT_FOUR, "num_frames": 0}, "about.json says"),
+        ({**ABOUT_FOUR, "video": [1, 1]}, "about.json says"),
+        ({**ABOUT_FOUR, "num_frames": 10**30}, "no item named"),
     ],
 )
 def test_an_archive_that_says_something_else_is_named(archive, about, why):
@@ -128,7 +132,7 @@ def pictures() -> st.SearchStrategy[bytes]:
             key: st.integers(0, 5).map(str) | value_texts
             for key in ("num_frames", "image_size", "source_frames")
         }
-    ).map(object_text),
+    ).map(lambda about: object_text({**about, "video": '[1, 1, ""]'})),
     st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA]),
 )
 def test_an_archive_of_anything_is_read_or_refused(archive, members, about, method):

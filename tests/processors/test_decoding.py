@@ -1,5 +1,6 @@
 """Which files can be decoded, and that the others are named."""
 
+import os
 import time
 import wave
 from concurrent.futures import ThreadPoolExecutor
@@ -67,12 +68,12 @@ def rotten(tmp_path, noise_clip):
         ("missing", "no such file"),
         ("directory", "it is a folder"),
         ("empty", "is empty"),
-        ("text", "decord says"),
+        ("text", "is in no known format"),
         ("cut at 50%", "decord says"),
         ("cut at 90%", "decord says"),
         ("index in front, cut at 50%", "decord says"),
         ("index in front, cut at 90%", "decord says"),
-        ("audio only", "cannot find video stream"),
+        ("audio only", "is in no known format"),
     ],
 )
 def test_rotten_files_are_named(rotten, kind, reason):
@@ -81,6 +82,29 @@ def test_rotten_files_are_named(rotten, kind, reason):
         decode_every_frame(path)
     assert path in str(caught.value)
     assert "Download or re-encode" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["cut at 50%", "index in front, cut at 50%"])
+def test_decoders_print_nothing_and_what_decord_says_is_logged(rotten, capfd, caplog, kind):
+    path = rotten(kind)
+    with caplog.at_level("INFO"), pytest.raises(VideoDecodeError):
+        decode_every_frame(path)
+    os.write(2, b"what others print\n")
+    assert capfd.readouterr() == ("", "what others print\n")
+    if kind == "cut at 50%":  # which cannot be opened
+        assert f"ERROR opening: {path}" in caplog.text
+
+
+def test_what_others_print_while_a_file_is_opened_is_printed(tmp_path, monkeypatch, capfd):
+    def reader(path, **_):
+        os.write(2, b"a progress bar\n")
+        raise RuntimeError("no")
+
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x14ftyp")
+    monkeypatch.setattr(decoding, "VideoReader", reader)
+    with pytest.raises(VideoDecodeError):
+        decode_every_frame(tmp_path / "a.mp4")
+    assert capfd.readouterr().err == "a progress bar\n"
 
 
 def test_index_in_front_alone_is_fine(tmp_path, noise_clip):
@@ -122,7 +146,7 @@ def test_threads_open_videos_one_at_a_time(tmp_path, monkeypatch):
     """The FFmpeg inside decord ends the process if two first openings of a codec coincide."""
     paths = [tmp_path / f"{i}.mp4" for i in range(8)]
     for path in paths:
-        path.write_bytes(b"not read")
+        path.write_bytes(b"FLV\x01, and not read")
     opening, most = [], []
 
     class Reader:

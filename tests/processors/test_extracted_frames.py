@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from clips import write_clip
 from lavis.common.registry import registry
+from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from miniature import BENCHMARKS, write_video
 from omegaconf import OmegaConf
 
 from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.processors import decoding
-from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_file, decode_frames
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, read_about
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
@@ -42,10 +44,10 @@ def test_frames_are_those_of_the_video(videos, tmp_path):
         extracted = tmp_path / "frames" / name
         assert not extracted.exists()  # the archive replaces it
         about = read_about(str(extracted) + EXTRACTED_SUFFIX)
-        assert (about["num_frames"], about["image_size"]) == (number, 32)
+        assert (about.num_frames, about.image_size) == (number, 32)
         for positions in ([0], [number - 1], [1, 3]):
             got = decode_frames(extracted, lambda n, p=positions: p, 32)
-            source = sample_frame_indices(about["source_frames"], number)
+            source = sample_frame_indices(about.source_frames, number)
             expected = decode_frames(
                 videos / name, lambda n, p=positions, s=source: [s[i] for i in p], 32
             )
@@ -68,10 +70,70 @@ def test_processors_read_either(videos, tmp_path):
     assert evaluation(str(tmp_path / "frames" / name)).shape == (3, 4, 32, 32)
 
 
-def test_another_size_is_resized(videos, tmp_path):
+def test_larger_frames_are_made_smaller(videos, tmp_path):
     extract(videos, tmp_path / "frames")
-    clip = BlipVideoEvalProcessor(image_size=64, n_frms=2)(str(tmp_path / "frames/part0/clip0.mp4"))
-    assert clip.shape == (3, 2, 64, 64)
+    clip = BlipVideoEvalProcessor(image_size=16, n_frms=2)(str(tmp_path / "frames/part0/clip0.mp4"))
+    assert clip.shape == (3, 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"image_size": 64, "n_frms": 2}, "its frames have 32 px, and 64 px are needed"),
+        ({"image_size": 32, "n_frms": 9}, "it holds 8 of 12 frames, and 9 are needed"),
+    ],
+)
+def test_smaller_frames_and_fewer_are_refused(videos, tmp_path, options, reason):
+    extract(videos, tmp_path / "frames")
+    clip = tmp_path / "frames/part0/clip0.mp4"
+    with pytest.raises(VideoDecodeError, match=reason):
+        BlipVideoEvalProcessor(**options)(str(clip))
+    for split, processor in (("train", BlipVideoTrainProcessor), ("val", BlipVideoEvalProcessor)):
+        (tmp_path / "a.json").write_text(json.dumps([{"video": "clip0.mp4", "caption": ["x"]}]))
+        dataset = VideoRetrievalEvalDataset(
+            processor(**options), str, str(clip.parent), [str(tmp_path / "a.json")]
+        )
+        (problem,) = unreadable_files(dataset, split).values()
+        assert reason in problem
+
+
+def test_all_frames_of_a_short_video_suffice(videos, tmp_path):
+    extract(videos, tmp_path / "frames")
+    short = str(tmp_path / "frames/part1/clip1.mp4")  # 5 frames
+    assert BlipVideoEvalProcessor(image_size=32, n_frms=7)(short).shape == (3, 7, 32, 32)
+
+
+def test_frames_of_a_video_that_has_changed_are_refused_and_extracted_again(videos, capsys):
+    video = videos / "part0/clip0.mp4"
+    assert main(["frames", "--videos", str(videos), *SIZE]) == 0
+    before = decode_frames(video, lambda n: [0], 32)
+    write_video(video, 7, 12)
+    for _ in range(2):
+        with pytest.raises(VideoDecodeError, match="'clip0.mp4' has changed since its frames"):
+            decode_frames(video, lambda n: [0], 32)
+        video.unlink()
+        write_video(video, 8, 25)  # of another length too
+    capsys.readouterr()
+    assert main(["frames", "--videos", str(videos), *SIZE]) == 0
+    assert "1 videos extracted, 2 were there already" in capsys.readouterr().out
+    after = decode_frames(video, lambda n: [0], 32)
+    assert not torch.equal(before, after)
+    exact = decode_file(str(video), lambda n: [sample_frame_indices(n, 8)[0]], 32)
+    assert (after.float() - exact.float()).abs().mean() < 4
+
+
+def test_frames_of_a_copied_video_are_read(videos):
+    """A copy has another time."""
+    assert main(["frames", "--videos", str(videos), *SIZE]) == 0
+    os.utime(videos / "part0/clip0.mp4", (1, 1))
+    decode_frames(videos / "part0/clip0.mp4", lambda n: [0], 32)
+
+
+def test_frames_are_extracted_from_the_video_and_not_from_frames_beside_it(videos, tmp_path):
+    assert main(["frames", "--videos", str(videos), *SIZE]) == 0
+    assert extract(videos, tmp_path / "frames", "--frames", "30") == 0
+    about = read_about(str(tmp_path / f"frames/part0/clip2.mp4{EXTRACTED_SUFFIX}"))
+    assert (about.num_frames, about.source_frames) == (30, 30)
 
 
 def test_videos_are_not_decoded_where_frames_are(videos, tmp_path, monkeypatch):
@@ -153,7 +215,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(extracted_frames.zipfile.ZipFile, "writestr", fail)
     with pytest.raises(OSError, match="disk full"):
         extracted_frames.write_extracted_frames(
-            str(tmp_path / "a.zip"), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), 1
+            str(tmp_path / "a.zip"), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), 1, (1, 1, "")
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lavis_uniadapter.processors.media_files import FOLLOW_LINKS
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.search.segments import Segment, cut, find_media
 
@@ -77,7 +78,7 @@ def test_segments_cover_each_frame_once_and_in_order(gaps, window, n_frms):
         assert all(segment.start - 2e-3 <= time <= segment.end + 2e-3 for time in segment.times)
 
 
-def test_links_that_leave_the_folder_and_hidden_files_are_skipped(tmp_path):
+def test_links_that_leave_the_folder_and_hidden_files_are_skipped(tmp_path, monkeypatch, caplog):
     outside, root = tmp_path / "outside", tmp_path / "root"
     for folder in (outside, root / "sub", root / ".hidden"):
         folder.mkdir(parents=True)
@@ -93,4 +94,7 @@ def test_links_that_leave_the_folder_and_hidden_files_are_skipped(tmp_path):
     os.symlink(root / "sub/a.mp4", root / "stays.mp4")
     os.symlink(root / "nothing", root / "dangling.mp4")
     assert [path for path, _ in find_media(root, root)] == ["stays.mp4", "sub/a.mp4"]
+    assert f"'{root / 'leaves.mp4'}' is skipped: it is reached by a link that leaves" in caplog.text
     assert [path for path, _ in find_media(root, root / "sub")] == ["sub/a.mp4"]
+    monkeypatch.setenv(FOLLOW_LINKS, "1")
+    assert [path for path, _ in find_media(root, root)][0] == "leaves.mp4"

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +32,8 @@ from lavis_uniadapter.processors.decoding import (
     image_problem,
 )
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
+from lavis_uniadapter.processors.images import ignored_by_lavis
+from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
@@ -49,10 +51,12 @@ def check(args: argparse.Namespace) -> int:
             files[found] = is_image  # as training reads it, whatever its name
         else:
             wrong[path] = f"named in {place}, but there is no such file"
+    _refuse_links(files, wrong, args.folder)
     if not files and not wrong:
         raise DatasetError(
             f"{args.folder} holds no videos, images or extracted frames; correct the folder."
         )
+    notes: dict[str, str] = {}
     total, checked = len(files) + len(wrong), len(wrong)
     work = partial(examine, thorough=args.thorough)
     outcomes = examine_isolated(work, sorted(files.items()), args.threads, args.timeout)
@@ -61,7 +65,7 @@ def check(args: argparse.Namespace) -> int:
         for (path, _), why in tqdm(outcomes, total=len(files), desc="checking"):
             checked += 1
             if why is not None:
-                wrong[path] = why
+                (notes if isinstance(why, Note) else wrong)[path] = why
     wrong = dict(sorted(wrong.items()))
     if args.output is not None:
         lines = [json.dumps({"file": path, "reason": why}) for path, why in wrong.items()]
@@ -71,9 +75,10 @@ def check(args: argparse.Namespace) -> int:
     print(
         f"{checked} files in {args.folder}: {checked - len(wrong)} can be read, {len(wrong)} cannot"
     )
-    for path, why in wrong.items():
-        # A name in another encoding than the system's cannot be printed as it is.
-        print(f"    {path}: {why}".encode("utf-8", "backslashreplace").decode())
+    _print(wrong)
+    if notes:
+        print(f"{len(notes)} images look different in LAVIS's own data sets, which ignore this:")
+        _print(dict(sorted(notes.items())))
     if args.output is not None:
         print(f"written to {args.output}")
     if checked < total:
@@ -81,14 +86,32 @@ def check(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _print(reasons: Mapping[str, str]) -> None:
+    for path, why in reasons.items():
+        # A name in another encoding than the system's cannot be printed as it is.
+        print(f"    {path}: {why}".encode("utf-8", "backslashreplace").decode())
+
+
+def _refuse_links(files: dict[str, bool], wrong: dict[str, str], folder: Path) -> None:
+    for path in list(files):
+        if problem := link_problem(path, folder):
+            wrong[path] = problem
+            del files[path]
+
+
+class Note(str):
+    """What to know about a file that can be read."""
+
+
 def examine(file: tuple[str, bool], thorough: bool) -> str | None:
-    """Say why a file, an image or not, cannot be read, or None.
+    """Say why a file, an image or not, cannot be read; a `Note` about one that can; or None.
 
     Extracted frames do not replace a video here.
     """
     path, is_image = file
     if is_image:
-        return image_problem(path, whole=True)
+        ignored = None if (problem := image_problem(path, whole=True)) else ignored_by_lavis(path)
+        return Note(ignored) if ignored else problem
     return frames_problem(path, range if thorough else _frames_read)
 
 

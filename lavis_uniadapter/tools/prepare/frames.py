@@ -11,17 +11,19 @@ from tqdm.contrib.concurrent import thread_map
 
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.records import DatasetError, listing
-from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, VideoDecodeError, decode_frames
+from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, VideoDecodeError, decode_file
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     read_about,
+    video_state,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 
 def extract(args: argparse.Namespace) -> int:
-    """Extract the frames of all videos that do not have them yet, and print a report.
+    """Extract the frames of all videos that are new or have changed, and print a report.
 
     Raises:
         ConfigError: there are archives of another number or size of frames.
@@ -38,16 +40,19 @@ def extract(args: argparse.Namespace) -> int:
     todo = {
         video: target
         for video, target in targets.items()
-        if not _is_extracted(target, args.frames, args.image_size)
+        if not _is_extracted(video, target, args.frames, args.image_size)
     }
     reasons = thread_map(
-        lambda video, target: _extract(video, target, args.frames, args.image_size),
+        lambda video, target: (
+            link_problem(video, args.videos)
+            or _extract(video, target, args.frames, args.image_size)
+        ),
         todo.keys(),
         todo.values(),
         max_workers=args.threads,
         desc="extracting",
     )
-    failures = [reason for reason in reasons if reason]
+    failures = [f"{video}: {why}" for video, why in zip(todo, reasons, strict=True) if why]
     size = sum(path.stat().st_size for path in targets.values() if path.is_file()) / 1e6
     report = (
         f"{len(todo) - len(failures)} videos extracted, {len(targets) - len(todo)} were there "
@@ -71,15 +76,16 @@ def _extract(video: Path, target: Path, number: int, image_size: int) -> str | N
         return sample_frame_indices(num_frames, min(number, num_frames))
 
     try:
-        frames = decode_frames(video, choose, image_size)
+        state = video_state(video)
+        frames = decode_file(str(video), choose, image_size)
     except VideoDecodeError as error:
-        return str(error)
+        return error.reason
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_extracted_frames(str(target), frames, total)
+    write_extracted_frames(str(target), frames, total, state)
     return None
 
 
-def _is_extracted(target: Path, number: int, image_size: int) -> bool:
+def _is_extracted(video: Path, target: Path, number: int, image_size: int) -> bool:
     if not target.exists():
         return False
     try:
@@ -89,8 +95,10 @@ def _is_extracted(target: Path, number: int, image_size: int) -> bool:
             f"{target} is no archive of frames that can be read ({error}). Delete it, and it is "
             "extracted again."
         ) from error
-    found = about["num_frames"], about["image_size"]
-    if found != (min(number, about["source_frames"]), image_size):
+    if not about.is_of(video):
+        return False
+    found = about.num_frames, about.image_size
+    if found != (min(number, about.source_frames), image_size):
         raise ConfigError(
             f"{target} holds {found[0]} frames of {found[1]} px. Name another --output, or delete "
             "such archives."

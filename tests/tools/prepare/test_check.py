@@ -8,17 +8,19 @@ import signal
 from pathlib import Path
 
 import decoders
+import numpy as np
 import pytest
 import torch
 from clips import spoil_from_frame, write_clip
 from miniature import write_image, write_video
-from PIL import Image
+from PIL import ExifTags, Image
 from rotten_videos import KINDS, make_rotten
 
 from lavis_uniadapter.processors import decoding
 from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
+    video_state,
     write_extracted_frames,
 )
 from lavis_uniadapter.processors.sampling import sample_frame_indices
@@ -34,7 +36,8 @@ def folder(tmp_path):
     write_video(folder / "videos/part/two.AVI", 1)
     write_image(folder / "images/one.png", 0)
     frames = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    write_extracted_frames(f"{folder}/videos/three.mp4{EXTRACTED_SUFFIX}", frames, 2)
+    state = video_state(folder / "videos/one.mp4")
+    write_extracted_frames(f"{folder}/videos/three.mp4{EXTRACTED_SUFFIX}", frames, 2, state)
     (folder / "notes.txt").write_text("not looked at")
     return folder
 
@@ -93,9 +96,9 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
     expected = {
         "videos/empty.mp4": "the file is empty",
         "videos/truncated.mp4": "decord says",
-        "videos/audio_only.mp4": "cannot find video stream",
+        "videos/audio_only.mp4": "is in no known format",
         "videos/vanished.mp4": f"named in {annotations}, record 3, but there is no such file",
-        "videos/not_a_video.mp4": "decord says",
+        "videos/not_a_video.mp4": "is in no known format",
         "videos/header_only.mp4": "decord says",
         "videos/dangling_link.mp4": "it is a link to",
         f"videos/bad_archive.mp4{EXTRACTED_SUFFIX}": "it is no archive of frames",
@@ -144,12 +147,28 @@ def test_a_hole_between_those_frames_takes_thoroughness(folder, checked):
     assert status == 1 and list(wrong) == ["videos/hole.mp4"]
 
 
+def test_what_lavis_ignores_of_images_is_noted(folder, checked):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 6)).save(folder / "images/turned.jpg", exif=exif)
+    Image.fromarray(np.zeros((8, 6), np.uint16)).save(folder / "images/deep.png")
+    status, report, wrong = checked()
+    assert (status, wrong) == (0, {}) and "6 can be read, 0 cannot" in report
+    assert f"{folder}/images/turned.jpg: it is turned by its EXIF orientation" in report
+    assert f"{folder}/images/deep.png: it has more than 8 bits per channel (mode I;16)" in report
+    assert "one.png" not in report
+
+
 def test_a_video_and_the_frames_beside_it_are_examined_each(folder, checked):
     make_rotten("bad_archive", folder / "videos/one.mp4")  # beside the sound video
     make_rotten("empty", folder / "videos/three.mp4")  # beside sound frames
     status, _, wrong = checked()
     assert status == 1
-    assert set(wrong) == {f"videos/one.mp4{EXTRACTED_SUFFIX}", "videos/three.mp4"}
+    assert set(wrong) == {
+        f"videos/one.mp4{EXTRACTED_SUFFIX}",
+        "videos/three.mp4",
+        f"videos/three.mp4{EXTRACTED_SUFFIX}",  # as they are of another video
+    }
 
 
 @pytest.mark.usefixtures("leaves_no_workers")

@@ -85,7 +85,7 @@ def test_missing_and_undecodable_videos_are_counted_and_the_first_twenty_named(d
     message = did.fail()
     assert "24 of 48 videos in" in message
     assert [name in message for name in names] == [True] * 20 + [False] * 26
-    assert "00.mp4: missing" in message and "12.mp4: decord says" in message
+    assert "00.mp4: missing" in message and "12.mp4: it cannot be read as a video" in message
     assert "and 4 more" in message
     assert "24 are for training only, and --skip-missing leaves them out" in message
 
