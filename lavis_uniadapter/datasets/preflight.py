@@ -190,9 +190,7 @@ def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
     problem_of = partial(image_problem, whole=not training)
     if layout.visual_key == "video":
         problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
-    may_open = partial(
-        visual_problem, folder=dataset.vis_root, is_video=layout.visual_key == "video"
-    )
+    may_open = partial(visual_problem, is_video=layout.visual_key == "video")
     paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
     what = f"checking {split} {layout.visual_key}s"
     # here, as Pillow has one setting for all threads

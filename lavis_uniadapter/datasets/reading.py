@@ -211,7 +211,7 @@ def file_problem_of(dataset: Dataset, index: int) -> str | None:
     path = os.path.join(part.vis_root, name)
     if not os.path.lexists(clip_file(path)):  # some of LAVIS's records name part of a file's name
         return None
-    return visual_problem(path, part.vis_root, "video" in about)
+    return visual_problem(path, "video" in about)
 
 
 def _record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:

@@ -86,7 +86,7 @@ class Found(Generic[R]):
 def escapes_root(name: str) -> bool:
     """Whether a file name, joined to a folder, leaves it, on this system or on Windows.
 
-    Only the name counts; of links, see ``media_files.link_problem``.
+    Only the name counts: a link in the folder may point anywhere.
     """
     name = name.replace("\\", "/")
     is_absolute = name.startswith("/") or re.match(r"[A-Za-z]:/", name)

@@ -26,7 +26,6 @@ from lavis_uniadapter.processors.media_files import (
     VIDEO_FORMATS,
     file_problem,
     is_machine_fault,
-    link_problem,
 )
 
 VIDEO_EXTENSIONS = frozenset(
@@ -157,21 +156,11 @@ def decode_errors(path: str) -> Iterator[None]:
         ) from error
 
 
-def visual_problem(path: str, folder: str, is_video: bool) -> str | None:
-    """Say why the file of a record must not be opened, or the frames in its place, or None.
-
-    Args:
-        path: of a video or an image below the folder.
-        folder: that links must not leave.
-        is_video: whether it is a video.
-    """
-    clip = clip_file(path) if is_video else path
-    if problem := link_problem(clip, folder):
-        return problem
-    if clip != path and not os.path.lexists(path):
+def visual_problem(path: str, is_video: bool) -> str | None:
+    """Say why the file of a record must not be opened, or the frames in its place, or None."""
+    if is_video and clip_file(path) != path and not os.path.lexists(path):
         return None
-    formats = VIDEO_FORMATS if is_video else IMAGE_FORMATS
-    return link_problem(path, folder) or file_problem(path, formats)
+    return file_problem(path, VIDEO_FORMATS if is_video else IMAGE_FORMATS)
 
 
 def frames_problem(path: str, choose: ChooseFrames, image_size: int = _PROBE_SIZE) -> str | None:

@@ -33,7 +33,6 @@ from lavis_uniadapter.processors.decoding import (
 )
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
 from lavis_uniadapter.processors.images import ignored_by_lavis
-from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
@@ -51,7 +50,6 @@ def check(args: argparse.Namespace) -> int:
             files[found] = is_image  # as training reads it, whatever its name
         else:
             wrong[path] = f"named in {place}, but there is no such file"
-    _refuse_links(files, wrong, args.folder)
     if not files and not wrong:
         raise DatasetError(
             f"{args.folder} holds no videos, images or extracted frames; correct the folder."
@@ -90,13 +88,6 @@ def _print(reasons: Mapping[str, str]) -> None:
     for path, why in reasons.items():
         # A name in another encoding than the system's cannot be printed as it is.
         print(f"    {path}: {why}".encode("utf-8", "backslashreplace").decode())
-
-
-def _refuse_links(files: dict[str, bool], wrong: dict[str, str], folder: Path) -> None:
-    for path in list(files):
-        if problem := link_problem(path, folder):
-            wrong[path] = problem
-            del files[path]
 
 
 class Note(str):

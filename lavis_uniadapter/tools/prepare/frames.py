@@ -18,7 +18,6 @@ from lavis_uniadapter.processors.extracted_frames import (
     video_state,
     write_extracted_frames,
 )
-from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 
@@ -43,10 +42,7 @@ def extract(args: argparse.Namespace) -> int:
         if not _is_extracted(video, target, args.frames, args.image_size)
     }
     reasons = thread_map(
-        lambda video, target: (
-            link_problem(video, args.videos)
-            or _extract(video, target, args.frames, args.image_size)
-        ),
+        lambda video, target: _extract(video, target, args.frames, args.image_size),
         todo.keys(),
         todo.values(),
         max_workers=args.threads,

@@ -12,7 +12,6 @@ from tqdm.contrib.concurrent import thread_map
 from lavis_uniadapter.datasets.records import DatasetError, listing
 from lavis_uniadapter.processors.decoding import VIDEO_EXTENSIONS, frames_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
-from lavis_uniadapter.processors.media_files import link_problem
 from lavis_uniadapter.tools.prepare.benchmarks import Split
 
 # Decoding waits for the disk as much as for the processor.
@@ -33,12 +32,7 @@ def usable_videos(splits: Sequence[Split], folder: Path, skip_missing: bool) -> 
     annotated = dict.fromkeys(video for split in splits for video in split.captions)
     names = find_videos(folder, annotated)
     paths = [clip_file(folder / name) for name in names.values()]
-    reasons = thread_map(
-        lambda path: link_problem(path, folder) or _last_frame_problem(path),
-        paths,
-        max_workers=_THREADS,
-        desc="checking videos",
-    )
+    reasons = thread_map(_last_frame_problem, paths, max_workers=_THREADS, desc="checking videos")
     unusable = {video: "missing" for video in annotated if video not in names}
     unusable |= {video: why for video, why in zip(names, reasons, strict=True) if why}
     evaluated = {v for s in splits if s.name != "train" for v in s.captions if v in unusable}
