@@ -1,0 +1,166 @@
+"""What a result depends on, besides its configuration and the weights that were trained.
+
+Checkpoints of runs and adapter folders carry an `Identity`. What loads them compares it with its
+own, and refuses what would give other numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from lavis_uniadapter.common.errors import CheckpointError
+from lavis_uniadapter.common.schema.processors import VideoEval
+
+logger = logging.getLogger(__name__)
+
+RUN_CONFIG = "config.json"  # of a run's folder; LAVIS's runners write no identity into checkpoints
+# Options of a visual processor that decide what a model sees, and the defaults of LAVIS's.
+VISUAL_OPTIONS = ("image_size", "n_frms", "mean", "std")
+_COLOURS = {name: list(VideoEval.model_fields[name].default) for name in ("mean", "std")}
+IMAGE_SIZE = "eval.image_size"
+# Evaluation at another size or with more frames is common: DiDeMo trains on 8 and tests on 16.
+EVALUATION_MAY_DIFFER = (IMAGE_SIZE, "eval.n_frms")
+
+
+class Source(BaseModel, extra="forbid"):
+    """A name for people, and a hash of the content."""
+
+    name: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.fingerprint[:8]})"
+
+
+class Identity(BaseModel, extra="forbid"):
+    """The parts that are known; others are not compared.
+
+    Attributes:
+        base: the frozen BLIP, if there is one.
+        vocabulary: the tokenizer's words, in their order.
+        processors: by mode and option, as in ``eval.image_size``, the values of all datasets.
+        data: the training records, by dataset.
+    """
+
+    base: Source | None = None
+    vocabulary: Source | None = None
+    processors: dict[str, list[str]] = {}
+    data: dict[str, Source] = {}
+
+
+def hash_bytes(*contents: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def of_model(model: Any) -> Identity:
+    """What a model, also one of LAVIS's own, knows of itself."""
+    known = Identity()
+    if getattr(model, "_frozen", None):
+        known.base = Source(name=model.base_name, fingerprint=model.base_fingerprint)
+    if hasattr(getattr(model, "tokenizer", None), "get_vocab"):
+        vocabulary = model.tokenizer.get_vocab()
+        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        content = json.dumps(words).encode()
+        known.vocabulary = Source(name=f"{len(words)} tokens", fingerprint=hash_bytes(content))
+    if hasattr(model, "section"):
+        known.processors = {IMAGE_SIZE: [str(model.section.image_size)]}
+    return known
+
+
+def of_run(model: Any, config: Any, datasets: Mapping[str, Mapping[str, Any]]) -> Identity:
+    """That of a run; one that evaluates has no training data, and only evaluation's processors."""
+    known, evaluates = of_model(model), config.run_cfg.evaluate
+    sections = config.to_dict()["datasets"].values()
+    for mode in ("eval",) if evaluates else ("train", "eval"):
+        given = [(section.get("vis_processor") or {}).get(mode) for section in sections]
+        for name in VISUAL_OPTIONS:
+            values = {str(p.get(name) or _COLOURS.get(name)) for p in given if p}
+            if values - {"None"}:
+                known.processors[f"{mode}.{name}"] = sorted(values - {"None"})
+    for name, by_split in datasets.items() if not evaluates else ():
+        records = getattr(by_split.get("train"), "annotation", None)
+        if records is not None:
+            content = hash_bytes(*(repr(record).encode() for record in records))
+            known.data[name] = Source(name=f"{len(records)} records", fingerprint=content)
+    return known
+
+
+def of_checkpoint(path: str | Path) -> Identity:
+    """What a run noted in a checkpoint or, with one of LAVIS's runners, in the folder's config.
+
+    Nothing is known of other files. CheckpointError for a damaged one.
+    """
+    if not (Path(path).is_file() and zipfile.is_zipfile(path)):
+        return Identity()
+    try:
+        # mapped, so that no tensor is read
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        noted = content.get("identity")
+        beside = Path(path).with_name(RUN_CONFIG)
+        if noted is None and "optimizer" in content and beside.is_file():
+            noted = json.loads(beside.read_text()).get("identity")
+        return Identity.model_validate(noted or {})
+    except ValidationError as error:
+        raise CheckpointError(f"'{path}' was written by another version: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {error}") from error
+
+
+def check(
+    saved: Identity, now: Identity, source: object, force: bool, may_differ: Collection[str] = ()
+) -> None:
+    """Compare what was trained, and came from ``source``, with what it is used with now.
+
+    Args:
+        force: log differences instead of refusing them.
+        may_differ: processors' options of which differences are always only logged.
+
+    Raises:
+        CheckpointError: naming the first difference, both sides and the fix.
+    """
+    if saved == Identity():
+        logger.warning(
+            "'%s' does not say which base checkpoint, vocabulary and data it was trained with, so "
+            "nothing was compared.",
+            source,
+        )
+    for what, theirs, ours, fix in _differences(saved, now):
+        message = f"'{source}' was trained with another {what}, {theirs}; now it is {ours}."
+        if force or what in may_differ:
+            logger.warning(message)
+        else:
+            raise CheckpointError(
+                f"{message} {fix}, or use it all the same with model.force=True (in Python: "
+                "force=True)."
+            )
+
+
+def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, object, object, str]]:
+    """What differs, on both sides, and how to put it right."""
+    for what, theirs, ours, key in (
+        ("base checkpoint", saved.base, now.base, "model.pretrained"),
+        ("vocabulary", saved.vocabulary, now.vocabulary, "model.tokenizer"),
+    ):
+        if theirs and ours and theirs.fingerprint != ours.fingerprint:
+            yield what, theirs, ours, f"Set {key} to the one that it was trained with"
+    for key, values in now.processors.items():
+        known = saved.processors.get(key, values)
+        if not set(values) <= set(known):
+            yield key, " and ".join(known), " and ".join(values), f"Set vis_processor.{key} back"
+    for name in sorted({*saved.data, *now.data}) if saved.data and now.data else ():
+        theirs, ours = saved.data.get(name), now.data.get(name)
+        if theirs != ours:
+            what = f"set of training records of {name}"
+            yield what, theirs or "none", ours or "none", "Restore the records, start a new run"
