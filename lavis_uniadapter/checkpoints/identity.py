@@ -1,8 +1,4 @@
-"""What a result depends on, besides its configuration and the weights that were trained.
-
-Checkpoints of runs and adapter folders carry an `Identity`. What loads them compares it with its
-own, and refuses what would give other numbers.
-"""
+"""What a result depends on besides configuration and trained weights: noted, and compared."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from lavis_uniadapter.common.errors import CheckpointError
 from lavis_uniadapter.common.schema.processors import VideoEval
@@ -98,10 +94,7 @@ def of_run(model: Any, config: Any, datasets: Mapping[str, Mapping[str, Any]]) -
 
 
 def of_checkpoint(path: str | Path) -> Identity:
-    """What a run noted in a checkpoint or, with one of LAVIS's runners, in the folder's config.
-
-    Nothing is known of other files. CheckpointError for a damaged one.
-    """
+    """What a run noted in a checkpoint or, with LAVIS's runners, beside it; of others, nothing."""
     if not (Path(path).is_file() and zipfile.is_zipfile(path)):
         return Identity()
     try:
@@ -112,29 +105,22 @@ def of_checkpoint(path: str | Path) -> Identity:
         if noted is None and "optimizer" in content and beside.is_file():
             noted = json.loads(beside.read_text()).get("identity")
         return Identity.model_validate(noted or {})
-    except ValidationError as error:
-        raise CheckpointError(f"'{path}' was written by another version: {error}") from error
     except Exception as error:
-        raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {reason}") from error
 
 
 def check(
     saved: Identity, now: Identity, source: object, force: bool, may_differ: Collection[str] = ()
 ) -> None:
-    """Compare what was trained, and came from ``source``, with what it is used with now.
+    """Compare what came from ``source`` with what it is used with now.
 
-    Args:
-        force: log differences instead of refusing them.
-        may_differ: processors' options of which differences are always only logged.
-
-    Raises:
-        CheckpointError: naming the first difference, both sides and the fix.
+    Differences of ``may_differ`` are only logged, with ``force`` all of them. Otherwise the first
+    raises CheckpointError, with both sides and the fix.
     """
     if saved == Identity():
         logger.warning(
-            "'%s' does not say which base checkpoint, vocabulary and data it was trained with, so "
-            "nothing was compared.",
-            source,
+            "'%s' does not say which base checkpoint and vocabulary it was trained with.", source
         )
     for what, theirs, ours, fix in _differences(saved, now):
         message = f"'{source}' was trained with another {what}, {theirs}; now it is {ours}."
@@ -142,8 +128,7 @@ def check(
             logger.warning(message)
         else:
             raise CheckpointError(
-                f"{message} {fix}, or use it all the same with model.force=True (in Python: "
-                "force=True)."
+                f"{message} {fix}, or use it anyway by model.force=True (in Python: force=True)."
             )
 
 
