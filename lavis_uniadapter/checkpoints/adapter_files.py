@@ -43,8 +43,8 @@ class AdapterAbout(Identity, extra="forbid", ser_json_inf_nan="constants"):
     method: str  # model.tuning
     configuration: dict[str, Any]  # of the method
     settings: dict[str, Any]  # other options of the model that decide what the adapter computes
-    base: Source  # type: ignore[assignment]
-    vocabulary: Source  # type: ignore[assignment]
+    base: Source
+    vocabulary: Source
     blake2b: str  # hash of the file of tensors
     metrics: dict[str, float]
     versions: dict[str, str]
@@ -81,7 +81,7 @@ def save(
         method=model.tuning,
         configuration=model.method_config.model_dump(mode="json"),
         settings=_settings(model),
-        blake2b=hash_bytes(content),
+        blake2b=hash_bytes([content]),
         metrics={name: float(value) for name, value in metrics.items()},
         versions={
             "lavis_uniadapter": __version__,
@@ -224,7 +224,7 @@ def _read_tensors(folder: Path, blake2b: str) -> dict[str, Tensor]:
     _check_there(path)
     content = path.read_bytes()
     damaged = f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
-    if hash_bytes(content) != blake2b:
+    if hash_bytes([content]) != blake2b:
         raise CheckpointError(damaged)
     try:
         return safetensors.torch.load(content)
@@ -239,7 +239,7 @@ def _is_unedited(card: Path) -> bool:
 
 
 def _seal(text: bytes) -> bytes:
-    return SEAL + f" {hash_bytes(text)} -->\n".encode()
+    return SEAL + f" {hash_bytes([text])} -->\n".encode()
 
 
 def _code(name: str) -> str:

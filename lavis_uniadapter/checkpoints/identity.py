@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,18 @@ class Identity(BaseModel, extra="forbid"):
     data: dict[str, Source] = {}
 
 
-def hash_bytes(*contents: bytes) -> str:
+def hash_bytes(contents: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         digest.update(content)
     return digest.hexdigest()
+
+
+def of_tokenizer(tokenizer: Any) -> Source:
+    vocabulary = tokenizer.get_vocab()
+    words = sorted(vocabulary, key=vocabulary.__getitem__)
+    content = hash_bytes([json.dumps(words).encode()])
+    return Source(name=f"{len(words)} tokens", fingerprint=content)
 
 
 def of_model(model: Any) -> Identity:
@@ -65,11 +72,8 @@ def of_model(model: Any) -> Identity:
     known = Identity()
     if getattr(model, "_frozen", None):
         known.base = Source(name=model.base_name, fingerprint=model.base_fingerprint)
-    if hasattr(getattr(model, "tokenizer", None), "get_vocab"):
-        vocabulary = model.tokenizer.get_vocab()
-        words = sorted(vocabulary, key=vocabulary.__getitem__)
-        content = json.dumps(words).encode()
-        known.vocabulary = Source(name=f"{len(words)} tokens", fingerprint=hash_bytes(content))
+    if hasattr(getattr(model, "tokenizer", None), "get_vocab"):  # LAVIS's CLIP has a function
+        known.vocabulary = of_tokenizer(model.tokenizer)
     if hasattr(model, "section"):
         known.processors = {IMAGE_SIZE: [str(model.section.image_size)]}
     return known
@@ -88,7 +92,7 @@ def of_run(model: Any, config: Any, datasets: Mapping[str, Mapping[str, Any]]) -
     for name, by_split in datasets.items() if not evaluates else ():
         records = getattr(by_split.get("train"), "annotation", None)
         if records is not None:
-            content = hash_bytes(*(repr(record).encode() for record in records))
+            content = hash_bytes(repr(record).encode() for record in records)
             known.data[name] = Source(name=f"{len(records)} records", fingerprint=content)
     return known
 
@@ -106,8 +110,9 @@ def of_checkpoint(path: str | Path) -> Identity:
             noted = json.loads(beside.read_text()).get("identity")
         return Identity.model_validate(noted or {})
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"'{path}' cannot be read as a checkpoint: {reason}") from error
+        raise CheckpointError(
+            f"'{path}' is no checkpoint, or is damaged. Copy it again."
+        ) from error
 
 
 def check(
@@ -134,18 +139,17 @@ def check(
 
 def _differences(saved: Identity, now: Identity) -> Iterator[tuple[str, object, object, str]]:
     """What differs, on both sides, and how to put it right."""
-    for what, theirs, ours, key in (
-        ("base checkpoint", saved.base, now.base, "model.pretrained"),
-        ("vocabulary", saved.vocabulary, now.vocabulary, "model.tokenizer"),
-    ):
+    parts = {"base checkpoint": ("base", "pretrained"), "vocabulary": ("vocabulary", "tokenizer")}
+    for what, (part, key) in parts.items():
+        theirs, ours = getattr(saved, part), getattr(now, part)
         if theirs and ours and theirs.fingerprint != ours.fingerprint:
-            yield what, theirs, ours, f"Set {key} to the one that it was trained with"
+            yield what, theirs, ours, f"Set model.{key} to the one that it was trained with"
     for key, values in now.processors.items():
         known = saved.processors.get(key, values)
         if not set(values) <= set(known):
             yield key, " and ".join(known), " and ".join(values), f"Set vis_processor.{key} back"
     for name in sorted({*saved.data, *now.data}) if saved.data and now.data else ():
-        theirs, ours = saved.data.get(name), now.data.get(name)
-        if theirs != ours:
+        old, new = saved.data.get(name), now.data.get(name)
+        if old != new:
             what = f"set of training records of {name}"
-            yield what, theirs or "none", ours or "none", "Restore the records, start a new run"
+            yield what, old or "none", new or "none", "Restore the records, start a new run"

@@ -159,15 +159,14 @@ def _check_identity(known: Identity, config: Config) -> None:
         if path := run_cfg.get("resume_ckpt_path"):
             identity.check(identity.of_checkpoint(path), known, path, force)
         return
-    # This package's models have compared what they know when they loaded it.
+    # the model has compared the rest when it loaded them
     processors = {k: v for k, v in known.processors.items() if k != identity.IMAGE_SIZE}
-    if not is_lavis_model(registry.get_model_class(config.model_cfg.arch)):
-        known = Identity(processors=processors)
     for path in _trained_parts(config):
         folder = os.path.isdir(path)
         saved = adapter_files.read_about(path) if folder else identity.of_checkpoint(path)
         if saved.processors:
-            identity.check(saved, known, path, force, identity.EVALUATION_MAY_DIFFER)
+            now = Identity(processors=processors)
+            identity.check(saved, now, path, force, identity.EVALUATION_MAY_DIFFER)
 
 
 def _scores_a_start(model: Any, config: Config) -> bool:

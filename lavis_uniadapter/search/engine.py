@@ -80,11 +80,10 @@ class Engine:
         """Hashes of what decides how segments are encoded, and of the vocabulary, by part."""
         model = self.model
         active = model.adapters.active_set
-        known = identity.of_model(model)
         return {
             "model": model.base_fingerprint,
             "adapter": hash_tensors({} if active is None else active.state_dict()),
-            "tokenizer": known.vocabulary.fingerprint,
+            "tokenizer": identity.of_tokenizer(model.tokenizer).fingerprint,
             "frames": self.processor.options.model_dump_json(),
         }
 
