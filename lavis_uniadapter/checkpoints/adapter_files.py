@@ -10,18 +10,18 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import torch
 from lavis.common.registry import registry
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from lavis_uniadapter.checkpoints import identity
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
 from lavis_uniadapter.checkpoints.identity import Identity, Source, hash_bytes
-from lavis_uniadapter.common.atomic import atomic, write_text
+from lavis_uniadapter.common.atomic import flush, write_text
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.version import __version__
 
@@ -45,7 +45,7 @@ class AdapterAbout(Identity, extra="forbid", ser_json_inf_nan="constants"):
     settings: dict[str, Any]  # other options of the model that decide what the adapter computes
     base: Source
     vocabulary: Source
-    blake2b: str  # hash of the file of tensors
+    blake2b: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # hash of the file of tensors
     metrics: dict[str, float]
     versions: dict[str, str]
 
@@ -94,7 +94,7 @@ def save(
                 f"'{folder}' is a file, or a folder whose {CONFIG} or {TENSORS} save_adapter did "
                 "not write. Name a new folder."
             )
-        _write(folder, about, content, model_card(model, about, tensors))
+        _write(folder, about, content, _model_card(model, about, tensors))
 
 
 def _is_free(folder: Path) -> bool:
@@ -115,21 +115,22 @@ def _write(folder: Path, about: AdapterAbout, content: bytes, card: str) -> None
     has that hash.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    waiting = _waiting(folder, about.blake2b)
-    with atomic(waiting) as temporary:
-        temporary.write_bytes(content)
+    waiting = folder / _waiting(about.blake2b)
+    waiting.write_bytes(content)
+    flush(waiting)
     write_text(folder / CONFIG, about.model_dump_json(indent=2) + "\n")
     os.replace(waiting, folder / TENSORS)
-    for path in folder.glob(_waiting(folder, "*").name):  # of a process that was killed
-        path.unlink()
+    for pattern in (_waiting("*"), f".{CONFIG}.*.tmp", f".{CARD}.*.tmp"):
+        for path in folder.glob(pattern):  # of a process that was killed
+            path.unlink()
     if not (folder / CARD).exists() or _is_unedited(folder / CARD):
         write_text(folder / CARD, card)
     else:
         logger.info("'%s' was edited or is somebody's own, and is kept.", folder / CARD)
 
 
-def _waiting(folder: Path, blake2b: str) -> Path:
-    return folder / f".{TENSORS}.{blake2b}"
+def _waiting(blake2b: str) -> str:
+    return f".{TENSORS}.{blake2b}"
 
 
 def load(model: Any, folder: str | os.PathLike, name: str, force: bool) -> None:
@@ -218,18 +219,17 @@ def _check_there(path: Path) -> None:
 
 
 def _read_tensors(folder: Path, blake2b: str) -> dict[str, Tensor]:
-    path = _waiting(folder, blake2b)
-    if not path.is_file():
-        path = folder / TENSORS
-    _check_there(path)
-    content = path.read_bytes()
-    damaged = f"'{path}' is damaged: its bytes are not those that were saved. Copy it again."
-    if hash_bytes([content]) != blake2b:
-        raise CheckpointError(damaged)
+    paths = [path for path in (folder / TENSORS, folder / _waiting(blake2b)) if path.is_file()]
+    if not paths:
+        _check_there(folder / TENSORS)
+    content = next((c for c in map(Path.read_bytes, paths) if hash_bytes([c]) == blake2b), b"")
     try:
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(damaged) from error
+        raise CheckpointError(
+            f"'{folder / TENSORS}' is damaged: its bytes are not those that were saved. Copy it "
+            "again."
+        ) from error
 
 
 def _is_unedited(card: Path) -> bool:
@@ -250,7 +250,7 @@ def _code(name: str) -> str:
     return f"{fence} {text} {fence}" if longest else f"`{text}`"
 
 
-def model_card(model: Any, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
+def _model_card(model: Any, about: AdapterAbout, tensors: Mapping[str, Tensor]) -> str:
     """The folder's ``README.md``: what it is, how to load it, what it was measured to do."""
     overrides = {"tuning": about.method, **about.settings}
     if section := model.method_config.SECTION:

@@ -145,7 +145,7 @@ def stop_at_change(monkeypatch, step):
     monkeypatch.setattr(Path, "rename", stopped(Path.rename))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_kill_while_saving_loses_no_adapter_and_blocks_no_save(
     build_model, tmp_path, monkeypatch, step
 ):
@@ -158,13 +158,24 @@ def test_kill_while_saving_loses_no_adapter_and_blocks_no_save(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at_change(patch, step)
         model.save_adapter(folder)
-    expected = saved_before if step < 3 else model.adapters["default"].state_dict()
+    expected = saved_before if step < 2 else model.adapters["default"].state_dict()
     model.load_adapter(folder, "whole")
     assert_same(expected, model.adapters["whole"].state_dict())
     model.set_adapter("default")
     model.save_adapter(folder)
     model.load_adapter(folder, "again")
     assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG, CARD, "log.txt"}
+
+
+def test_tensors_that_a_kill_cut_short_are_ignored_and_removed(build_model, tmp_path):
+    model = build_model()
+    model.save_adapter(tmp_path)
+    waiting = tmp_path / f".{TENSORS}.{json.loads((tmp_path / CONFIG).read_text())['blake2b']}"
+    waiting.write_bytes(b"cut")
+    model.load_adapter(tmp_path)
+    perturb(model.adapters)
+    model.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG, CARD}
 
 
 @pytest.mark.parametrize("name", ["active", "layer", "a.b", ""])

@@ -66,12 +66,18 @@ def test_another_base_is_refused_in_evaluation(evaluate, part):
         evaluate("model.pretrained=null", part=part)
 
 
-@pytest.mark.parametrize("part", ["checkpoint", "adapter"])
-def test_fewer_words_are_refused(evaluate, part, tmp_path):
+@pytest.fixture
+def few_words(tmp_path):
+    """A folder with a tokenizer of the first words of the embedded example."""
     words = (PACKAGE_ROOT / "configs/tokenizers/shapes/vocab.txt").read_text().splitlines()
     (tmp_path / "vocab.txt").write_text("\n".join(words[:60]) + "\n")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["checkpoint", "adapter"])
+def test_fewer_words_are_refused(evaluate, part, few_words):
     with pytest.raises(CheckpointError, match=r"another vocabulary, '\d+ tokens'.*now it is '62 "):
-        evaluate(f"model.tokenizer={tmp_path}", part=part)
+        evaluate(f"model.tokenizer={few_words}", part=part)
 
 
 def test_normalisation_is_refused_frames_are_named_and_force_is_heeded(evaluate, caplog):
@@ -156,6 +162,23 @@ def test_a_base_is_the_same_at_another_image_size(build_model, tmp_path):
     assert small.base_fingerprint == large.base_fingerprint
     assert identity.of_model(small).base.name == "base.pth"
     assert identity.of_model(build_model(tuning="full")).base is None
+
+
+def test_a_base_that_a_run_trained_keeps_its_vocabulary(build_model, few_words, tmp_path):
+    model = build_model(tuning="full")
+    noted = identity.of_model(model).model_dump()
+    content = {"model": blip_files.base_state_dict(model), "identity": noted}
+    torch.save(content, tmp_path / "full.pth")
+    build_model(pretrained=str(tmp_path / "full.pth"), image_size=64)
+    with pytest.raises(CheckpointError, match="full.pth' was trained with another vocabulary"):
+        build_model(pretrained=str(tmp_path / "full.pth"), tokenizer=few_words)
+
+
+def test_a_run_notes_it_in_its_folder_too(trained):
+    folder = trained[0] / "run"
+    noted = json.loads((folder / run_folders.CONFIG).read_text())["identity"]
+    assert Identity(**noted) == identity.of_checkpoint(folder / LATEST)
+    assert noted["base"]["name"] == "base.pth" and noted["data"]
 
 
 def test_lavis_runners_note_it_beside_the_checkpoint(tmp_path, caplog):
