@@ -133,7 +133,7 @@ def check(
             logger.warning(message)
         else:
             raise CheckpointError(
-                f"{message} {fix}, or use it anyway by model.force=True (in Python: force=True)."
+                f"{message} {fix}, or set model.force=True (in Python, force=True) to use it anyway."
             )
 
 
