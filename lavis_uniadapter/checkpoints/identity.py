@@ -133,7 +133,7 @@ def check(
             logger.warning(message)
         else:
             raise CheckpointError(
-                f"{message} {fix}, or set model.force=True (in Python, force=True) to use it anyway."
+                f"{message} {fix}, or set model.force=True (Python: force=True) to use it anyway."
             )
 
 
