@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from lavis.common.utils import is_url
 from lavis.models.vit import interpolate_pos_embed
 from torch import Tensor, nn
 
-from lavis_uniadapter.checkpoints import pickled
+from lavis_uniadapter.checkpoints import identity, pickled
 from lavis_uniadapter.checkpoints.download import download
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import CheckpointError, name_some
@@ -68,6 +68,13 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if is_base(key)}
 
 
+def base_part(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that is a model's BLIP; parts for other tasks are left out."""
+    own = base_state_dict(model)
+    others = tuple(part for part in TASK_PARTS if not any(key.startswith(part) for key in own))
+    return {k: v for k, v in state.items() if is_base(k) and not k.startswith(others)}
+
+
 def load_base_state_dict(
     model: nn.Module, state: Mapping[str, Tensor], source: str, may_be_missing: tuple[str, ...]
 ) -> list[str]:
@@ -85,11 +92,7 @@ def load_base_state_dict(
     Raises:
         CheckpointError: naming each missing, unexpected or misshapen tensor.
     """
-    own = base_state_dict(model)
-    of_other_tasks = tuple(
-        part for part in TASK_PARTS if not any(key.startswith(part) for key in own)
-    )
-    incoming = {k: v for k, v in state.items() if is_base(k) and not k.startswith(of_other_tasks)}
+    own, incoming = base_state_dict(model), base_part(model, state)
     interpolate_positions(model, incoming)
     if problems := describe_mismatch(own, incoming, may_be_missing):
         raise CheckpointError(
@@ -147,28 +150,21 @@ def with_queues_and_averages(
     return whole
 
 
-def load_trained(model: nn.Module, source: str) -> None:
+def load_trained(model: nn.Module, source: str, force: bool) -> None:
     """Load what a runner saved of a tuned model; see ``TunedBlip.load_checkpoint``."""
     state = with_queues_and_averages(model, read_state_dict(source), source)
+    saved = identity.of_checkpoint(source)
+    identity.check(saved, identity.of_model(model), source, force, identity.EVALUATION_MAY_DIFFER)
     try:
         model.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"'{source}', tuning '{model.tuning}': {error}") from None
 
 
-def fingerprint(model: nn.Module, leave_out: Collection[str] = ()) -> str:
-    """Hash of the names, shapes and bytes of the frozen BLIP under the adapters.
-
-    ``leave_out`` are tensors that its checkpoint did not have, which differ from run to run.
-    """
-    base = base_state_dict(model)
-    return hash_tensors({key: value for key, value in base.items() if key not in leave_out})
-
-
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of names, shapes and bytes."""
+    """Hash of names, shapes and values in float32."""
     digest = hashlib.blake2b(digest_size=16)
     for key, value in sorted(tensors.items()):
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from lavis_uniadapter.backbone.build import build_visual_encoder
 from lavis_uniadapter.backbone.features import text_list, visual_input
 from lavis_uniadapter.backbone.vision import encode_frames
 from lavis_uniadapter.backbone.visual_memory import VisualMemory
-from lavis_uniadapter.checkpoints import adapter_files, blip_files
+from lavis_uniadapter.checkpoints import adapter_files, blip_files, identity
 from lavis_uniadapter.checkpoints.tokenizer import build_tokenizer
 from lavis_uniadapter.common import lavis_versions, paths
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
@@ -74,7 +74,7 @@ class TunedBlip(BaseModel):
         if section.load_finetuned:
             model.load_checkpoint(section.finetuned)
         if section.adapter_ckpt is not None:
-            model.load_adapter(section.adapter_ckpt)
+            model.load_adapter(section.adapter_ckpt, force=section.force)
         return model
 
     def build_text_models(self, med_config: str, visual_width: int) -> None:
@@ -83,13 +83,19 @@ class TunedBlip(BaseModel):
 
     def load_base(self, source: str) -> None:
         """Load BLIP's weights from a path or URL; CheckpointError unless the backbone is whole."""
-        self.base_changed(os.path.basename(source))
         state = blip_files.read_state_dict(source)
         may_be_missing = (*(f"{head}." for head in self.HEADS), "temp")
+        self.base_changed(os.path.basename(source))
         self.comment_on_base(state)
+        saved = identity.of_checkpoint(source)
+        if saved.vocabulary:  # a run of full tuning wrote it
+            now = identity.Identity(vocabulary=identity.of_model(self).vocabulary)
+            identity.check(saved, now, source, self.section.force)
         self.randomly_initialised = blip_files.load_base_state_dict(
             self, state, source, may_be_missing
         )
+        # at its own image size, so that it does not depend on the model's
+        self._fingerprint = blip_files.hash_tensors(blip_files.base_part(self, state))
         if self.randomly_initialised:
             logger.warning(
                 "'%s' has no %s: they start at random values. A BLIP checkpoint of pre-training "
@@ -107,10 +113,21 @@ class TunedBlip(BaseModel):
 
     @property
     def base_fingerprint(self) -> str:
-        """Hash of the frozen BLIP under the adapters, computed once."""
+        """Hash of BLIP's values in float32, without those that no checkpoint had.
+
+        Computed once, before the model's precision changes, and again when BLIP has changed.
+        """
         if self._fingerprint is None:
-            self._fingerprint = blip_files.fingerprint(self, self.randomly_initialised)
+            base = blip_files.base_state_dict(self)
+            self._fingerprint = blip_files.hash_tensors(
+                {k: v for k, v in base.items() if k not in self.randomly_initialised}
+            )
         return self._fingerprint
+
+    def _apply(self, fn, recurse=True):
+        """Convert all tensors (``torch.nn.Module``), to float16 for example."""
+        _ = self.base_fingerprint
+        return super()._apply(fn, recurse)
 
     def attach_tuning(self) -> None:
         """Make the encoders adapter-aware, create what ``model.tuning`` trains, freeze the rest."""
@@ -231,7 +248,7 @@ class TunedBlip(BaseModel):
         """Read an adapter folder into a new or existing set, and activate it.
 
         Args:
-            force: load although it was trained on another base checkpoint.
+            force: load although it was trained on another base checkpoint or vocabulary.
 
         Raises:
             CheckpointError: if anything else about it does not fit this model.
@@ -353,9 +370,16 @@ class TunedBlip(BaseModel):
 
     # --- checkpoints ----------------------------------------------------------------------------
 
-    def load_checkpoint(self, url_or_filename):
-        """Load what a runner saved (``lavis`` ``BaseModel``); see ``blip_files.load_trained``."""
-        blip_files.load_trained(self, str(url_or_filename))
+    def load_checkpoint(self, url_or_filename, force=False):
+        """Load what a runner saved (``lavis`` ``BaseModel``).
+
+        Args:
+            force: load it although it was trained on another base checkpoint or vocabulary.
+
+        Raises:
+            CheckpointError: if anything about it does not fit this model.
+        """
+        blip_files.load_trained(self, str(url_or_filename), force or self.section.force)
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """Load tensors by name; with ``strict``, CheckpointError for those that do not fit.
@@ -372,8 +396,11 @@ class TunedBlip(BaseModel):
                 raise CheckpointError(
                     f"These are not weights of this {type(self).__name__}: {problems}."
                 )
-        self._fingerprint = None
         note_change()
+        own = blip_files.base_state_dict(self)
+        new = ((own[name], value) for name, value in state_dict.items() if name in own)
+        if not all(torch.equal(old, value.to(old)) for old, value in new):
+            self._fingerprint = None
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 

@@ -26,6 +26,8 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import set_seed
 
+from lavis_uniadapter.checkpoints import adapter_files, identity
+from lavis_uniadapter.checkpoints.identity import Identity
 from lavis_uniadapter.common import paths, signals
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.config import load_config
@@ -101,7 +103,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
             # of an earlier run in the folder
             (folder / run_folders.SUMMARY).unlink(missing_ok=True)
             if checkpoint is None:  # a resumed run has it
-                write_json(folder / run_folders.CONFIG, asked)
+                noted = {**asked, "identity": runner.identity.model_dump()}
+                write_json(folder / run_folders.CONFIG, noted)
         console.log_to_file(folder)
         console.describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
@@ -125,11 +128,52 @@ def _build(config: Config, job_id: str) -> RunnerBase:
     model = task.build_model(config)
     # the last of the checks, as it opens every file
     check_built(datasets, config.datasets_cfg, run_cfg.check_files)
-    set_seed(run_cfg.seed + get_rank())
-    runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
     if run_cfg.evaluate and run_cfg.get("resume_ckpt_path"):
         model.load_checkpoint(run_cfg.resume_ckpt_path)
+    known = identity.of_run(model, config, datasets)
+    _check_identity(known, config)
+    if _scores_a_start(model, config):
+        logger.warning(
+            "No trained adapter is given (--adapter, model.finetuned or run.resume_ckpt_path), so "
+            "this scores the untrained start: '%s' on %s.",
+            *(model.tuning, known.base),
+        )
+    set_seed(run_cfg.seed + get_rank())
+    runner = runner_cls(cfg=config, task=task, job_id=job_id, model=model, datasets=datasets)
+    runner.identity = known
     return runner
+
+
+def _trained_parts(config: Config) -> list[str]:
+    """The adapter folder and checkpoints that a run starts from, beyond its base."""
+    model, run_cfg = config.model_cfg, config.run_cfg
+    finetuned = model.get("finetuned") if model.get("load_finetuned") else None
+    given = (model.get("adapter_ckpt"), finetuned, run_cfg.get("resume_ckpt_path"))
+    return [path for path in given if path]
+
+
+def _check_identity(known: Identity, config: Config) -> None:
+    """Compare a run with what it continues, or with what it evaluates."""
+    run_cfg, force = config.run_cfg, bool(config.model_cfg.get("force"))
+    if not run_cfg.evaluate:
+        if path := run_cfg.get("resume_ckpt_path"):
+            identity.check(identity.of_checkpoint(path), known, path, force)
+        return
+    # the model has compared the rest when it loaded them
+    processors = {k: v for k, v in known.processors.items() if k != identity.IMAGE_SIZE}
+    for path in _trained_parts(config):
+        folder = os.path.isdir(path)
+        saved = adapter_files.read_about(path) if folder else identity.of_checkpoint(path)
+        if saved.processors:
+            now = Identity(processors=processors)
+            identity.check(saved, now, path, force, identity.EVALUATION_MAY_DIFFER)
+
+
+def _scores_a_start(model: Any, config: Config) -> bool:
+    """Whether a run evaluates a tuning method whose weights are as they were drawn."""
+    bank = getattr(model, "adapters", None)
+    starts = config.run_cfg.evaluate and bank is not None and bank.active is not None
+    return bool(starts) and not _trained_parts(config)
 
 
 def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]]:
@@ -248,6 +292,7 @@ def _write_summary(runner: RunnerBase, config: Config, metrics: object, seconds:
                 "trained": sum(p.numel() for p in trained),
                 "total": sum(p.numel() for p in parameters),
             },
+            "untrained": _scores_a_start(runner._model, config),
             "metrics": metrics,
             "best": {
                 "score": None if best["epoch"] is None else best["agg_metrics"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,3 @@ def clean(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for path in folder.glob(".*.tmp"):
         path.unlink()
-    # of adapter_files.save: the old folder, if it was moved away and the new one not yet in place
-    for path in folder.glob(".adapter_*.old"):
-        target = folder / path.name.split(".")[1]
-        if not target.exists():
-            path.rename(target)
-    for path in [*folder.glob(".adapter_*.old"), *folder.glob(".adapter_*.new")]:
-        shutil.rmtree(path)

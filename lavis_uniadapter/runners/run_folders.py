@@ -16,13 +16,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lavis_uniadapter.checkpoints.identity import RUN_CONFIG
 from lavis_uniadapter.common.atomic import no_empty_folders
 from lavis_uniadapter.common.errors import ConfigError, name_some
 from lavis_uniadapter.runners import run_checkpoints
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "config.json"
+CONFIG = RUN_CONFIG
 SUMMARY = "summary.json"
 LOCK = ".lock"
 LOG = "log.txt"
@@ -63,6 +64,7 @@ class RunSummary:
         peak_bytes: most memory of the main process; on CUDA, of its device.
         outcomes: by metric, what each query contributes; see ``MeasuredTask.write``.
         precision: the number format, such as float32 or bf16.
+        untrained: whether it scored a tuning method's starting weights.
     """
 
     seed: int | None
@@ -74,6 +76,7 @@ class RunSummary:
     peak_bytes: int | None = None
     outcomes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     precision: str | None = None
+    untrained: bool = False
 
     def metric(self, name: str) -> float | None:
         """A metric of the test split, stored under our name or LAVIS's."""
@@ -215,6 +218,7 @@ def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[st
         for key in sorted({*noted[section], *config[section]})
         if noted[section].get(key) != config[section].get(key)
         and not (section == "run" and key in MAY_DIFFER)
+        and (section, key) != ("model", "force")
     ]
 
 
@@ -242,6 +246,7 @@ def read(folder: Path, split: str = "test") -> RunSummary:
         peak_bytes=summary["peak_bytes"],
         outcomes=json.loads(outcomes.read_text()) if outcomes.is_file() else {},
         precision=summary.get("precision"),
+        untrained=summary.get("untrained", False),
     )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+from lavis_uniadapter.checkpoints import adapter_files
+from lavis_uniadapter.checkpoints.identity import Identity
 from lavis_uniadapter.common import lavis_versions, signals
 from lavis_uniadapter.common.atomic import write_text
 from lavis_uniadapter.common.distributed import largest
@@ -52,6 +54,8 @@ class RunnerUniAdapter(RunnerBase):
     loss or gradient is not finite are skipped, counted and logged, up to a limit. The configuration
     is one that ``load_config`` has completed.
     """
+
+    identity: Identity | None = None  # of the run, which the launcher sets
 
     def __init__(self, cfg, task, model, datasets, job_id):
         super().__init__(cfg, task, model, datasets, job_id)
@@ -334,7 +338,7 @@ class RunnerUniAdapter(RunnerBase):
         for split, values in (results or {}).items():
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             metrics |= {f"{split}_{k}": v for k, v in numbers.items() if k != "agg_metrics"}
-        self._model.save_adapter(self.output_dir / name, metrics)
+        adapter_files.save(self._model, self.output_dir / name, metrics, self.identity)
 
     # --- log ------------------------------------------------------------------------------------
 

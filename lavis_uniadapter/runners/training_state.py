@@ -44,6 +44,7 @@ def collect(runner: RunnerUniAdapter, progress: EpochProgress) -> dict[str, Any]
         "optimizer": runner.optimizer.state_dict(),
         "scaler": runner.scaler.state_dict() if runner.scaler else None,
         "config": runner.config.to_dict(),
+        "identity": runner.identity and runner.identity.model_dump(),
         # LAVIS's meaning: the last epoch that is done
         "epoch": progress.epoch - 1,
         "steps_per_epoch": len(runner.train_loader),

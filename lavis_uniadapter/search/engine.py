@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -17,6 +15,7 @@ from lavis.common.registry import registry
 from torch import Tensor
 
 from lavis_uniadapter.backbone.features import TextFeatures, VisualFeatures
+from lavis_uniadapter.checkpoints import identity
 from lavis_uniadapter.checkpoints.blip_files import hash_tensors
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
@@ -26,9 +25,6 @@ from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.runners.precision import autocast
-
-# Options of a visual processor that decide what the model sees.
-_VISUAL_OPTIONS = ("image_size", "n_frms", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -85,11 +81,10 @@ class Engine:
         """Hashes of what decides how segments are encoded, and of the vocabulary, by part."""
         model = self.model
         active = model.adapters.active_set
-        vocabulary = json.dumps(model.tokenizer.get_vocab(), sort_keys=True)
         return {
             "model": model.base_fingerprint,
             "adapter": hash_tensors({} if active is None else active.state_dict()),
-            "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
+            "tokenizer": identity.of_tokenizer(model.tokenizer).fingerprint,
             "frames": self.processor.options.model_dump_json(),
         }
 
@@ -194,7 +189,7 @@ def build_processors(config: Any) -> tuple[BlipVideoEvalProcessor, Callable[[str
     """The evaluation processors of frames and of texts, those of a recipe for images too."""
     section = next(iter(config.datasets_cfg.values()))
     given, text = section.vis_processor.eval, section.text_processor.eval
-    options = {key: given[key] for key in _VISUAL_OPTIONS if key in given}
+    options = {key: given[key] for key in identity.VISUAL_OPTIONS if key in given}
     text_processor = registry.get_processor_class(text.name).from_config(text)
     return BlipVideoEvalProcessor(**options), text_processor
 

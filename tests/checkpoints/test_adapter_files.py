@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,59 @@ def test_saving_replaces_an_adapter_and_nothing_else(build_model, tmp_path):
     model.save_adapter(tmp_path / "adapter", {"epoch": 1})
     model.save_adapter(tmp_path / "adapter", {"epoch": 2})
     assert '"epoch": 2' in (tmp_path / "adapter" / CONFIG).read_text()
-    mine = tmp_path / "work" / CARD
-    mine.parent.mkdir()
-    mine.write_text("years of work")
-    for folder in (mine.parent, mine):
-        with pytest.raises(ConfigError, match=f"'{folder}' is a file, or a folder whose {CARD}"):
-            model.save_adapter(folder)
-    assert mine.read_text() == "years of work"
-    assert [*mine.parent.iterdir()] == [mine]
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(ConfigError, match="file' is a file, or a folder whose"):
+        model.save_adapter(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+def test_a_card_of_the_user_stays(build_model, tmp_path):
+    """Theirs from the start, or ours that they edited; one that nobody touched is replaced."""
+    model = build_model()
+    (tmp_path / CARD).write_text("years of work")
+    for _ in range(2):
+        model.save_adapter(tmp_path)
+        model.load_adapter(tmp_path)
+        assert (tmp_path / CARD).read_text() == "years of work"
+    card = tmp_path / "adapter" / CARD
+    for recall in (1.5, 2.5):
+        model.save_adapter(card.parent, {"r1": recall})
+        assert f"`r1` {recall}" in card.read_text()
+    edited = card.read_text().replace("It holds", "My best one. It holds")
+    card.write_text(edited)
+    model.save_adapter(card.parent, {"r1": 3.5})
+    assert card.read_text() == edited
+
+
+def test_the_current_folder(build_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = build_model()
+    for _ in range(2):
+        model.save_adapter(".")
+        model.load_adapter(".")
+    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG, CARD}
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("folders", [["one"], ["one", "two"]])
+def test_threads_leave_whole_folders(build_model, tmp_path, folders):
+    model = build_model()
+    models = [build_model() for _ in range(4)]
+    for seed, each in enumerate(models):
+        perturb(each.adapters, seed)
+    places = [tmp_path / folder for folder in folders]
+
+    def save_and_load(each):
+        for number in range(3):
+            for place in places:
+                each.save_adapter(place, {"number": number})
+        model.load_adapter(places[0], f"of {id(each)}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save_and_load, models))
+    for place in places:
+        model.load_adapter(place)
+        assert {path.name for path in place.iterdir()} == {TENSORS, CONFIG, CARD}
 
 
 def test_other_files_of_the_folder_stay(build_model, tmp_path):
@@ -76,7 +122,7 @@ def test_other_files_of_the_folder_stay(build_model, tmp_path):
 @pytest.mark.parametrize("content", ['{"peft_type": "LORA"}', '{"format_version": 4}', "[]", "{"])
 def test_config_of_another_library_is_not_overwritten(build_model, tmp_path, content):
     (tmp_path / CONFIG).write_text(content)
-    with pytest.raises(ConfigError, match=f"{CONFIG} save_adapter did not write"):
+    with pytest.raises(ConfigError, match=f"{CONFIG} or {TENSORS} save_adapter did not write"):
         build_model().save_adapter(tmp_path)
     assert [*tmp_path.iterdir()] == [tmp_path / CONFIG]
     assert (tmp_path / CONFIG).read_text() == content
@@ -106,18 +152,30 @@ def test_kill_while_saving_loses_no_adapter_and_blocks_no_save(
     model = build_model()
     folder = tmp_path / "adapter"
     model.save_adapter(folder)
+    saved_before = {k: v.clone() for k, v in model.adapters["default"].state_dict().items()}
     (folder / "log.txt").write_text("log")
     perturb(model.adapters)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at_change(patch, step)
         model.save_adapter(folder)
-    wholes = [folder] if folder.exists() else [*tmp_path.glob(".adapter.*.old")]
-    assert wholes
-    for whole in wholes:
-        model.load_adapter(whole, "whole")
-    assert [path.read_text() for path in tmp_path.rglob("log.txt")] == ["log"]
+    expected = saved_before if step < 2 else model.adapters["default"].state_dict()
+    model.load_adapter(folder, "whole")
+    assert_same(expected, model.adapters["whole"].state_dict())
+    model.set_adapter("default")
     model.save_adapter(folder)
     model.load_adapter(folder, "again")
+    assert {path.name for path in folder.iterdir()} == {TENSORS, CONFIG, CARD, "log.txt"}
+
+
+def test_tensors_that_a_kill_cut_short_are_ignored_and_removed(build_model, tmp_path):
+    model = build_model()
+    model.save_adapter(tmp_path)
+    waiting = tmp_path / f".{TENSORS}.{json.loads((tmp_path / CONFIG).read_text())['blake2b']}"
+    waiting.write_bytes(b"cut")
+    model.load_adapter(tmp_path)
+    perturb(model.adapters)
+    model.save_adapter(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG, CARD}
 
 
 @pytest.mark.parametrize("name", ["active", "layer", "a.b", ""])
@@ -223,6 +281,37 @@ def test_what_matters_in_training_alone_may_differ(build_model, tmp_path):
     build_model(tuning="lora", lora=reordered).load_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("harm", ["nan", "dtype", "arch"])
+def test_harm_under_a_right_hash_never_loads(build_model, tmp_path, harm):
+    model = build_model()
+    model.save_adapter(tmp_path / "adapter")
+    path = tmp_path / "adapter" / TENSORS
+    tensors = load_file(path)
+    name = "layers.1.down.shared.weight"
+    expected, changes = name, {}
+    if harm == "nan":
+        tensors[name][0, 0] = torch.nan
+    elif harm == "dtype":
+        tensors[name] = tensors[name].to(torch.int64)
+    else:
+        expected, changes = f"arch: {CAPTION}", {"arch": CAPTION}
+    save_file(tensors, path)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    change_config(tmp_path, blake2b=digest, **changes)
+    before = behaviour(model)
+    with pytest.raises(CheckpointError, match=expected):
+        model.load_adapter(tmp_path / "adapter", force=True)
+    assert_same(before, behaviour(model))
+
+
+def test_weights_that_are_not_finite_are_not_saved(build_model, tmp_path):
+    model = build_model()
+    next(model.adapters.parameters()).data.fill_(torch.inf)
+    with pytest.raises(ConfigError, match="not finite"):
+        model.save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_adapter_of_another_base_needs_force(build_small, tmp_path):
     model, other = build_small(RETRIEVAL, seed=0), build_small(RETRIEVAL, seed=1)
     perturb(model.adapters)
@@ -268,6 +357,15 @@ def test_loading_unpickles_nothing(build_model, tmp_path, monkeypatch):
 # --- the card -----------------------------------------------------------------------------------
 
 
+def test_names_in_the_card_are_text(build_model, tmp_path):
+    model = build_model()
+    model.base_changed("a`b\n\n# [x](http://example.org) <script>.pth")
+    model.save_adapter(tmp_path, {"r1\n```": 1.0})
+    card = (tmp_path / CARD).read_text()
+    assert "* Base checkpoint: `` a`b # [x](http://example.org) <script>.pth `` (" in card
+    assert "Measured: ```` r1 ``` ```` 1\n" in card
+
+
 @pytest.mark.parametrize("tuning", BESIDE_A_BACKBONE)
 def test_model_card_shows_what_it_is_and_code_that_works(
     build_small, tmp_path, tuning, small_med_config
@@ -283,7 +381,7 @@ def test_model_card_shows_what_it_is_and_code_that_works(
     for expected in (
         f"# {tuning} adapter for {RETRIEVAL}",
         f"Parameters: {trained:,}\n",
-        "Measured: test_t2v_r1 12.5\n",
+        "Measured: `test_t2v_r1` 12.5\n",
         model.base_fingerprint,
     ):
         assert expected in card

@@ -119,6 +119,8 @@ def test_a_config_of_any_values_is_refused_or_means_the_same(saved, data, text):
         ("settings", 35),
         ("base", "random weights"),
         ("base", {"name": "random weights"}),
+        ("base", None),
+        ("vocabulary", None),
         ("blake2b", None),
     ],
 )

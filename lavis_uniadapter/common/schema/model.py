@@ -54,6 +54,7 @@ class ModelSection(Section):
     load_finetuned: bool = option(False, "Load `finetuned`.")
     finetuned: Location | None = option(None, "A checkpoint of a run, loaded after `pretrained`.")
     adapter_ckpt: Location | None = option(None, "A folder written by `save_adapter`.")
+    force: bool = option(False, "Use what was trained with another base, vocabulary or data.")
     tokenizer: Location = option("bert-base-uncased", "Folder with `vocab.txt`, or hub name.")
     vit_type: Literal["base", "large", "custom"] = option("base", "Size of the visual encoder.")
     vit: VitSection | None = option(None, "Its sizes, with `vit_type: custom`.")

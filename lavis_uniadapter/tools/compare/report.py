@@ -44,6 +44,7 @@ def rows_of(
         row["seconds"] = _average(statistics.fmean, [run.seconds for run in runs])
         row["peak bytes"] = _average(statistics.fmean, [run.peak_bytes for run in runs])
         row["precision"] = ", ".join(sorted({run.precision for run in runs if run.precision}))
+        row["untrained"] = any(run.untrained for run in runs)
         row["failures"] = "; ".join(line.failures)
         rows.append(row)
     return rows
@@ -83,6 +84,8 @@ def markdown_table(
     notes = ["| " + " | ".join(cells) + " |" for cells in table]
     if any(row["at edge of grid"] for row in rows):
         notes += ["", "\\* the best learning rate is the smallest or largest that was tried"]
+    if untrained := ", ".join(row["method"] for row in rows if row["untrained"]):
+        notes += ["", f"No adapter was trained or given, so the start is scored: {untrained}"]
     failures = [f"- {row['method']}: {row['failures']}" for row in rows if row["failures"]]
     return "\n".join(notes + (["", "Failed:", "", *failures] if failures else []))
 
