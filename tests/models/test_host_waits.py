@@ -66,11 +66,11 @@ def test_a_step_of_the_runner_reads_what_became_of_the_one_before(run, copies, a
     options = ("run.test_splits=[]", "run.valid_splits=[]", "run.batch_size_train=2")
     runner = run("shapes_retrieval", *options, f"run.amp={amp}", "run.max_epoch=1").runner
     reads, copied = [], []
-    for first_step in (4, 5):  # of six; what the first one reads is logged
+    for first_step in (3, 4):  # of six; the losses of the first one are logged
         copies.clear()
         reads.append(reads_of(lambda: runner.train_epoch(EpochProgress(1, first_step))))  # noqa: B023
         copied.append(len(copies))
     assert len(reads[0]) == len(reads[1]), reads[0]  # those of an epoch, not of a step
     # the layout of the step's pairs, and the outcome of the step before
-    assert copied == [2 * 2, 2 * 1]
+    assert copied == [2 * 3, 2 * 2]
     assert torch.isfinite(next(iter(runner.optimizer.state.values()))["exp_avg"]).all()

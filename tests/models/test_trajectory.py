@@ -34,7 +34,7 @@ class Trajectory(Case):
         key = "image" if self.about["frames"] is None else "video"
         return {
             key: visual if key == "image" else visual.transpose(1, 2),
-            "text_input": [str(step)],
+            "text_input": [str(step)] * len(visual),
             "image_id": self[f"step{step}.idx"],
         }
 

@@ -78,7 +78,7 @@ def test_captions_with_scores_and_what_cannot_be_read(recipe_of, model_of, media
     assert main(arguments(recipe, media, output)) == 1
     printed = capsys.readouterr().out
     assert f"{output}: 8 records of 8 files\nunreadable: 1, in " in printed
-    assert "broken.mp4: decord says" in printed
+    assert "broken.mp4: it cannot be read as a video" in printed
     unreadable = tmp_path / "out.jsonl.unreadable.jsonl"
     assert [r["file"] for r in records(unreadable)] == ["broken.mp4"]
     found = records(output)

@@ -194,13 +194,3 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
     (folder / "checkpoint_1.pth").touch()
     config = {"datasets": {}, "model": {}, "run": {}}
     assert run_folders.find_unfinished_run(tmp_path, config) is None
-
-
-def test_what_a_killed_save_of_an_adapter_leaves_is_put_in_order(tmp_path):
-    for name in (".adapter_best.1a.old", ".adapter_latest.2b.old", ".adapter_latest.2b.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    (tmp_path / "adapter_latest").mkdir()
-    run_checkpoints.clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_best", "adapter_latest"]
-    assert [path.name for path in (tmp_path / "adapter_best").iterdir()] == [".adapter_best.1a.old"]
