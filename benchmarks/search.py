@@ -175,14 +175,15 @@ def reranking(device: str, repeats: int) -> dict[str, Any]:
         text = "a red circle on the left of a small green star"
         uncached = measuring.seconds(lambda: index.query(text, rerank=CANDIDATES), device)
         visuals = engine.encode(torch.zeros(CANDIDATES, 8, 224, 224, 3, dtype=torch.uint8))
-        encoded = engine.encode_text(text)
+        encoded = engine.encode_texts([text])
+        pairs = torch.tensor([[0, number] for number in range(CANDIDATES)])
         taken = measuring.interleaved(
             {
                 "query": lambda: measuring.seconds(
                     lambda: index.query(text, rerank=CANDIDATES), device
                 ),
                 "second stage alone": lambda: measuring.seconds(
-                    lambda: engine.match(encoded, visuals), device
+                    lambda: engine.match(encoded, visuals, pairs), device
                 ),
             },
             repeats,
