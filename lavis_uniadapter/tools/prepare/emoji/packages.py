@@ -101,7 +101,7 @@ def open_picture(path: Path, size: int) -> Image.Image:
         import resvg_py
     except ImportError:
         raise ConfigError(
-            f"{path} is an SVG. Install the package that reads it: pip install 'lavis-uniadapter[emoji]'"
+            f"{path} is an SVG. Install what reads it: pip install 'lavis-uniadapter[emoji]'"
         ) from None
     import io
 
