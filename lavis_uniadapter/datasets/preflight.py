@@ -23,6 +23,7 @@ from lavis_uniadapter.datasets.layouts import (
     layout_of,
     record_problems,
 )
+from lavis_uniadapter.datasets.own_images import OwnImages
 from lavis_uniadapter.datasets.reading import file_of
 from lavis_uniadapter.datasets.records import (
     SPLITS,
@@ -34,13 +35,9 @@ from lavis_uniadapter.datasets.records import (
     load_json,
     raise_if_any,
 )
-from lavis_uniadapter.processors.decoding import (
-    frames_problem,
-    image_problem,
-    images_read_whole,
-    visual_problem,
-)
+from lavis_uniadapter.processors.decoding import frames_problem, visual_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
+from lavis_uniadapter.processors.images import image_problem, images_read_whole
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 logger = logging.getLogger(__name__)
@@ -187,7 +184,8 @@ def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
     if layout is None:
         return {}
     training = split == "train"
-    problem_of = partial(image_problem, whole=not training)
+    own = isinstance(dataset, OwnImages)
+    problem_of = partial(image_problem, whole=not training, own=own)
     if layout.visual_key == "video":
         problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
     may_open = partial(visual_problem, is_video=layout.visual_key == "video")

@@ -16,12 +16,13 @@ from PIL import Image
 from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.processors.decoding import frames_problem, image_problem
+from lavis_uniadapter.processors.decoding import frames_problem
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     read_about,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.images import image_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 
 FAULTS = (

@@ -12,6 +12,7 @@ from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
 from PIL import ExifTags, Image
 
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.datasets.reading import EvaluationItems
 
 
@@ -61,6 +62,7 @@ def test_an_own_image_whose_pixels_mean_something_else_is_named(folder):
     dataset = own(folder, "retrieval", "test", ["float.tiff"])
     reason = EvaluationItems(dataset, 0).try_to_read(0)[1].reason
     assert "pixels (mode F) are outside 0 to 1" in reason
+    assert unreadable_files(dataset, "test")[str(folder / "float.tiff")] in reason
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,9 @@ from lavis_uniadapter.processors.decoding import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     frames_problem,
-    image_problem,
 )
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
-from lavis_uniadapter.processors.images import ignored_by_lavis
+from lavis_uniadapter.processors.images import ignored_by_lavis, image_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
