@@ -109,11 +109,12 @@ def test_several_captions_of_one_file(recipe_of, media, tmp_path):
     assert len({record["caption"] for record in found}) == 3
 
 
-def test_ranked_answers_with_their_probabilities(recipe_of, model_of, media, tmp_path):
+def test_ranked_answers_with_their_probabilities(recipe_of, model_of, media, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe, output = recipe_of("qa"), tmp_path / "out.jsonl"
     (tmp_path / "answers.txt").write_text("\n".join(ANSWERS) + "\n")
     (tmp_path / "more.csv").write_text("file,question\nsub/long.mp4,how large is it?\n")
-    more = ["--answers", tmp_path / "answers.txt", "--questions", tmp_path / "more.csv", "--top", 4]
+    more = ["--answers=~/answers.txt", "--questions", tmp_path / "more.csv", "--top", 4]
     assert main(arguments(recipe, media, output, *more)) == 1
     found = records(output)
     assert len(found) == 4 * (2 * 8 + 1)
