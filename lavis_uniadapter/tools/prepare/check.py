@@ -100,8 +100,10 @@ def examine(file: tuple[str, bool], thorough: bool) -> str | None:
     """
     path, is_image = file
     if is_image:
-        ignored = None if (problem := image_problem(path, whole=True)) else ignored_by_lavis(path)
-        return Note(ignored) if ignored else problem
+        if problem := image_problem(path, whole=True, own=True):
+            return problem
+        ignored = ignored_by_lavis(path)
+        return Note(ignored) if ignored else None
     return frames_problem(path, range if thorough else _frames_read)
 
 
