@@ -46,10 +46,6 @@ class Predictor(Recipe, ABC):
         """What decides the records, by names for messages."""
         return {**self.fingerprint(), "amp": self.amp, **self.given}
 
-    def _settings(self, *names: str) -> dict[str, Any]:
-        """Some of the recipe's ``run:``."""
-        return {name: getattr(self.settings, name) for name in names}
-
     def select(self, files: Iterable[str]) -> list[str]:
         """The files that there is something to predict about."""
         return list(files)
@@ -113,8 +109,8 @@ class Captioner(Predictor):
                 f"--captions is {self.captions}, and run.num_beams {beams}. Ask for 1 caption or "
                 "more, and for no more than beams (--options run.num_beams=N)."
             )
-        self.given = {"captions": self.captions}
-        self.given |= self._settings("num_beams", "max_len", "min_len")
+        used = self.settings.model_dump(include={"num_beams", "max_len", "min_len"})
+        self.given = {"captions": self.captions, **used}
 
     def _predict(self, files, video):
         scored = self.model.generate_with_scores(
@@ -157,8 +153,8 @@ class QuestionAnswerer(Predictor):
         found = ("rank", "answer", "probability") if ranked else ("answer", "score")
         self.columns = ("file", "question", *found)
         asked = {"questions": list(self.questions.items()), "answers": self.answers}
-        settings = ("num_ans_candidates",) if ranked else ("num_beams", "max_len", "min_len")
-        self.given = {**asked, "top": self.top, **self._settings(*settings)}
+        names = {"num_ans_candidates"} if ranked else {"num_beams", "max_len", "min_len"}
+        self.given = {**asked, "top": self.top, **self.settings.model_dump(include=names)}
 
     def _asked(self, file: str | None) -> list[str]:
         return [*self.questions.get(None, ()), *self._of_file.get(file, ())]
@@ -235,7 +231,7 @@ class Matcher(Predictor, Engine):
         super().__post_init__()
         self._rerank = self.settings.k_test if self.rerank is None else self.rerank
         asked = {"texts": list(self.texts), "top": self.top, "rerank": self._rerank}
-        self.given = {**asked, **self._settings("itc_weight")}
+        self.given = {**asked, "itc_weight": self.settings.itc_weight}
 
     def prepare(self):
         self._encoded = self.encode_texts(self.texts)
