@@ -78,15 +78,11 @@ def _originals(generator: torch.Generator) -> torch.Tensor:
 
 
 def _engine(device: str) -> Engine:
-    model = our_retrieval(224, frame_aware=True, device=device)
-    return Engine(
-        model,
-        BlipVideoEvalProcessor(),
-        str,
-        Evaluation(),
-        amp=choose_amp("auto", device),
-        batch_size=8,
-    )
+    engine = Engine.__new__(Engine)  # of no recipe
+    engine.model = our_retrieval(224, frame_aware=True, device=device)
+    engine.processor, engine.text_processor = BlipVideoEvalProcessor(), str
+    engine.settings, engine.amp, engine.batch_size = Evaluation(), choose_amp("auto", device), 8
+    return engine
 
 
 def _write_clips(folder: Path, number: int) -> None:

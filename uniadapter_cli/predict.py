@@ -13,6 +13,7 @@ from lavis_uniadapter.common.resumable import check_output
 from lavis_uniadapter.tools import recipes
 from uniadapter_cli.runs import add_options, import_launch
 
+PATH = os.path.expanduser  # the type of an argument
 # Command: the model that it needs.
 MODELS = {
     "retrieval": "blip_uniadapter_retrieval",
@@ -48,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Check what can be checked without PyTorch."""
-    check_output(Path(args.output).expanduser(), args.overwrite)
+    check_output(Path(args.output), args.overwrite)
     files = [getattr(args, name, None) for name in ("questions", "answers", "texts")]
     for path in filter(None, (args.source, *files)):
-        if not os.path.exists(os.path.expanduser(path)):
+        if not os.path.exists(path):
             raise ConfigError(f"There is no '{path}'.")
     for name in ("question", "text"):
         given = getattr(args, name, None)
@@ -92,10 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "asked about every file; may be repeated"
     qa.add_argument("--question", action="append", default=[], metavar="TEXT", help=text)
     text = "a question on each line (.txt), or columns question and file (.csv, .tsv, .jsonl)"
-    qa.add_argument("--questions", metavar="FILE", help=text)
+    qa.add_argument("--questions", type=PATH, metavar="FILE", help=text)
     text = "candidates to rank, one on each line (.txt); default: the recipe's, if its file is "
     text += "there, else answers are generated"
-    qa.add_argument("--answers", metavar="FILE", help=text)
+    qa.add_argument("--answers", type=PATH, metavar="FILE", help=text)
     text = "ranked answers to each question (default 1)"
     qa.add_argument("--top", type=int, default=1, metavar="N", help=text)
 
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what to look for; may be repeated"
     retrieval.add_argument("--text", action="append", default=[], metavar="TEXT", help=text)
     text = "a text on each line (.txt), or a column text (.csv, .tsv, .jsonl)"
-    retrieval.add_argument("--texts", metavar="FILE", help=text)
+    retrieval.add_argument("--texts", type=PATH, metavar="FILE", help=text)
     text = "files for each text (default 10)"
     retrieval.add_argument("--top", type=int, default=10, metavar="N", help=text)
     text = "files that the matching head judges for each text (default: run.k_test)"
@@ -114,10 +115,12 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     add = parser.add_argument
-    add("source", metavar="DIR_OR_FILE", help="images and videos; a folder with its subfolders")
+    text = "images and videos; a folder with its subfolders"
+    add("source", type=PATH, metavar="DIR_OR_FILE", help=text)
     add("--cfg", required=True, metavar="RECIPE", help="recipe, by name or file")
-    add("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
-    add("--output", required=True, metavar="FILE", help="a new file, .jsonl or .csv")
+    add("--adapter", type=PATH, metavar="FOLDER", help="what save_adapter or a run wrote")
+    text = "a new file, .jsonl or .csv"
+    add("--output", type=PATH, required=True, metavar="FILE", help=text)
     add("--overwrite", action="store_true", help="replace the output, or what another call began")
     text = "processes that read files (default 2)"
     add("--workers", type=int, default=2, metavar="N", help=text)

@@ -177,7 +177,7 @@ class CustomBuilder(BaseDatasetBuilder):
 
 def _storages(source: Source | None) -> list[str]:
     paths = as_list(source.storage if source else None)
-    return [os.path.abspath(os.path.expanduser(path)) for path in paths]
+    return [os.path.abspath(path) for path in paths]
 
 
 def lavis_captions(items: Sequence[Found], training: bool, numbered: bool) -> Converted:

@@ -26,13 +26,13 @@ def check_overlap(datasets: Mapping[str, Mapping[str, BaseDataset]]) -> None:
     Raises:
         DatasetError: a split has the same items with the same captions as a training split.
     """
-    found = {(name, key): _items(d) for name, of in datasets.items() for key, d in of.items()}
-    training = [items for (_, split), items in found.items() if split == "train"]
-    trained = set().union(*training)
-    for (name, split), items in found.items():
-        if split == "train" or not items:
-            continue
-        if items in training:
+    training = [_items(of["train"]) for of in datasets.values() if "train" in of]
+    if not (trained := set().union(*training)):
+        return
+    evaluated = ((n, split, d) for n, of in datasets.items() for split, d in of.items())
+    for name, split, dataset in evaluated:
+        items = _items(dataset) if split != "train" else {}
+        if items and items in training:
             raise DatasetError(
                 f"{name}, {split} is the same as the training data: {len(items)} items, with the "
                 f"same texts. Set build_info.annotations.{split} to other records."

@@ -6,7 +6,6 @@ import logging
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.builders.video_qa_builder import VideoQABuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.processors.alpro_processors import AlproVideoBaseProcessor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from lavis_uniadapter.datasets.layouts import (
     CheckContent,
@@ -23,6 +22,7 @@ from lavis_uniadapter.datasets.layouts import (
     layout_of,
     record_problems,
 )
+from lavis_uniadapter.datasets.own_images import OwnImages
 from lavis_uniadapter.datasets.reading import file_of
 from lavis_uniadapter.datasets.records import (
     SPLITS,
@@ -34,13 +34,9 @@ from lavis_uniadapter.datasets.records import (
     load_json,
     raise_if_any,
 )
-from lavis_uniadapter.processors.decoding import (
-    frames_problem,
-    image_problem,
-    images_read_whole,
-    visual_problem,
-)
+from lavis_uniadapter.processors.decoding import frames_problem, visual_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
+from lavis_uniadapter.processors.images import image_problem, images_read_whole
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 logger = logging.getLogger(__name__)
@@ -187,17 +183,16 @@ def unreadable_files(dataset: BaseDataset, split: str) -> dict[str, str]:
     if layout is None:
         return {}
     training = split == "train"
-    problem_of = partial(image_problem, whole=not training)
+    own = isinstance(dataset, OwnImages)
+    problem_of = partial(image_problem, whole=not training, own=own)
     if layout.visual_key == "video":
         problem_of = partial(_clip_problem, processor=dataset.vis_processor, training=training)
-    may_open = partial(visual_problem, is_video=layout.visual_key == "video")
     paths = list(dict.fromkeys(file_of(dataset, i) for i in range(len(dataset))))
     what = f"checking {split} {layout.visual_key}s"
     # here, as Pillow has one setting for all threads
-    with images_read_whole(), ThreadPoolExecutor(_DECODE_THREADS) as pool:
-        reasons = pool.map(lambda path: may_open(path) or problem_of(path), paths)
-        found = tqdm(reasons, total=len(paths), desc=what)
-        return {path: why for path, why in zip(paths, found, strict=True) if why}
+    with images_read_whole():
+        reasons = thread_map(problem_of, paths, max_workers=_DECODE_THREADS, desc=what)
+    return {path: why for path, why in zip(paths, reasons, strict=True) if why}
 
 
 def leave_out(dataset: BaseDataset, unusable: Mapping[str, str]) -> int:
@@ -223,6 +218,8 @@ def _clip_problem(path: str, processor: Any, training: bool) -> str | None:
     # LAVIS's own, which reads no extracted frames, and fewer frames than n_frms of a short clip
     is_alpro = isinstance(processor, AlproVideoBaseProcessor)
     clip = path if is_alpro else clip_file(path)
+    if clip != path and (problem := visual_problem(path, is_video=True)):
+        return problem
 
     def choose(num_frames: int) -> list[int]:
         if is_alpro and num_frames < n_frms:

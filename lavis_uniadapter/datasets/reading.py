@@ -24,8 +24,9 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, get_worker_info
 
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.processors.decoding import images_read_whole, visual_problem
+from lavis_uniadapter.processors.decoding import visual_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
+from lavis_uniadapter.processors.images import images_read_whole
 from lavis_uniadapter.processors.media_files import is_machine_fault
 
 # What reading a damaged, missing or foreign file raises (SyntaxError: Pillow, of a PNG).
@@ -208,10 +209,10 @@ def file_problem_of(dataset: Dataset, index: int) -> str | None:
     name = about.get("video", about.get("image"))
     if name is None or not hasattr(part, "vis_root"):
         return None
-    path = os.path.join(part.vis_root, name)
-    if not os.path.lexists(clip_file(path)):  # some of LAVIS's records name part of a file's name
-        return None
-    return visual_problem(path, "video" in about)
+    path, is_video = os.path.join(part.vis_root, name), "video" in about
+    if not os.path.lexists(clip_file(path) if is_video else path):
+        return None  # some of LAVIS's records name part of a file's name
+    return visual_problem(path, is_video)
 
 
 def _record_of(dataset: Dataset, index: int) -> tuple[Dataset, dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import IO
 import decord.logging
 import torch
 from decord import DECORDError, VideoReader
-from PIL import Image, ImageFile
 from torch import Tensor
 
 from lavis_uniadapter.processors.extracted_frames import (
@@ -34,8 +33,6 @@ VIDEO_EXTENSIONS = frozenset(
 IMAGE_EXTENSIONS = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
-
-MAX_PIXELS = 100_000_000  # of an image; a small file may hold any number
 
 # Frames of a check are discarded, so small ones will do; decord fails at some sizes below 30.
 _PROBE_SIZE = 32
@@ -179,34 +176,3 @@ def frames_problem(path: str, choose: ChooseFrames, image_size: int = _PROBE_SIZ
     except (VideoDecodeError, PermissionError) as error:
         return getattr(error, "reason", str(error))
     return None
-
-
-def image_problem(path: str, whole: bool) -> str | None:
-    """Say why an image cannot be read, or None.
-
-    Its header is read; ``whole``: its pixels too, which takes a hundred times as long.
-    """
-    try:
-        if problem := file_problem(path, IMAGE_FORMATS):
-            return problem
-        with images_read_whole(), Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"it has {image.width} x {image.height} pixels, too many to read"
-            if whole:
-                image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # each of Pillow's many decoders raises its own
-        return f"it cannot be read as an image ({error})"
-    return None
-
-
-@contextlib.contextmanager
-def images_read_whole() -> Iterator[None]:
-    """Make truncated images an error; LAVIS lets Pillow fill them with grey."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before

@@ -183,10 +183,3 @@ def _read_picture(content: bytes, image_size: int) -> np.ndarray:
     if picture.size != (image_size, image_size):
         picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(picture)
-
-
-def _hash_ends(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
-        ends = file.read(_END)
-        file.seek(-min(_END, os.fstat(file.fileno()).st_size), os.SEEK_END)
-        return hashlib.blake2b(ends + file.read(), digest_size=16).hexdigest()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 
 FOLLOW_LINKS = "UNIADAPTER_FOLLOW_LINKS"
 
 VIDEO_FORMATS = re.compile(
-    rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot)"  # MP4, QuickTime
+    rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot|styp|uuid|junk|pict)"  # MP4, QuickTime
     rb"|\x1aE\xdf\xa3"  # Matroska, WebM
     rb"|RIFF.{4}AVI "
     rb"|0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel"  # ASF, WMV
@@ -39,20 +40,19 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
     Raises:
         OSError: a fault of the machine (`is_machine_fault`).
     """
-    if not os.path.lexists(path):
-        return "there is no such file"
-    if os.path.isdir(path):
-        return "it is a folder"
-    if os.path.islink(path) and not os.path.exists(path):
-        return f"it is a link to {os.readlink(path)}, which does not exist"
-    if not os.path.isfile(path):
-        return "it is no regular file"
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            return "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file"
         with open(path, "rb", buffering=0) as file:
             head = file.read(_HEAD)
     except OSError as error:
         if is_machine_fault(error):
             raise
+        if os.path.islink(path):
+            return f"it is a link to {os.readlink(path)}, which cannot be read ({error.strerror})"
+        if isinstance(error, FileNotFoundError):
+            return "there is no such file"
         return f"the file cannot be read ({error.strerror})"
     if not head:
         return "the file is empty"

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
-from lavis_uniadapter.runners.precision import autocast
-from lavis_uniadapter.search.engine import build_model, build_processors, load_recipe, normalise
+from lavis_uniadapter.search.engine import Recipe
 from lavis_uniadapter.search.reading import read_segment
 from lavis_uniadapter.search.segments import Segment
 
 MAX_QUESTION = 500  # characters
 
 
-class Answerer:
-    """A question-answering recipe.
+class Answerer(Recipe):
+    """A question-answering recipe."""
 
-    Args:
-        cfg, options: the recipe's file, and values over it.
-        adapter: folder of a trained adapter; None: BLIP as it is.
-    """
+    MODEL = BlipUniAdapterVQA
 
-    def __init__(
-        self, cfg: str | Path, options: Sequence[str] = (), adapter: str | Path | None = None
-    ):
-        self._config = load_recipe(BlipUniAdapterVQA, cfg, options, adapter)
-        self._processor, self._text_processor = build_processors(self._config)
-        self._model: BlipUniAdapterVQA | None = None
+    def __post_init__(self):
+        super().__post_init__()
         self._lock = threading.Lock()
 
     def answer(self, path: Path, segment: Segment, question: str) -> dict[str, Any]:
@@ -49,22 +38,17 @@ class Answerer:
             raise ConfigError(f"Ask a question of 1 to {MAX_QUESTION} characters.")
         with self._lock:
             started = time.perf_counter()
-            if self._model is None:
-                self._model = build_model(self._config)
+            model = self.model
             loaded = time.perf_counter()
-            answer = self._answer(self._model, path, segment, question)
+            clip = read_segment(path, segment, self.processor.options)
+            with self.computing():
+                samples = {
+                    "video": self.normalise(clip),
+                    "text_input": [self.text_processor(question)],
+                }
+                answer = model.predict_answers(samples, inference_method="generate")[0]
         return {
             "answer": answer,
             "loading": round(loaded - started, 1),
             "seconds": round(time.perf_counter() - loaded, 1),
         }
-
-    @torch.inference_mode()
-    def _answer(self, model: BlipUniAdapterVQA, path: Path, segment: Segment, question: str) -> str:
-        clip = read_segment(path, segment, self._processor.options)
-        samples = {
-            "video": normalise(self._processor, clip, model.device),
-            "text_input": [self._text_processor(question)],
-        }
-        with autocast(self._config.run_cfg.amp, model.device):
-            return model.predict_answers(samples, inference_method="generate")[0]

@@ -1,14 +1,15 @@
-"""A retrieval model with its processors, as an index uses it."""
+"""A model with its processors, as an index and predictions use it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
@@ -25,6 +26,7 @@ from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.runners.precision import autocast
+from lavis_uniadapter.tools import recipes
 
 
 @dataclass(frozen=True)
@@ -40,74 +42,123 @@ class Scores:
     probability: Tensor
 
 
-class Engine:
-    """Encodes segments and texts, and scores pairs of them.
+@dataclass
+class Recipe:
+    """A recipe for inference. Its model is loaded when it is first needed.
 
     Args:
-        model: in evaluation mode, on its device.
-        processor: of frames; a function of texts.
-        settings: of the two stages (``run:``).
-        amp: ``bf16``, ``fp16`` or None.
-        batch_size: clips that are encoded together.
+        cfg: name or file of the recipe.
+        options: ``section.key=value`` over it. Unless they say otherwise, bf16 is used where the
+            hardware has it.
+        adapter: folder of a trained adapter; None: BLIP as it is.
+
+    Attributes:
+        settings: of evaluation (``run:``).
+        processor, text_processor: those of evaluation, the recipes' for images included.
+
+    Raises:
+        ConfigError: naming the first thing that is wrong, also that the weights would be random.
     """
 
-    def __init__(
-        self,
-        model: BlipUniAdapterRetrieval,
-        processor: BlipVideoEvalProcessor,
-        text_processor: Callable[[str], str],
-        settings: Evaluation,
-        amp: str | None,
-        batch_size: int,
-    ):
-        self.model = model
-        self.processor = processor
-        self.settings = settings
-        self.batch_size = batch_size
-        self.amp = amp
-        self._text_processor = text_processor
+    cfg: str | os.PathLike
+    options: Sequence[str] = ()
+    adapter: str | os.PathLike | None = None
 
-    @classmethod
-    def from_config(
-        cls, cfg: str | Path, options: Sequence[str] = (), adapter: str | os.PathLike | None = None
-    ) -> Engine:
-        """Build what a retrieval recipe describes; see ``load_recipe``."""
-        config = load_recipe(BlipUniAdapterRetrieval, cfg, options, adapter)
-        run, processors = config.run_cfg, build_processors(config)
-        settings = Evaluation.pick(run, "run")
-        return cls(build_model(config), *processors, settings, run.amp, run.batch_size_eval)
+    MODEL: ClassVar[type[TunedBlip]] = TunedBlip  # that the recipe must have
+
+    def __post_init__(self):
+        self.config = self._read()
+        run = self.config.run_cfg
+        self.settings = Evaluation.pick(run, "run")
+        self.amp, self.batch_size = run.amp, run.batch_size_eval
+        section = next(iter(self.config.datasets_cfg.values()))
+        given, text = section.vis_processor.eval, section.text_processor.eval
+        options = {key: given[key] for key in identity.VISUAL_OPTIONS if key in given}
+        self.processor = BlipVideoEvalProcessor(**options)
+        self.text_processor = registry.get_processor_class(text.name).from_config(text)
+
+    def _read(self) -> Any:
+        if self.adapter and not os.path.isdir(self.adapter):
+            raise ConfigError(f"There is no adapter folder '{self.adapter}'.")
+        path = recipes.find(str(self.cfg), recipes.runs())
+        config = load_config(path, ["run.amp=auto", *self.options, "run.evaluate=True"])
+        model = config.model_cfg
+        if not issubclass(registry.get_model_class(model.arch), self.MODEL):
+            names = registry.mapping["model_name_mapping"].items()
+            wanted = next(name for name, known in names if known is self.MODEL)
+            raise ConfigError(
+                f"model.arch of '{self.cfg}' is '{model.arch}'; it must be '{wanted}' here."
+            )
+        if model.pretrained is None:
+            raise ConfigError(
+                "model.pretrained is null, so the model would be random. Give BLIP's weights: "
+                "model.pretrained=PATH."
+            )
+        if self.adapter:  # an option would not keep every character of a path
+            model.adapter_ckpt = str(self.adapter)
+        return config
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model, in evaluation mode on its device.
+
+        Raises:
+            ConfigError: if heads would be random, as the base weights lack them and so no adapter.
+        """
+        section = self.config.model_cfg
+        model = registry.get_model_class(section.arch).from_config(section)
+        if section.adapter_ckpt is None:
+            model.adapters.active = None  # an untrained adapter would only disturb
+            heads = [h for h in model.HEADS if f"{h}.weight" in model.randomly_initialised]
+            if heads:
+                raise ConfigError(
+                    f"'{section.pretrained}' has no {', '.join(heads)}, so results would be "
+                    "random. Use BLIP's weights of pre-training or retrieval, or a trained "
+                    "--adapter."
+                )
+        return model.to(self.config.run_cfg.device).eval()
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of what decides how segments are encoded, and of the vocabulary, by part."""
-        model = self.model
-        active = model.adapters.active_set
+        """Hashes of what decides how images and clips are encoded, and of the vocabulary."""
+        active = self.model.adapters.active_set
         return {
-            "model": model.base_fingerprint,
+            "model": self.model.base_fingerprint,
             "adapter": hash_tensors({} if active is None else active.state_dict()),
-            "tokenizer": identity.of_tokenizer(model.tokenizer).fingerprint,
+            "tokenizer": identity.of_tokenizer(self.model.tokenizer).fingerprint,
             "frames": self.processor.options.model_dump_json(),
         }
 
-    # --- encoding ---------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """No gradients, and the precision of the recipe."""
+        with torch.inference_mode(), autocast(self.amp, self.model.device):
+            yield
 
-    @torch.inference_mode()
+    def normalise(self, clips: Tensor) -> Tensor:
+        """uint8 clips (clips, frames, H, W, 3) as float (clips, 3, frames, H, W) for the model."""
+        frames = clips.to(self.model.device).permute(0, 1, 4, 2, 3)
+        return torch.stack([self.processor.normalise(clip) for clip in frames])
+
+
+class Engine(Recipe):
+    """Encodes segments and texts with a retrieval recipe, and scores pairs of them."""
+
+    MODEL = BlipUniAdapterRetrieval
+
     def encode(self, clips: Tensor) -> VisualFeatures:
         """Encode clips.
 
         Args:
             clips: uint8 RGB (clips, frames, image_size, image_size, 3).
         """
-        pixels = normalise(self.processor, clips, self.model.device)
-        with autocast(self.amp, self.model.device):
-            return self.model.encode_visual(pixels)
+        with self.computing():
+            return self.model.encode_visual(self.normalise(clips))
 
-    @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Encode texts, prepared as in evaluation. Every rank must call it."""
-        with autocast(self.amp, self.model.device):
-            return encode_texts(self.model, [self._text_processor(text) for text in texts])[0]
+        with self.computing():
+            return encode_texts(self.model, [self.text_processor(text) for text in texts])[0]
 
-    @torch.inference_mode()
     def match(self, texts: TextFeatures, visuals: VisualFeatures, pairs: Tensor) -> Scores:
         """Score pairs of a text and a visual input by the matching head.
 
@@ -115,7 +166,7 @@ class Engine:
             pairs: (pairs, 2) positions in ``texts`` and in ``visuals``.
         """
         pairs = pairs.to(self.model.device)
-        with autocast(self.amp, self.model.device):
+        with self.computing():
             match = self.model.matcher(visuals)
             logits = []
             for some in pairs.split(self.settings.rerank_batch):
@@ -128,76 +179,6 @@ class Engine:
             ranking=(scores[:, 1] + self.settings.itc_weight * similarity).cpu(),
             probability=scores.softmax(dim=1)[:, 1].cpu(),
         )
-
-
-def load_recipe(
-    model_cls: type[TunedBlip],
-    cfg: str | Path,
-    options: Sequence[str] = (),
-    adapter: str | os.PathLike | None = None,
-) -> Any:
-    """The configuration of a recipe for inference.
-
-    Args:
-        model_cls: the kind of model that it must have.
-        cfg: the recipe's file.
-        options: ``section.key=value`` over it. Unless they say otherwise, bf16 is used where the
-            hardware has it.
-        adapter: folder of a trained adapter; None: BLIP as it is.
-
-    Raises:
-        ConfigError: naming the first thing that is wrong, also that the weights would be random.
-    """
-    if adapter and not os.path.isdir(adapter):
-        raise ConfigError(f"There is no adapter folder '{adapter}'.")
-    config = load_config(cfg, ["run.amp=auto", *options, "run.evaluate=True"])
-    model = config.model_cfg
-    if not issubclass(registry.get_model_class(model.arch), model_cls):
-        names = registry.mapping["model_name_mapping"].items()
-        wanted = next(name for name, known in names if known is model_cls)
-        raise ConfigError(f"model.arch of '{cfg}' is '{model.arch}'; it must be '{wanted}' here.")
-    if model.pretrained is None:
-        raise ConfigError(
-            "model.pretrained is null, so the model would be random. Give BLIP's weights: "
-            "model.pretrained=PATH."
-        )
-    if adapter:  # an option would not keep every character of a path
-        model.adapter_ckpt = str(adapter)
-    return config
-
-
-def build_model(config: Any) -> Any:
-    """The model of a configuration, in evaluation mode on its device.
-
-    Raises:
-        ConfigError: if heads would be random, as the base weights lack them and so no adapter.
-    """
-    section = config.model_cfg
-    model = registry.get_model_class(section.arch).from_config(section)
-    if section.adapter_ckpt is None:
-        model.adapters.active = None  # an untrained adapter would only disturb
-        heads = [h for h in model.HEADS if f"{h}.weight" in model.randomly_initialised]
-        if heads:
-            raise ConfigError(
-                f"'{section.pretrained}' has no {', '.join(heads)}, so results would be random. "
-                "Use BLIP's weights of pre-training or retrieval, or a trained --adapter."
-            )
-    return model.to(config.run_cfg.device).eval()
-
-
-def build_processors(config: Any) -> tuple[BlipVideoEvalProcessor, Callable[[str], str]]:
-    """The evaluation processors of frames and of texts, those of a recipe for images too."""
-    section = next(iter(config.datasets_cfg.values()))
-    given, text = section.vis_processor.eval, section.text_processor.eval
-    options = {key: given[key] for key in identity.VISUAL_OPTIONS if key in given}
-    text_processor = registry.get_processor_class(text.name).from_config(text)
-    return BlipVideoEvalProcessor(**options), text_processor
-
-
-def normalise(processor: BlipVideoEvalProcessor, clips: Tensor, device: torch.device) -> Tensor:
-    """uint8 clips (clips, frames, H, W, 3) as float (clips, 3, frames, H, W) for a model."""
-    frames = clips.to(device).permute(0, 1, 4, 2, 3)
-    return torch.stack([processor.normalise(clip) for clip in frames])
 
 
 class TokenCache:

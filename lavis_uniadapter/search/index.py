@@ -131,7 +131,7 @@ class Index:
             recipe = recipes.find(str(cfg), recipes.runs())
         device = validate(recipe, [*options, "run.evaluate=True"])["run"]["device"]
         init_process_group(choose_device(device))
-        engine = Engine.from_config(recipe, options, adapter)
+        engine = Engine(recipe, options, adapter)
         asked = {"store": store, "window": window, "fingerprint": engine.fingerprint()}
         with contextlib.ExitStack() as held:
             opened: list[Any] = [None, None]  # on the other ranks
@@ -184,7 +184,7 @@ class Index:
                 "and build the index again."
             )
         init_process_group("cpu")
-        engine = Engine.from_config(folder / RECIPE, options, adapter_of(folder))
+        engine = Engine(folder / RECIPE, options, adapter_of(folder))
         command = rebuild_command(folder, Path(manifest.about["root"]))
         check_fingerprint(folder, manifest.about, engine.fingerprint(), command)
         store = open_own_store(folder, manifest.about, engine)

@@ -43,8 +43,9 @@ def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Images and videos below a folder: path relative to the root (with ``/``), and file status.
 
     Hidden files and folders are skipped, and links to files outside of the root (`link_problem`),
-    with a warning. Links to folders are not followed.
+    with a warning of how many. Links to folders are not followed.
     """
+    skipped: list[str] = []
     for folder, subfolders, names in os.walk(scope):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
@@ -52,9 +53,11 @@ def find_media(root: Path, scope: Path) -> Iterator[tuple[str, os.stat_result]]:
             if name.startswith(".") or path.suffix.lower() not in MEDIA_EXTENSIONS:
                 continue
             if path.is_symlink() and (problem := link_problem(path, root)):
-                logger.warning("'%s' is skipped: %s.", path, problem)
+                skipped.append(f"'{path}': {problem}")
             elif path.is_file():
                 yield path.relative_to(root).as_posix(), path.stat()
+    if skipped:
+        logger.warning("%d links are skipped, such as %s.", len(skipped), skipped[0])
 
 
 def take_unusable(found: dict[str, os.stat_result]) -> dict[str, str]:

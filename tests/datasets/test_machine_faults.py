@@ -14,14 +14,16 @@ from lavis.datasets.datasets.retrieval_datasets import VideoRetrievalEvalDataset
 from PIL import Image
 
 from lavis_uniadapter.datasets import reading
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.datasets.reading import EvaluationItems, TrainingItems
 from lavis_uniadapter.datasets.records import DatasetError
-from lavis_uniadapter.processors.decoding import frames_problem, image_problem
+from lavis_uniadapter.processors.decoding import frames_problem
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     read_about,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.images import image_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 
 FAULTS = (
@@ -98,6 +100,8 @@ def test_what_may_not_be_read_is_listed_before_a_run_and_counted_where_that_is_a
         image_problem(f"{tmp_path}/c.png", whole=False),
     ):
         assert "Permission denied" in problem
+    problems = unreadable_files(dataset, "val").values()
+    assert len(problems) == 2 and all("Permission denied" in problem for problem in problems)
     unreadable = EvaluationItems(dataset, 0, allow_missing=True).try_to_read(0)[1]
     assert "Permission denied" in unreadable.reason
 

@@ -12,7 +12,9 @@ from lavis.processors.base_processor import BaseProcessor
 from omegaconf import OmegaConf
 from PIL import ExifTags, Image
 
+from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.datasets.reading import EvaluationItems
+from lavis_uniadapter.tools.prepare.check import examine
 
 
 @pytest.fixture
@@ -61,6 +63,9 @@ def test_an_own_image_whose_pixels_mean_something_else_is_named(folder):
     dataset = own(folder, "retrieval", "test", ["float.tiff"])
     reason = EvaluationItems(dataset, 0).try_to_read(0)[1].reason
     assert "pixels (mode F) are outside 0 to 1" in reason
+    path = str(folder / "float.tiff")
+    assert unreadable_files(dataset, "test")[path] in reason
+    assert examine((path, True), thorough=False) in reason
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lavis_uniadapter.datasets.preflight import check_annotations, check_dataset
 from lavis_uniadapter.datasets.reading import EvaluationItems
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.processors.decoding import frames_problem
+from lavis_uniadapter.processors.images import image_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor, BlipVideoTrainProcessor
 from lavis_uniadapter.tools.prepare.check import examine
 
@@ -217,6 +218,8 @@ def test_all_checks_and_evaluation_agree_on_which_images_are_readable(root, monk
     assert [Path(path).name for path in unreadable_files(dataset, "val")] == unread
     examined = [name for name in names if examine((str(root / name), True), thorough=False)]
     assert examined == unread
+    own = [n for n in names if image_problem(str(root / n), whole=True, own=True)]
+    assert own == unread
     assert "60.ico" in unread and not any(name.startswith("whole") for name in unread)
 
 

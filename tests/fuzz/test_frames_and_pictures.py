@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames, image_problem
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
 from lavis_uniadapter.processors.extracted_frames import (
     ABOUT,
     EXTRACTED_SUFFIX,
     read_about,
     write_extracted_frames,
 )
+from lavis_uniadapter.processors.images import image_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 
 SIDE = 16

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from lavis_uniadapter.common import resumable
 from lavis_uniadapter.common.distributed import destroy_process_group
-from lavis_uniadapter.search.engine import build_model, load_recipe
-from lavis_uniadapter.tools import recipes
-from lavis_uniadapter.tools.predict import Captioner, Matcher, predict, predictors
+from lavis_uniadapter.search.engine import Recipe
+from lavis_uniadapter.tools.predict import Captioner, Matcher, predict
 from uniadapter_cli.main import main
 
 READABLE = [*(f"{i}.mp4" for i in range(5)), "a.png", "sub/b.jpg", "sub/long.mp4"]
@@ -52,10 +51,7 @@ def model_of(recipe_of):
     def build(task):
         if task not in built:
             recipe = recipe_of(task)
-            path = recipes.runs()[recipe.name]
-            built[task] = build_model(
-                load_recipe(torch.nn.Module, path, recipe.options, recipe.adapter)
-            )
+            built[task] = Recipe(recipe.name, recipe.options, recipe.adapter).model
         return built[task]
 
     return build
@@ -113,11 +109,12 @@ def test_several_captions_of_one_file(recipe_of, media, tmp_path):
     assert len({record["caption"] for record in found}) == 3
 
 
-def test_ranked_answers_with_their_probabilities(recipe_of, model_of, media, tmp_path):
+def test_ranked_answers_with_their_probabilities(recipe_of, model_of, media, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe, output = recipe_of("qa"), tmp_path / "out.jsonl"
     (tmp_path / "answers.txt").write_text("\n".join(ANSWERS) + "\n")
     (tmp_path / "more.csv").write_text("file,question\nsub/long.mp4,how large is it?\n")
-    more = ["--answers", tmp_path / "answers.txt", "--questions", tmp_path / "more.csv", "--top", 4]
+    more = ["--answers=~/answers.txt", "--questions", tmp_path / "more.csv", "--top", 4]
     assert main(arguments(recipe, media, output, *more)) == 1
     found = records(output)
     assert len(found) == 4 * (2 * 8 + 1)
@@ -288,9 +285,7 @@ def test_what_was_begun_with_something_else_is_not_continued(
         (["--adapter", recipe_of("qa").adapter.parent / "other"], "adapter"),
     ):
         if other == "adapter":
-            model = build_model(
-                load_recipe(torch.nn.Module, recipes.runs()[recipe.name], recipe.options)
-            )
+            model = Recipe(recipe.name, recipe.options).model
             model.adapters.active = "default"
             model.save_adapter(more[1])
         assert main(arguments(recipe, media, output, *more)) == 2
@@ -404,12 +399,13 @@ def test_a_mistake_is_one_line(recipe_of, task, given, named, tmp_path, monkeypa
 
 
 def test_scores_that_are_not_finite_are_refused(recipe_of, media, tmp_path, capsys, monkeypatch):
-    def spoilt(config):
-        model = build_model(config)
-        torch.nn.init.constant_(model.visual_encoder.patch_embed.proj.bias, float("nan"))
-        return model
+    compute = Recipe.computing
 
-    monkeypatch.setattr(predictors, "build_model", spoilt)
+    def spoilt(self):
+        torch.nn.init.constant_(self.model.visual_encoder.patch_embed.proj.bias, float("nan"))
+        return compute(self)
+
+    monkeypatch.setattr(Recipe, "computing", spoilt)
     for task in ("retrieval", "caption"):
         assert main(arguments(recipe_of(task), media, tmp_path / "out.csv")) == 2
         assert "Scores are not finite" in capsys.readouterr().err.splitlines()[-1]

@@ -21,9 +21,9 @@ from lavis_uniadapter.common.schema.processors import VideoEval
 from lavis_uniadapter.datasets import reading
 from lavis_uniadapter.datasets.preflight import unreadable_files
 from lavis_uniadapter.datasets.reading import EvaluationItems
-from lavis_uniadapter.processors import decoding
-from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames, image_problem
-from lavis_uniadapter.processors.images import ImageError, read_image
+from lavis_uniadapter.processors import decoding, images
+from lavis_uniadapter.processors.decoding import VideoDecodeError, decode_frames
+from lavis_uniadapter.processors.images import ImageError, image_problem, read_image
 from lavis_uniadapter.processors.media_files import FOLLOW_LINKS, link_problem
 from lavis_uniadapter.processors.video import BlipVideoEvalProcessor
 from lavis_uniadapter.search.reading import read_segments
@@ -135,6 +135,15 @@ def test_videos_in_every_container_are_read(tmp_path, name, codec):
     assert len(decode_frames(video, range, 32)) == 20
 
 
+@pytest.mark.parametrize("box", [b"wide", b"skip", b"free", b"junk"])
+def test_a_quicktime_video_may_begin_with_any_box(tmp_path, box):
+    content = write_video(tmp_path / "a.mov").read_bytes()
+    size = int.from_bytes(content[:4], "big")
+    assert content[4:8] == b"ftyp"
+    (tmp_path / "b.mov").write_bytes(content[:4] + box + content[8:size] + content[size:])
+    assert len(decode_frames(tmp_path / "b.mov", range, 32)) == 20
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "TGA"])
 def test_images_of_all_other_formats_are_read(tmp_path, kind):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", kind)
@@ -158,7 +167,7 @@ def test_images_that_run_a_program_are_refused(tmp_path, monkeypatch):
 
 
 def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_PIXELS", 99)
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
     Image.new("1", (10, 10)).save(tmp_path / "a.png")
     assert "10 x 10 pixels, too many" in image_problem(str(tmp_path / "a.png"), whole=False)
 

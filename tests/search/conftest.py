@@ -14,6 +14,7 @@ from small_models import perturb
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import destroy_process_group
 from lavis_uniadapter.search import Index
+from lavis_uniadapter.search.server import make_app
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +87,33 @@ def index(built):
 def own_media(media, tmp_path) -> Path:
     """A copy of ``media`` to change."""
     return Path(shutil.copytree(media, tmp_path / "media"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    import browsing  # where there is no Selenium, it skips what imports it
+
+    options = browsing.webdriver.ChromeOptions()
+    options.binary_location = browsing.CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    downloads = tmp_path_factory.mktemp("downloads")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = browsing.webdriver.Chrome(options, browsing.webdriver.ChromeService(browsing.DRIVER))
+    driver.downloads = downloads
+    driver.set_window_size(1000, 800)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, index):
+    """The page of the index, loaded."""
+    import browsing
+
+    with browsing.serving(make_app(index, browsing.Colour())) as (address, stop):
+        browser.address, browser.stop = address, stop
+        browsing.load(browser, "/")
+        yield browser
+        browser.get("about:blank")

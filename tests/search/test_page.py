@@ -2,131 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import socket
-import threading
-import time
 
 import pytest
-import uvicorn
-from search_media import write_image
+from browsing import (
+    By,
+    Keys,
+    cards,
+    find,
+    finish,
+    load,
+    names,
+    needs_browser,
+    open_card,
+    text_of,
+    type_query,
+    wait,
+)
 
-from lavis_uniadapter.search import Index
-from lavis_uniadapter.search.server import make_app
-
-webdriver = pytest.importorskip("selenium.webdriver")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.processes,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here"
-    ),
-]
-
-
-@contextlib.contextmanager
-def serving(app):
-    """Serve an application on a free port; yields its address and what stops it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-
-    def stop():
-        server.should_exit = True
-        thread.join()
-
-    try:
-        yield f"http://127.0.0.1:{port}", stop
-    finally:
-        stop()
-
-
-class Colour:
-    """Answers every question alike."""
-
-    def answer(self, path, segment, question):
-        return {"answer": f"red, in {path.name}", "loading": 1.5, "seconds": 0.2}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    downloads = tmp_path_factory.mktemp("downloads")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.downloads = downloads
-    driver.set_window_size(1000, 800)
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def page(browser, index):
-    """The page of the index, loaded."""
-    with serving(make_app(index, Colour())) as (address, stop):
-        browser.address, browser.stop = address, stop
-        load(browser, "/")
-        yield browser
-        browser.get("about:blank")
-
-
-def wait(browser, condition):
-    return WebDriverWait(browser, 60).until(condition)
-
-
-def find(browser, selector):
-    return browser.find_element(By.CSS_SELECTOR, selector)
-
-
-def text_of(browser, selector) -> str:
-    return find(browser, selector).text
-
-
-def load(browser, path):
-    browser.get(browser.address + path)
-    wait(browser, lambda b: text_of(b, "#status") or text_of(b, "#state"))
-
-
-def finish(browser):
-    """Wait for the result of a query."""
-    wait(browser, lambda b: "results" in text_of(b, "#status") or text_of(b, "#state"))
-
-
-def cards(browser):
-    return browser.find_elements(By.CSS_SELECTOR, ".hit")
-
-
-def names(browser) -> list[str]:
-    script = "return [...document.querySelectorAll('.hit .name')].map((each) => each.textContent)"
-    return browser.execute_script(script)
-
-
-def type_query(browser, text):
-    field = find(browser, "#text")
-    field.clear()
-    field.send_keys(text + Keys.ENTER)
-    finish(browser)
-
-
-def open_card(browser, name):
-    cards(browser)[names(browser).index(name)].click()
-    wait(browser, lambda b: find(b, "#viewer").get_attribute("open"))
+pytestmark = needs_browser
 
 
 def test_type_a_sentence_and_see_the_hits(page, index):
@@ -400,63 +294,3 @@ def contrast(browser, selector) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         levels.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(levels) + 0.05) / (min(levels) + 0.05)
-
-
-def test_a_server_that_is_gone_says_how_to_start_it(page):
-    type_query(page, "a red circle")
-    page.stop()
-    find(page, "#text").send_keys(" again" + Keys.ENTER)
-    wait(page, lambda b: "uniadapter search serve" in text_of(b, "#state"))
-
-
-def test_a_picture_that_does_not_come_says_whether_the_server_is_gone(page):
-    type_query(page, "a red circle")
-    page.stop()
-    page.execute_script("document.querySelector('.hit').click()")
-    wait(page, lambda b: "server does not answer" in text_of(b, "#screen"))
-
-
-def test_a_file_that_vanished_says_so(browser, build, own_media, tmp_path):
-    build(own_media)
-    index = Index.open(tmp_path / "index")
-    with serving(make_app(index)) as (address, _):
-        browser.address = address
-        load(browser, "/?q=a+red+circle")
-        finish(browser)
-        (own_media / "short.mp4").unlink()
-        open_card(browser, "short.mp4")
-        wait(browser, lambda b: "cannot be read any more" in text_of(b, "#screen"))
-    index.close()
-
-
-def test_an_empty_index_says_what_to_do(browser, build, own_media, tmp_path):
-    for path in list(own_media.rglob("*.*")):
-        path.unlink()
-    write_image(own_media / "a.png", seed=1)
-    build(own_media)
-    (own_media / "a.png").write_bytes(b"no image any more")
-    build(own_media)
-    index = Index.open(tmp_path / "index")
-    with serving(make_app(index)) as (address, _):
-        browser.address = address
-        load(browser, "/")
-        assert "The index is empty" in text_of(browser, "#state")
-        assert "uniadapter search index" in text_of(browser, "#state")
-    index.close()
-
-
-def test_names_of_files_are_text_and_never_markup(browser, build, tmp_path):
-    folder = tmp_path / "media"
-    folder.mkdir()
-    name = "<img src=x onerror=document.title='bad'>.png"
-    write_image(folder / name, seed=1)
-    build(folder)
-    index = Index.open(tmp_path / "index")
-    with serving(make_app(index)) as (address, _):
-        browser.address = address
-        load(browser, "/?q=%3Cimg%20src=x%20onerror=alert(1)%3E")
-        finish(browser)
-        assert names(browser) == [name]
-        open_card(browser, name)
-        assert name in text_of(browser, "#title") and browser.title != "bad"
-    index.close()

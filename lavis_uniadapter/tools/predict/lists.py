@@ -83,7 +83,7 @@ def recipe_answers(config: Any) -> list[str] | None:
         stored = {key: as_list(source.storage) for key, source in sources.items() if source}
         if name.startswith("custom_"):
             given = stored.get("answer_list") or stored.get("train") or []
-            paths = [os.path.expanduser(path) for path in given]
+            paths = list(given)
         else:
             every = itertools.chain.from_iterable(stored.values())
             lists = [path for path in every if os.path.basename(path) == "answer_list.json"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,21 +13,10 @@ import torch
 from torch import Tensor
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.common.schema import Evaluation
 from lavis_uniadapter.evaluation.answer_ranking import tokenise_answers
-from lavis_uniadapter.models.base import TunedBlip
 from lavis_uniadapter.models.caption import BlipUniAdapterCaption
-from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.models.vqa import BlipUniAdapterVQA
-from lavis_uniadapter.runners.precision import autocast
-from lavis_uniadapter.search.engine import (
-    Engine,
-    build_model,
-    build_processors,
-    load_recipe,
-    normalise,
-)
-from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.search.engine import Engine, Recipe
 from lavis_uniadapter.tools.predict.lists import recipe_answers
 
 logger = logging.getLogger("lavis_uniadapter")
@@ -39,48 +26,25 @@ DIGITS = 5  # of scores in the output; further ones depend on the batch
 
 
 @dataclass
-class Predictor(ABC):
-    """A recipe for inference. Its model is loaded when it is first needed.
+class Predictor(Recipe, ABC):
+    """What is predicted with a recipe.
 
-    Args:
-        cfg: name or file of the recipe.
-        options: ``section.key=value`` over it.
-        adapter: folder of a trained adapter; None: BLIP as it is.
-
-    Raises:
-        ConfigError: naming the first thing that is wrong.
+    Attributes:
+        columns: of the output.
+        given: what decides the records, beside model and processor.
+        independent: whether a file's records say nothing of other files.
     """
 
-    cfg: str | os.PathLike
-    options: Sequence[str] = ()
-    adapter: str | os.PathLike | None = None
-
-    MODEL: ClassVar[type[TunedBlip]]
-    columns: ClassVar[Sequence[str]]  # of the output
-    independent: ClassVar[bool] = True  # whether a file's records say nothing of other files
+    columns: ClassVar[Sequence[str]]
+    independent: ClassVar[bool] = True
 
     def __post_init__(self):
-        recipe = recipes.find(str(self.cfg), recipes.runs())
-        self.config = load_recipe(self.MODEL, recipe, self.options, self.adapter)
-        self.processor, self.text_processor = build_processors(self.config)
-        run = self.config.run_cfg
-        self.settings = Evaluation.pick(run, "run")
-        self.amp, self.batch_size = run.amp, run.batch_size_eval
-        self.given: dict[str, Any] = {}  # what decides the records, beside model and processor
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """The model, in evaluation mode on its device."""
-        return build_model(self.config)
+        super().__post_init__()
+        self.given: dict[str, Any] = {}
 
     def identity(self) -> dict[str, Any]:
         """What decides the records, by names for messages."""
-        parts = Engine.fingerprint(self)  # type: ignore[arg-type]  # reads model and processor
-        return {**parts, "amp": self.amp, **self.given}
-
-    def _settings(self, *names: str) -> dict[str, Any]:
-        """Some of the recipe's ``run:``."""
-        return {name: getattr(self.settings, name) for name in names}
+        return {**self.fingerprint(), "amp": self.amp, **self.given}
 
     def select(self, files: Iterable[str]) -> list[str]:
         """The files that there is something to predict about."""
@@ -90,7 +54,6 @@ class Predictor(ABC):
         """What every rank does before the first file of a folder: load the model."""
         self.model.eval()
 
-    @torch.inference_mode()
     def __call__(self, files: Sequence[str], clips: Tensor) -> list[list[Record]]:
         """The records of each file.
 
@@ -101,9 +64,8 @@ class Predictor(ABC):
         Raises:
             FloatingPointError: if a score is not finite.
         """
-        video = normalise(self.processor, clips, self.model.device)
-        with autocast(self.amp, self.model.device):
-            records = self._predict(files, video)
+        with self.computing():
+            records = self._predict(files, self.normalise(clips))
         values = (v for each in records for r in each for v in r.values() if isinstance(v, float))
         if not all(map(math.isfinite, values)):
             raise FloatingPointError(
@@ -147,8 +109,8 @@ class Captioner(Predictor):
                 f"--captions is {self.captions}, and run.num_beams {beams}. Ask for 1 caption or "
                 "more, and for no more than beams (--options run.num_beams=N)."
             )
-        self.given = {"captions": self.captions}
-        self.given |= self._settings("num_beams", "max_len", "min_len")
+        used = self.settings.model_dump(include={"num_beams", "max_len", "min_len"})
+        self.given = {"captions": self.captions, **used}
 
     def _predict(self, files, video):
         scored = self.model.generate_with_scores(
@@ -191,8 +153,8 @@ class QuestionAnswerer(Predictor):
         found = ("rank", "answer", "probability") if ranked else ("answer", "score")
         self.columns = ("file", "question", *found)
         asked = {"questions": list(self.questions.items()), "answers": self.answers}
-        settings = ("num_ans_candidates",) if ranked else ("num_beams", "max_len", "min_len")
-        self.given = {**asked, "top": self.top, **self._settings(*settings)}
+        names = {"num_ans_candidates"} if ranked else {"num_beams", "max_len", "min_len"}
+        self.given = {**asked, "top": self.top, **self.settings.model_dump(include=names)}
 
     def _asked(self, file: str | None) -> list[str]:
         return [*self.questions.get(None, ()), *self._of_file.get(file, ())]
@@ -245,7 +207,7 @@ class QuestionAnswerer(Predictor):
 
 
 @dataclass
-class Matcher(Predictor):
+class Matcher(Predictor, Engine):
     """For each text the files that match it best, in two stages, as in evaluation.
 
     A file is read once. The matching head judges it for the texts to which it is among the most
@@ -262,7 +224,6 @@ class Matcher(Predictor):
     top: int = field(default=10, kw_only=True)
     rerank: int | None = field(default=None, kw_only=True)
 
-    MODEL = BlipUniAdapterRetrieval
     columns = ("text", "rank", "file", "probability", "similarity")
     independent = False
 
@@ -270,12 +231,10 @@ class Matcher(Predictor):
         super().__post_init__()
         self._rerank = self.settings.k_test if self.rerank is None else self.rerank
         asked = {"texts": list(self.texts), "top": self.top, "rerank": self._rerank}
-        self.given = {**asked, **self._settings("itc_weight")}
+        self.given = {**asked, "itc_weight": self.settings.itc_weight}
 
     def prepare(self):
-        parts = self.model, self.processor, self.text_processor, self.settings
-        self._engine = Engine(*parts, self.amp, self.batch_size)
-        self._encoded = self._engine.encode_texts(self.texts)
+        self._encoded = self.encode_texts(self.texts)
         self._best = torch.empty(len(self.texts), 0)  # similarities of the best so far
 
     def _predict(self, files, video):
@@ -288,7 +247,7 @@ class Matcher(Predictor):
             for text, visual in self._among_best(similarity, self._best.shape[1])
         }
         if judged := self._among_best(similarity, min(self._rerank, self._best.shape[1])):
-            scores = self._engine.match(self._encoded, visuals, torch.tensor(judged))
+            scores = self.match(self._encoded, visuals, torch.tensor(judged))
             values = scores.ranking.tolist(), scores.probability.tolist()
             for pair, ranking, probability in zip(judged, *values, strict=True):
                 kept[pair].update(ranking=ranking, probability=probability)

@@ -92,12 +92,12 @@ def predict(
         ConfigError, CheckpointError: naming what is wrong.
     """
     init_process_group(predictor.config.run_cfg.device)
-    path = Path(output).expanduser()
+    path = Path(output)
     errors = (ConfigError, CheckpointError)
 
     def find() -> tuple[Path, Found, dict[str, str]]:
         check_output(path, overwrite)
-        return find_files(Path(os.path.abspath(Path(source).expanduser())))
+        return find_files(Path(os.path.abspath(source)))
 
     root, found, odd = on_main_process(find, errors=errors)
     files = predictor.select(found)

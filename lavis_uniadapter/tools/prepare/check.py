@@ -29,10 +29,9 @@ from lavis_uniadapter.processors.decoding import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
     frames_problem,
-    image_problem,
 )
 from lavis_uniadapter.processors.extracted_frames import EXTRACTED_SUFFIX, clip_file
-from lavis_uniadapter.processors.images import ignored_by_lavis
+from lavis_uniadapter.processors.images import ignored_by_lavis, image_problem
 from lavis_uniadapter.processors.sampling import sample_frame_indices
 from lavis_uniadapter.tools.prepare.workers import examine_isolated
 
@@ -101,8 +100,10 @@ def examine(file: tuple[str, bool], thorough: bool) -> str | None:
     """
     path, is_image = file
     if is_image:
-        ignored = None if (problem := image_problem(path, whole=True)) else ignored_by_lavis(path)
-        return Note(ignored) if ignored else problem
+        if problem := image_problem(path, whole=True, own=True):
+            return problem
+        ignored = ignored_by_lavis(path)
+        return Note(ignored) if ignored else None
     return frames_problem(path, range if thorough else _frames_read)
 
 
