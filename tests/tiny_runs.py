@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lavis_uniadapter.runners.run_folders import LOCK
+from uniadapter_cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "projects/uniadapter/train"
@@ -80,3 +81,11 @@ def held_by_another_process(folder: Path):
             yield
         finally:
             other.kill()
+
+
+def status_of(arguments: list[str]) -> int | str | None:
+    """The exit status of the command ``uniadapter``, argparse's refusals included."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code

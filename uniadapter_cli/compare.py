@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.tools import arguments, recipes
 from lavis_uniadapter.tools.compare.plan import check_runs, read_plan
-from uniadapter_cli.runs import add_options, import_launch, names_and_options, positive
+from uniadapter_cli.runs import add_options, import_launch, names_and_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--output-dir", metavar="DIR", help="instead of the plan's")
     parser.add_argument("--metrics", nargs="+", help="instead of the plan's")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     parser.add_argument(
-        "--nproc-per-node", type=positive, default=1, metavar="N", help="processes of each run"
+        "--jobs", type=arguments.positive, default=1, metavar="N", help="runs at a time"
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=arguments.positive,
+        default=1,
+        metavar="N",
+        help="processes of each run",
     )
     return parser

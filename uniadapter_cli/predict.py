@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.common.resumable import check_output
-from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.tools import arguments, recipes
 from uniadapter_cli.runs import add_options, import_launch
 
-PATH = os.path.expanduser  # the type of an argument
 # Command: the model that it needs.
 MODELS = {
     "retrieval": "blip_uniadapter_retrieval",
@@ -50,21 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Check what can be checked without PyTorch."""
     check_output(Path(args.output), args.overwrite)
-    files = [getattr(args, name, None) for name in ("questions", "answers", "texts")]
-    for path in filter(None, (args.source, *files)):
-        if not os.path.exists(path):
-            raise ConfigError(f"There is no '{path}'.")
+    if not Path(args.source).exists():
+        raise ConfigError(f"There is no folder or file '{args.source}'.")
     for name in ("question", "text"):
         given = getattr(args, name, None)
         if given == [] and getattr(args, f"{name}s") is None:
             raise ConfigError(f"Give --{name} TEXT or --{name}s FILE.")
-        if not all(text.strip() for text in given or ()):
-            raise ConfigError(f"A --{name} is empty.")
-    for name in ("top", "captions"):
-        if getattr(args, name, 1) < 1:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
-    if args.workers < 0 or not args.timeout > 0 or (getattr(args, "rerank", None) or 0) < 0:
-        raise ConfigError("--workers and --rerank must be 0 or more, and --timeout above 0.")
     recipe = recipes.find(args.cfg, recipes.runs())
     arch = validate(recipe, [*args.options, "run.evaluate=True"])["model"]["arch"]
     if arch != MODELS[args.command]:
@@ -87,28 +76,32 @@ def _parser() -> argparse.ArgumentParser:
 
     caption = _command(commands, "caption", "caption each file")
     text = "captions of each file (default 1)"
-    caption.add_argument("--captions", type=int, default=1, metavar="N", help=text)
+    caption.add_argument("--captions", type=arguments.positive, default=1, metavar="N", help=text)
 
     qa = _command(commands, "qa", "answer questions about each file")
     text = "asked about every file; may be repeated"
-    qa.add_argument("--question", action="append", default=[], metavar="TEXT", help=text)
+    qa.add_argument(
+        "--question", type=arguments.text, action="append", default=[], metavar="TEXT", help=text
+    )
     text = "a question on each line (.txt), or columns question and file (.csv, .tsv, .jsonl)"
-    qa.add_argument("--questions", type=PATH, metavar="FILE", help=text)
+    qa.add_argument("--questions", type=arguments.file, metavar="FILE", help=text)
     text = "candidates to rank, one on each line (.txt); default: the recipe's, if its file is "
     text += "there, else answers are generated"
-    qa.add_argument("--answers", type=PATH, metavar="FILE", help=text)
+    qa.add_argument("--answers", type=arguments.file, metavar="FILE", help=text)
     text = "ranked answers to each question (default 1)"
-    qa.add_argument("--top", type=int, default=1, metavar="N", help=text)
+    qa.add_argument("--top", type=arguments.positive, default=1, metavar="N", help=text)
 
     retrieval = _command(commands, "retrieval", "find the files that match texts")
     text = "what to look for; may be repeated"
-    retrieval.add_argument("--text", action="append", default=[], metavar="TEXT", help=text)
+    retrieval.add_argument(
+        "--text", type=arguments.text, action="append", default=[], metavar="TEXT", help=text
+    )
     text = "a text on each line (.txt), or a column text (.csv, .tsv, .jsonl)"
-    retrieval.add_argument("--texts", type=PATH, metavar="FILE", help=text)
+    retrieval.add_argument("--texts", type=arguments.file, metavar="FILE", help=text)
     text = "files for each text (default 10)"
-    retrieval.add_argument("--top", type=int, default=10, metavar="N", help=text)
+    retrieval.add_argument("--top", type=arguments.positive, default=10, metavar="N", help=text)
     text = "files that the matching head judges for each text (default: run.k_test)"
-    retrieval.add_argument("--rerank", type=int, metavar="N", help=text)
+    retrieval.add_argument("--rerank", type=arguments.count, metavar="N", help=text)
     return parser
 
 
@@ -116,16 +109,16 @@ def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     add = parser.add_argument
     text = "images and videos; a folder with its subfolders"
-    add("source", type=PATH, metavar="DIR_OR_FILE", help=text)
+    add("source", type=arguments.path, metavar="DIR_OR_FILE", help=text)
     add("--cfg", required=True, metavar="RECIPE", help="recipe, by name or file")
-    add("--adapter", type=PATH, metavar="FOLDER", help="what save_adapter or a run wrote")
+    add("--adapter", type=arguments.path, metavar="FOLDER", help="what save_adapter or a run wrote")
     text = "a new file, .jsonl or .csv"
-    add("--output", type=PATH, required=True, metavar="FILE", help=text)
+    add("--output", type=arguments.path, required=True, metavar="FILE", help=text)
     add("--overwrite", action="store_true", help="replace the output, or what another call began")
     text = "processes that read files (default 2)"
-    add("--workers", type=int, default=2, metavar="N", help=text)
+    add("--workers", type=arguments.count, default=2, metavar="N", help=text)
     text = "without a new file, after which those being read count as unreadable (default 120)"
-    add("--timeout", type=float, default=120, metavar="SECONDS", help=text)
+    add("--timeout", type=arguments.seconds, default=120, metavar="SECONDS", help=text)
     add_options(parser)
     return parser
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from lavis_uniadapter.common.config import validate
-from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.tools import arguments, recipes
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +67,7 @@ def demo(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("task", nargs="?", choices=recipes.STAGES, default="retrieval")
     parser.add_argument("--seed", type=int, default=42, help="of weights and order of training")
-    folder = os.path.expanduser
-    parser.add_argument("--output-dir", type=folder, metavar="DIR", default="output/demo")
+    parser.add_argument("--output-dir", type=arguments.path, metavar="DIR", default="output/demo")
     add_options(parser)
     args = parser.parse_args(argv)
     common = [f"run.seed={args.seed}", f"run.output_dir={args.output_dir}", *args.options]
@@ -93,13 +92,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add ``--options``, as LAVIS's train.py has it."""
     text = "values that replace the recipe's"
     parser.add_argument("--options", nargs="+", default=[], metavar="section.key=value", help=text)
-
-
-def positive(text: str) -> int:
-    """The type of an argument that is 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
-    return int(text)
 
 
 def names_and_options(args: argparse.Namespace) -> tuple[list[str], list[str]]:

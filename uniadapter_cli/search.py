@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lavis_uniadapter.common.config import validate
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.tools import recipes
+from lavis_uniadapter.tools import arguments, recipes
 from uniadapter_cli.runs import add_options, import_launch
 
 INDEX = "search_index"
@@ -28,11 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for what is known to be wrong before LAVIS is imported."""
-    if args.run is not _index and not os.path.isdir(os.path.expanduser(args.index)):
+    if args.run is not _index and not os.path.isdir(args.index):
         raise ConfigError(
             f"'{args.index}' holds no index. Build one: uniadapter search index DIR --cfg RECIPE "
             f"--index {args.index}"
         )
+    if args.run is _query and (args.text is None) == (args.image is None):
+        raise ConfigError("Search for a TEXT or an --image, one of the two.")
     for prefix in ("", "qa_"):
         if cfg := getattr(args, f"{prefix}cfg", None):
             options = [*getattr(args, f"{prefix}options"), "run.evaluate=True"]
@@ -53,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("--index", default=INDEX, metavar="FOLDER", help=f"default: {INDEX}")
+    parser.add_argument(
+        "--index", type=arguments.path, default=INDEX, metavar="FOLDER", help=f"default: {INDEX}"
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -62,22 +66,26 @@ def _add_index(commands) -> None:
     parser = _command(
         commands, "index", _index, "index the images and videos below a folder, or update the index"
     )
-    parser.add_argument("folder", metavar="DIR", help="searched with its subfolders")
+    parser.add_argument(
+        "folder", type=arguments.path, metavar="DIR", help="searched with its subfolders"
+    )
     parser.add_argument(
         "--cfg", metavar="RECIPE", help="retrieval recipe, by name or file; not needed to update"
     )
-    parser.add_argument("--adapter", metavar="FOLDER", help="what save_adapter or a run wrote")
+    parser.add_argument(
+        "--adapter", type=arguments.path, metavar="FOLDER", help="what save_adapter or a run wrote"
+    )
     parser.add_argument(
         "--store",
         metavar="STORE",
         help="numpy (default), milvus (a file in the index), or milvus:http://HOST:19530",
     )
     parser.add_argument(
-        "--window", type=float, metavar="SECONDS", help="segment length (default 10)"
+        "--window", type=arguments.seconds, metavar="SECONDS", help="segment length (default 10)"
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=arguments.count,
         default=2,
         metavar="N",
         help="processes that read files (default 2); with 0 a file that crashes or hangs the "
@@ -85,7 +93,7 @@ def _add_index(commands) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=arguments.seconds,
         default=120,
         metavar="SECONDS",
         help="without a new segment, after which a file counts as unreadable (default 120)",
@@ -100,19 +108,23 @@ def _add_index(commands) -> None:
 
 def _add_query(commands) -> None:
     parser = _command(commands, "query", _query, "print what matches a text or an image")
-    parser.add_argument("text", nargs="?", metavar="TEXT")
-    parser.add_argument("--image", metavar="FILE", help="search by an image instead")
-    parser.add_argument("--top", type=int, default=10, metavar="N", help="results (default 10)")
+    parser.add_argument("text", nargs="?", type=arguments.text, metavar="TEXT")
+    parser.add_argument(
+        "--image", type=arguments.file, metavar="FILE", help="search by an image instead"
+    )
+    parser.add_argument(
+        "--top", type=arguments.positive, default=10, metavar="N", help="results (default 10)"
+    )
     parser.add_argument(
         "--rerank",
-        type=int,
+        type=arguments.count,
         default=32,
         metavar="N",
         help="candidates that the matching head judges (default 32)",
     )
     parser.add_argument(
         "--min-probability",
-        type=float,
+        type=arguments.probability,
         default=0.0,
         metavar="P",
         help="hide hits below it (0 to 1)",
@@ -124,7 +136,9 @@ def _add_query(commands) -> None:
 def _add_serve(commands) -> None:
     parser = _command(commands, "serve", _serve, "open the page of an index in a browser")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8642, help="default 8642; 0: any free port")
+    parser.add_argument(
+        "--port", type=arguments.port, default=8642, help="default 8642; 0: any free port"
+    )
     parser.add_argument(
         "--allow-host",
         nargs="+",
@@ -141,7 +155,7 @@ def _add_serve(commands) -> None:
     )
     parser.add_argument("--qa-cfg", metavar="RECIPE", help="answers questions about a clip")
     add_options(parser)
-    parser.add_argument("--qa-adapter", metavar="FOLDER")
+    parser.add_argument("--qa-adapter", type=arguments.path, metavar="FOLDER")
     parser.add_argument("--qa-options", nargs="+", default=[], metavar="section.key=value")
 
 

@@ -6,6 +6,7 @@ Problems are returned with their places, so that a message can list all of them.
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -202,7 +203,10 @@ def load_json(path: str, encoding: str = "utf-8-sig") -> Any:
     # ValueError also for a number of thousands of digits, RecursionError for deeply nested lists
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", None)
-        raise UnusableFile(path, f"is not valid JSON ({_in_short(error)})", line) from error
+        text = f"is not valid JSON ({_in_short(error)})"
+        if str(error).startswith("Extra data"):
+            text += "; name the file .jsonl if each line is a record"
+        raise UnusableFile(path, text, line) from error
 
 
 def _faults(error: ValidationError, schema: type[Record], value: object) -> Iterator[str]:
@@ -281,7 +285,7 @@ def _parse_table(path: str, schema: type[Record]) -> _Parsed:
         if not any(cells):
             continue
         if not header:
-            header = _header(cells, schema, place)
+            header = _header(cells, schema, place, name)
         elif len(cells) == len(header):
             yield place, dict(zip(header, cells, strict=True))
         else:
@@ -290,7 +294,7 @@ def _parse_table(path: str, schema: type[Record]) -> _Parsed:
             yield place, Problem(place, f"{reason}; {advice}")
 
 
-def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[str]:
+def _header(cells: Sequence[str], schema: type[Record], place: Place, delimiter: str) -> list[str]:
     header = [cell.strip() for cell in cells]
     required = [name for name, field in schema.model_fields.items() if field.is_required()]
     absent = [name for name in required if name not in header]
@@ -298,7 +302,11 @@ def _header(cells: Sequence[str], schema: type[Record], place: Place) -> list[st
     twice = [name for name in header if name and header.count(name) > 1]
     if absent:
         there = name_some(map(reprlib.repr, header))
-        hint = nearest(absent[0], header)
+        similar = {cell.lower(): cell for cell in header}
+        close = difflib.get_close_matches(absent[0], similar, n=1)
+        hint = f" Rename {similar[close[0]]!r} to {absent[0]!r}." if close else ""
+        if len(header) == 1 and (other := re.search(r"[;,|\t]", header[0])):
+            hint = f" Separate them by a {delimiter}, not by {other[0]!r}."
         text = f"has no column {name_some(map(repr, absent))}; its columns are {there}.{hint}"
     elif twice:
         text = f"has the column {reprlib.repr(twice[0])} twice"

@@ -44,7 +44,7 @@ class Answerer(Recipe):
             with self.computing():
                 samples = {
                     "video": self.normalise(clip),
-                    "text_input": [self.text_processor(question)],
+                    "text_input": self.prepare_texts([question]),
                 }
                 answer = model.predict_answers(samples, inference_method="generate")[0]
         return {

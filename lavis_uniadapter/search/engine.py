@@ -92,11 +92,19 @@ class Recipe:
         if model.pretrained is None:
             raise ConfigError(
                 "model.pretrained is null, so the model would be random. Give BLIP's weights: "
-                "model.pretrained=PATH."
+                "--options model.pretrained=PATH."
             )
         if self.adapter:  # an option would not keep every character of a path
             model.adapter_ckpt = str(self.adapter)
         return config
+
+    def prepare_texts(self, texts: Sequence[str]) -> list[str]:
+        """Texts as in evaluation; ConfigError for one that has no words."""
+        prepared = [self.text_processor(text) for text in texts]
+        for text, words in zip(texts, prepared, strict=True):
+            if not words.strip():
+                raise ConfigError(f"{text!r} has no words that the model reads.")
+        return prepared
 
     @functools.cached_property
     def model(self) -> Any:
@@ -157,7 +165,7 @@ class Engine(Recipe):
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
         """Encode texts, prepared as in evaluation. Every rank must call it."""
         with self.computing():
-            return encode_texts(self.model, [self.text_processor(text) for text in texts])[0]
+            return encode_texts(self.model, self.prepare_texts(texts))[0]
 
     def match(self, texts: TextFeatures, visuals: VisualFeatures, pairs: Tensor) -> Scores:
         """Score pairs of a text and a visual input by the matching head.

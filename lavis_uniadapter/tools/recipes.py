@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from lavis_uniadapter.common.atomic import atomic
 from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.common.schema import MODELS
 
@@ -52,11 +53,14 @@ def copy(name: str, target: Path) -> Path:
     """Copy a recipe, or a comparison given as ``compare/NAME``, or raise ConfigError."""
     known = runs() | {f"compare/{name}": path for name, path in comparisons().items()}
     source = find(name, known)
+    if target.is_dir():
+        target = target / source.name
     if target.exists():
         raise ConfigError(f"'{target}' exists. Name another file or delete it.")
     if not target.parent.is_dir():
         raise ConfigError(f"No folder '{target.parent}'. Make it, or name another file.")
-    target.write_bytes(source.read_bytes())
+    with atomic(target) as temporary:
+        temporary.write_bytes(source.read_bytes())
     return target
 
 

@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from search_media import RECIPE
-from tiny_runs import ROOT
+from tiny_runs import ROOT, status_of
 
 from lavis_uniadapter.common.distributed import destroy_process_group
 from uniadapter_cli.main import main
@@ -58,17 +58,30 @@ def test_index_then_query(media, options, trained, tmp_path, capsys):
         (["index", "NOWHERE", "--cfg", "shapes_retrieval"], "no folder"),
         (["index", ".", "--cfg", "shapes_retreival"], "Did you mean 'shapes_retrieval'"),
         (["index", "."], "holds no index"),
-        (["index", ".", "--cfg", "shapes_retrieval", "--window", "0"], "window is 0"),
-        (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "window is nan"),
+        (
+            ["index", ".", "--cfg", "shapes_retrieval", "--window", "0"],
+            "'0' is not a number of seconds",
+        ),
+        (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "'nan' is not a number"),
         (["query", "--index", ".", "--image", "NOWHERE.png"], "NOWHERE.png"),
-        (["query", "--index", ".", "--image", "a", "--min-probability", "0.5"], "is for texts"),
+        (
+            ["query", "--index", ".", "--image", __file__, "--min-probability", "0.5"],
+            "is for texts",
+        ),
+        (["query", "a", "--index", ".", "--image", __file__], "one of the two"),
+        (["query", "--index", "."], "one of the two"),
+        (["query", "", "--index", "."], "is not a text with words"),
+        (["query", "a", "--index", ".", "--top", "0"], "'0' is not a whole number of 1"),
+        (["query", "a", "--index", ".", "--min-probability", "50"], "'50' is not a number from"),
+        (["serve", "--index", ".", "--port", "80000"], "'80000' is not a port"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["search", *arguments]) == 2
+    assert status_of(["search", *arguments]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and named in error and "\n" not in error
+    assert "error: " in error.splitlines()[-1] and named in error.splitlines()[-1]
+    assert error.startswith("error: ") == ("\n" not in error)  # or after argparse's usage
     assert not list(tmp_path.iterdir())
 
 

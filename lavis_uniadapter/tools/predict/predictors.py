@@ -147,6 +147,8 @@ class QuestionAnswerer(Predictor):
         if self.answers is None and self.settings.inference_method == "rank":
             self.answers = recipe_answers(self.config)
         ranked = self.answers is not None
+        for each in self.questions.values():
+            self.prepare_texts(each)  # one without words is refused before any file is read
         self._of_file = {file: each for file, each in self.questions.items() if file is not None}
         most = max(map(len, map(self._asked, [None, *self._of_file])))
         self.batch_size = max(1, self.batch_size // max(1, most))
@@ -182,7 +184,7 @@ class QuestionAnswerer(Predictor):
         asked = [(number, q) for number, file in enumerate(files) for q in self._asked(file)]
         samples = {
             "video": video,
-            "text_input": [self.text_processor(question) for _, question in asked],
+            "text_input": self.prepare_texts([question for _, question in asked]),
             "visual_index": torch.tensor([number for number, _ in asked], device=video.device),
         }
         records = [[] for _ in files]
@@ -229,6 +231,7 @@ class Matcher(Predictor, Engine):
 
     def __post_init__(self):
         super().__post_init__()
+        self.prepare_texts(self.texts)
         self._rerank = self.settings.k_test if self.rerank is None else self.rerank
         asked = {"texts": list(self.texts), "top": self.top, "rerank": self._rerank}
         self.given = {**asked, "itc_weight": self.settings.itc_weight}

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
 
-T = TypeVar("T")
+from lavis_uniadapter.tools import arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_benchmarks(commands: argparse._SubParsersAction) -> None:
     shared = argparse.ArgumentParser(add_help=False)
     add = partial(shared.add_argument, required=True, metavar="DIR")
-    add("--videos", type=_folder, help="folder of the videos")
+    add("--videos", type=arguments.folder, help="folder of the videos")
     add("--output", type=Path, help="folder of the annotation files")
     flag = partial(shared.add_argument, action="store_true")
     flag("--skip-missing", help="leave missing and undecodable videos out of training")
@@ -95,9 +92,9 @@ def _add_frames(commands: argparse._SubParsersAction) -> None:
         "wherever the video is asked for. Existing archives are kept, so a stopped run continues.",
     )
     add = partial(parser.add_argument, metavar="DIR")
-    add("--videos", type=_folder, required=True, help="folder of the videos")
+    add("--videos", type=arguments.folder, required=True, help="folder of the videos")
     add("--output", type=Path, help="where to write (default: beside the videos)")
-    add = partial(parser.add_argument, type=_positive, metavar="N")
+    add = partial(parser.add_argument, type=arguments.positive, metavar="N")
     text = "evenly spaced frames of each video; all of them if it has fewer (default 64)"
     add("--frames", default=64, help=text)
     add("--image-size", default=224, help="their height and width in pixels (default 224)")
@@ -115,16 +112,16 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         "reporting what was found so far.",
     )
     add = parser.add_argument
-    add("folder", type=_folder, metavar="DIR", help="searched with its subfolders")
+    add("folder", type=arguments.folder, metavar="DIR", help="searched with its subfolders")
     text = "also report files that these annotations (.json, .jsonl, .csv, .tsv) name, if missing"
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE", help=text)
     add("--thorough", action="store_true", help="decode every frame; give more --timeout")
     text = "write a line of JSON, with file and reason, for each file that cannot be read"
-    add("--output", type=_new_file, metavar="FILE", help=text)
+    add("--output", type=arguments.new_file, metavar="FILE", help=text)
     text = "time limit per file (default 60); a file that takes longer counts as unreadable"
-    add("--timeout", type=_seconds, default=60, metavar="SECONDS", help=text)
+    add("--timeout", type=arguments.seconds, default=60, metavar="SECONDS", help=text)
     text = "files at a time"
-    add("--threads", type=_positive, default=os.cpu_count() or 1, metavar="N", help=text)
+    add("--threads", type=arguments.positive, default=os.cpu_count() or 1, metavar="N", help=text)
     parser.set_defaults(run=("check", "check"))
 
 
@@ -138,32 +135,8 @@ def _add_emoji(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     text = "folder below which the packages are unpacked"
-    add("--packages", type=_folder, required=True, metavar="DIR", help=text)
+    add("--packages", type=arguments.folder, required=True, metavar="DIR", help=text)
     text = "folder to create (default emoji, where the recipes look)"
     add("--output", type=Path, default=Path("emoji"), metavar="DIR", help=text)
     add("--seed", type=int, default=0, help="of the splits (default 0)")
     parser.set_defaults(run=("emoji.writing", "prepare"))
-
-
-def _value(
-    convert: Callable[[str], T], is_valid: Callable[[T], bool], what: str
-) -> Callable[[str], T]:
-    """An argument's type."""
-
-    def parse(text: str) -> T:
-        with contextlib.suppress(ValueError):
-            value = convert(text)
-            if is_valid(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
-
-    return parse
-
-
-_folder = _value(Path, Path.is_dir, "an existing folder")
-# checked before hours of decoding, not after
-_new_file = _value(
-    Path, lambda p: p.parent.is_dir() and not p.is_dir(), "a file in an existing folder"
-)
-_positive = _value(int, lambda number: number >= 1, "a whole number of 1 or more")
-_seconds = _value(float, lambda seconds: 0 < seconds < math.inf, "a number of seconds above 0")

@@ -19,7 +19,7 @@ from tqdm.contrib.concurrent import thread_map
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.records import listing
 from lavis_uniadapter.datasets.shapes.drawing import write_mp4
-from lavis_uniadapter.processors.decoding import images_read_whole
+from lavis_uniadapter.processors.images import images_read_whole
 from lavis_uniadapter.tools.prepare.emoji import card, packages, start
 
 # Concepts with a clip that are tested and never trained on, that are tested and trained on as
