@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from lavis.common.utils import is_url
@@ -36,7 +35,8 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     path, again = source, "Copy or download it again."
     if is_url(str(source)):
         # Without on_main_process the others wait no longer than for a step of training.
-        path = on_main_process(download, str(source), errors=(CheckpointError,))
+        on_main_process(download, str(source), errors=(CheckpointError,))
+        path = download(str(source))  # again only on machines that do not share its cache
         again = "Delete it, so that it is downloaded again."
     elif not os.path.isfile(path):
         raise CheckpointError(
@@ -163,8 +163,10 @@ def load_trained(model: nn.Module, source: str, force: bool) -> None:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names, shapes and values in float32."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(tensors.items()):
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
+
+    def contents() -> Iterator[bytes | memoryview]:
+        for key, value in sorted(tensors.items()):
+            yield f"{key}{tuple(value.shape)}".encode()
+            yield value.detach().cpu().float().contiguous().numpy().data
+
+    return identity.hash_bytes(contents())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN
 
+from lavis_uniadapter.common import atomic
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST
@@ -47,6 +50,30 @@ def test_a_read_only_folder(train, tmp_path, capsys, small_disk):
     disk = small_disk(read_only=True)
     assert train(f"run.output_dir={disk}/runs") == 2
     assert "cannot be written: Read-only file system. Name another one." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_network_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with run_folders.sole_user(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_network_file_system_that_flushes_no_folders(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    atomic.write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_a_folder_without_permission(train, tmp_path, capsys, monkeypatch):
@@ -194,13 +221,3 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, content):
     (folder / "checkpoint_1.pth").touch()
     config = {"datasets": {}, "model": {}, "run": {}}
     assert run_folders.find_unfinished_run(tmp_path, config) is None
-
-
-def test_what_a_killed_save_of_an_adapter_leaves_is_put_in_order(tmp_path):
-    for name in (".adapter_best.1a.old", ".adapter_latest.2b.old", ".adapter_latest.2b.new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    (tmp_path / "adapter_latest").mkdir()
-    run_checkpoints.clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_best", "adapter_latest"]
-    assert [path.name for path in (tmp_path / "adapter_best").iterdir()] == [".adapter_best.1a.old"]
