@@ -32,17 +32,13 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
+    check_there(source)
     path, again = source, "Copy or download it again."
     if is_url(str(source)):
         # Without on_main_process the others wait no longer than for a step of training.
         on_main_process(download, str(source), errors=(CheckpointError,))
         path = download(str(source))  # again only on machines that do not share its cache
         again = "Delete it, so that it is downloaded again."
-    elif not os.path.isfile(path):
-        raise CheckpointError(
-            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
-            "model.pretrained, or null for random weights."
-        )
     content = pickled.load(path, again)
     for wrapper in ("model", "state_dict"):
         content = content.get(wrapper, content) if isinstance(content, Mapping) else {}
@@ -51,6 +47,15 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
     return state
+
+
+def check_there(source: str | os.PathLike) -> None:
+    """Raise CheckpointError unless a checkpoint is a URL, which is not tried, or a file."""
+    if not (is_url(str(source)) or os.path.isfile(source)):
+        raise CheckpointError(
+            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
+            "model.pretrained, or null for random weights."
+        )
 
 
 def is_base(key: str) -> bool:
