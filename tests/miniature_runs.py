@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 from miniature import BENCHMARKS
 from omegaconf import OmegaConf
 
 from lavis_uniadapter.runners import launch
+from uniadapter_cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTS = ROOT / "projects/uniadapter"
@@ -57,3 +59,18 @@ def two_retrieval_sets(start, *options):
     common = [*small_options("both.yaml", start.med_config), *SMALL_RUN, *SMALL_TRAINING]
     common += ["model.pretrained=null", f"run.cache_root={start.cache}", "run.max_epoch=1"]
     return launch.run("both.yaml", [*common, *options])
+
+
+class InThisProcess(Executor):
+    """Stands for the pool of a comparison, and for the processes that it starts."""
+
+    def __init__(self, jobs_or_command, **kwargs):
+        self._command = jobs_or_command
+
+    def submit(self, do, *args, **kwargs):
+        future = Future()
+        future.set_result(do(*args, **kwargs))
+        return future
+
+    def wait(self):
+        return main(self._command[self._command.index("uniadapter_cli") + 1 :])

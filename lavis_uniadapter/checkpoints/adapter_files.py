@@ -122,7 +122,7 @@ def _write(folder: Path, about: AdapterAbout, content: bytes, card: str) -> None
     os.replace(waiting, folder / TENSORS)
     for pattern in (_waiting("*"), f".{CONFIG}.*.tmp", f".{CARD}.*.tmp"):
         for path in folder.glob(pattern):  # of a process that was killed
-            path.unlink()
+            path.unlink(missing_ok=True)
     if not (folder / CARD).exists() or _is_unedited(folder / CARD):
         write_text(folder / CARD, card)
     else:

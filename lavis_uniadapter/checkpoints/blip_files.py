@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from lavis.common.utils import is_url
@@ -33,16 +32,13 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
+    check_there(source)
     path, again = source, "Copy or download it again."
     if is_url(str(source)):
         # Without on_main_process the others wait no longer than for a step of training.
-        path = on_main_process(download, str(source), errors=(CheckpointError,))
+        on_main_process(download, str(source), errors=(CheckpointError,))
+        path = download(str(source))  # again only on machines that do not share its cache
         again = "Delete it, so that it is downloaded again."
-    elif not os.path.isfile(path):
-        raise CheckpointError(
-            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
-            "model.pretrained, or null for random weights."
-        )
     content = pickled.load(path, again)
     for wrapper in ("model", "state_dict"):
         content = content.get(wrapper, content) if isinstance(content, Mapping) else {}
@@ -51,6 +47,15 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
     return state
+
+
+def check_there(source: str | os.PathLike) -> None:
+    """Raise CheckpointError unless a checkpoint is a URL, which is not tried, or a file."""
+    if not (is_url(str(source)) or os.path.isfile(source)):
+        raise CheckpointError(
+            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
+            "model.pretrained, or null for random weights."
+        )
 
 
 def is_base(key: str) -> bool:
@@ -163,8 +168,10 @@ def load_trained(model: nn.Module, source: str, force: bool) -> None:
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash of names, shapes and values in float32."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, value in sorted(tensors.items()):
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
+
+    def contents() -> Iterator[bytes | memoryview]:
+        for key, value in sorted(tensors.items()):
+            yield f"{key}{tuple(value.shape)}".encode()
+            yield value.detach().cpu().float().contiguous().numpy().data
+
+    return identity.hash_bytes(contents())

@@ -21,8 +21,9 @@ from lavis_uniadapter.common.errors import CheckpointError
 
 ANSWER_TIMEOUT = 8  # seconds until a server must have answered
 STALL_TIMEOUT = 60  # seconds without any data
-# PyTorch's names of files end with the start of their SHA-256: model-0123abcd.pth.
-HASH = re.compile(r"-([0-9a-f]{8,64})\.")
+# PyTorch's names of files end with the start of their SHA-256: model-0123abcd.pth. Digits alone
+# are more likely a date.
+HASH = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8,64})\.")
 
 
 def download(url: str) -> str:
@@ -74,7 +75,7 @@ def open_url(request: Request) -> HTTPResponse:
     except HTTPError:
         raise
     except URLError as error:
-        raise OSError(error.reason) from error
+        raise (error.reason if isinstance(error.reason, OSError) else error) from None
 
 
 def _receive(response: HTTPResponse, path: Path, name: str) -> None:

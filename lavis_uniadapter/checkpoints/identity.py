@@ -53,7 +53,7 @@ class Identity(BaseModel, extra="forbid"):
     data: dict[str, Source] = {}
 
 
-def hash_bytes(contents: Iterable[bytes]) -> str:
+def hash_bytes(contents: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         digest.update(content)
@@ -107,7 +107,8 @@ def of_checkpoint(path: str | Path) -> Identity:
         noted = content.get("identity")
         beside = Path(path).with_name(RUN_CONFIG)
         if noted is None and "optimizer" in content and beside.is_file():
-            noted = json.loads(beside.read_text()).get("identity")
+            config = json.loads(beside.read_bytes())
+            noted = config.get("identity") if isinstance(config, dict) else None
         return Identity.model_validate(noted or {})
     except Exception as error:
         raise CheckpointError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lavis_uniadapter.common.errors import CheckpointError
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 
 
 def load(path: str | os.PathLike, again: str = "Copy or download it again.") -> Any:
@@ -20,6 +20,7 @@ def load(path: str | os.PathLike, again: str = "Copy or download it again.") -> 
 
     Raises:
         CheckpointError: if the file is damaged, or holds anything else.
+        ConfigError: if there is no permission to read it, or too little memory.
     """
     if os.path.getsize(path) == 0:
         raise CheckpointError(f"'{path}' is empty (0 bytes). {again}")
@@ -29,6 +30,9 @@ def load(path: str | os.PathLike, again: str = "Copy or download it again.") -> 
                 if damaged := archive.testzip():
                     raise ValueError(f"'{damaged}' in it is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError) as error:  # which say nothing about its content
+        reason = str(error) or "out of memory"
+        raise ConfigError(f"'{path}' cannot be read: {reason}.") from error
     except Exception as error:
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from ssl import SSLError
 from urllib.error import HTTPError
 from urllib.request import Request
 
@@ -78,7 +79,8 @@ def _from_hub(name: str) -> BertTokenizer:
 
 def _reach(endpoint: str) -> None:
     """Raise OSError if a server does not answer; the hub's client would try for minutes."""
-    with contextlib.suppress(HTTPError):  # which is an answer, too
+    # Errors of HTTP are answers, too. The hub's client has certificates of its own.
+    with contextlib.suppress(HTTPError, SSLError):
         open_url(Request(endpoint, method="HEAD")).close()
 
 

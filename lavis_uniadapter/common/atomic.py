@@ -33,7 +33,8 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     if os.name == "posix":  # the rename itself; Windows cannot flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # nor can some network file systems
+                os.fsync(folder)
         finally:
             os.close(folder)
 
@@ -51,9 +52,9 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8, atomically."""
+    """Write a text file in UTF-8, with the same bytes on every system, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

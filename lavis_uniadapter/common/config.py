@@ -76,8 +76,6 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
     else:
         content["model"] = LavisModel.read(content["model"], "model").model_dump(exclude_unset=True)
     content["datasets"] = {name: read_dataset(name, s) for name, s in content["datasets"].items()}
-    for name, section in content["datasets"].items():
-        _check_image_sizes(name, section, content["model"])
     content["run"] = RunSection.read(content["run"], "run").filled_in()
     unread = [key for key in RETRIEVAL_KEYS if key in given["run"]]
     if section_cls not in (None, RetrievalModel) and unread:

@@ -192,7 +192,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
                     f"{name} must be the {expected.__name__} that encode_{name[:-1]} returns; got "
                     f"{type(given).__name__}."
                 )
-            if given.adapter not in (None, self.adapter_state()):
+            if given.adapter is not None and given.adapter != self.adapter_state():
                 raise ValueError(
                     f"{name} were encoded with another adapter than the active one, before its "
                     "weights changed, or in another mode (train or eval). Encode them again."

@@ -46,7 +46,7 @@ def log_to_file(folder: Path) -> None:
         root.removeHandler(handler)
         handler.close()
     name = "run.log" if is_main_process() else f"run.rank{get_rank()}.log"
-    handler = logging.FileHandler(folder / name)
+    handler = logging.FileHandler(folder / name, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -26,9 +26,9 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 from transformers import set_seed
 
-from lavis_uniadapter.checkpoints import adapter_files, identity
+from lavis_uniadapter.checkpoints import adapter_files, blip_files, identity
 from lavis_uniadapter.checkpoints.identity import Identity
-from lavis_uniadapter.common import paths, signals
+from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.distributed import (
@@ -209,10 +209,9 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
     folder, _ = run_folders.choose_folder(config.to_dict())
     with run_folders.run_in(folder):  # which makes it, and removes it again
         pass
-    base = str(config.model_cfg.get("pretrained") or "")
-    ours = not is_lavis_model(registry.get_model_class(config.model_cfg.arch))
-    if ours and base and "://" not in base and paths.find(base) is None:
-        raise CheckpointError(f"No checkpoint at '{base}' (model.pretrained).")
+    base = config.model_cfg.get("pretrained")
+    if base and not is_lavis_model(registry.get_model_class(config.model_cfg.arch)):
+        blip_files.check_there(base)
     _, datasets = _build_datasets(config)
     check_built(datasets, config.datasets_cfg, config.run_cfg.check_files)
     logger.info("model: %s, %s", config.model_cfg.arch, config.model_cfg.model_type)

@@ -86,4 +86,4 @@ def newest_whole(folder: Path) -> Path | None:
 def clean(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for path in folder.glob(".*.tmp"):
-        path.unlink()
+        path.unlink(missing_ok=True)

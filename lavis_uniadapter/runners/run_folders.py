@@ -32,6 +32,8 @@ OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
 # Or a quota is used up, a limit is reached, or the system made a damaged disk read-only.
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# Of network file systems that are mounted without locks.
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 # LAVIS's names of metrics, and how many of our units one of LAVIS's is.
 LAVIS_METRICS = {
     "accuracy": ("agg_metrics", 1),
@@ -98,22 +100,24 @@ class CannotWrite(RuntimeError):
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Make a folder and lock it until the end of the block.
+    """Make a folder and lock it until the end of the block, unless its file system has no locks.
 
     Raises:
         FolderInUse: if another process holds it.
         CannotWrite: if it cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, blocking=False).acquire()
-    except Timeout:
-        raise FolderInUse(f"Another process works in '{folder}'.") from None
-    except OSError as error:
-        raise CannotWrite(
-            f"The folder '{folder}' cannot be written: {error.strerror}. Name another one."
-        ) from error
-    with lock:
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(folder / LOCK, blocking=False))
+        except Timeout:
+            raise FolderInUse(f"Another process works in '{folder}'.") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise CannotWrite(
+                    f"The folder '{folder}' cannot be written: {error.strerror}. Name another one."
+                ) from error
+            logger.warning("'%s' cannot be locked: let no other process work in it.", folder)
         yield
 
 

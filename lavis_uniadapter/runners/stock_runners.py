@@ -18,7 +18,7 @@ from lavis.runners.runner_base import RunnerBase
 from omegaconf import DictConfig
 
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
-from lavis_uniadapter.common.schema.run import OURS, unread
+from lavis_uniadapter.common.schema.run import OURS
 from lavis_uniadapter.runners.run_checkpoints import BEST
 
 TO_TEST = "To test it: uniadapter evaluate RECIPE run.resume_ckpt_path"
@@ -28,12 +28,6 @@ DEVICE = "cuda"  # to which LAVIS's PrefetchLoader moves batches, whatever run.d
 def is_stock(run: Mapping[str, Any]) -> bool:
     """Whether a ``run:`` section asks for one of LAVIS's runners, which is LAVIS's default."""
     return run.get("runner", "runner_base") != OURS
-
-
-def check(run: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a setting that the runner of LAVIS's own train script does not read."""
-    if problem := unread(run, run.get("runner", "runner_base")):
-        raise ConfigError(f"run.{problem}")
 
 
 def prepare(run: DictConfig) -> None:

@@ -20,9 +20,10 @@ from lavis_uniadapter.common.atomic import write_json
 from lavis_uniadapter.common.distributed import gather_to_main
 from lavis_uniadapter.common.errors import ConfigError, nearest
 from lavis_uniadapter.common.schema import Evaluation
+from lavis_uniadapter.common.schema.run import unread
 from lavis_uniadapter.datasets.loading import samples_of
 from lavis_uniadapter.datasets.reading import Unreadable
-from lavis_uniadapter.runners import run_folders, stock_runners
+from lavis_uniadapter.runners import run_folders
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ class MeasuredTask(BaseTask, ABC):
                 f"run.task is {cfg.run_cfg.task}, and model.arch '{cfg.model_cfg.arch}' has no "
                 f"method '{cls.METHOD}'. Use {cls.MODEL}, or another task."
             )
-        stock_runners.check(cfg.run_cfg)
+        # LAVIS's own train script has validated nothing
+        if problem := unread(cfg.run_cfg, cfg.run_cfg.get("runner", "runner_base")):
+            raise ConfigError(f"run.{problem}")
         return cls(cfg.run_cfg)
 
     @classmethod

@@ -8,13 +8,15 @@ import os
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ssl import SSLCertVerificationError
+from urllib.error import URLError
 
 import pytest
 import torch
 from huggingface_hub import constants
 from transformers import BertTokenizer
 
-from lavis_uniadapter.checkpoints import download, tokenizer
+from lavis_uniadapter.checkpoints import blip_files, download, tokenizer
 from lavis_uniadapter.checkpoints.blip_files import read_state_dict
 from lavis_uniadapter.common.errors import CheckpointError, ConfigError
 from lavis_uniadapter.common.paths import PACKAGE_ROOT
@@ -33,6 +35,7 @@ SHA = hashlib.sha256(WEIGHTS).hexdigest()
 ANSWERS = {
     "/blip.pth": (200, WEIGHTS, len(WEIGHTS)),
     f"/blip-{SHA[:8]}.pth": (200, WEIGHTS, len(WEIGHTS)),
+    "/blip-20231126.pth": (200, WEIGHTS, len(WEIGHTS)),
     "/blip-0123abcd.pth": (200, WEIGHTS, len(WEIGHTS)),
     "/cut.pth": (200, WEIGHTS[:-700], len(WEIGHTS)),
     "/cut_silently.pth": (200, WEIGHTS[:-700], None),
@@ -90,13 +93,18 @@ def refused(source) -> str:
     return message
 
 
-@pytest.mark.parametrize("path", ["/blip.pth", f"/blip-{SHA[:8]}.pth"])
+@pytest.mark.parametrize("path", ["/blip.pth", f"/blip-{SHA[:8]}.pth", "/blip-20231126.pth"])
 def test_weights_are_downloaded_once(server, address, tmp_path, path):
     server.asked.clear()
     for _ in range(2):
         assert torch.equal(read_state_dict(address + path)["w"], torch.arange(1000.0))
     assert server.asked == [path]
     assert (tmp_path / "hub/checkpoints" / path[1:]).read_bytes() == WEIGHTS
+
+
+def test_a_machine_without_the_main_process_downloads_for_itself(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(blip_files, "on_main_process", lambda *_, **__: "/cache/of/another/machine")
+    assert read_state_dict(f"{address}/blip.pth")["w"].shape == (1000,)
 
 
 @pytest.mark.parametrize(
@@ -225,3 +233,27 @@ def test_a_vocabulary_without_its_special_tokens(tmp_path, content, expected):
 def test_the_packaged_vocabulary_fits():
     found = tokenizer.build_tokenizer(str(PACKAGE_ROOT / "configs/tokenizers/shapes"), 168)
     assert found.enc_token_id == found.vocab_size + 1
+
+
+def test_a_certificate_that_python_does_not_know_is_an_answer(monkeypatch):
+    """The hub's client has its own (``REQUESTS_CA_BUNDLE``), as behind a company's proxy."""
+
+    def refuse(*_, **__):
+        raise URLError(SSLCertVerificationError("self-signed certificate"))
+
+    monkeypatch.setattr(download, "urlopen", refuse)
+    tokenizer._reach("https://hub.example")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_state_that_cannot_be_read_now_is_not_called_torn(tmp_path, monkeypatch, error):
+    path = tmp_path / run_checkpoints.LATEST
+    path.write_bytes(WEIGHTS)
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ConfigError, match="cannot be read: .*(denied|memory)"):
+        run_checkpoints.newest_whole(tmp_path)
+    assert path.read_bytes() == WEIGHTS

@@ -228,6 +228,7 @@ def test_trains_on_from_an_adapter(tiny, tmp_path, capsys):
         ("train", "", "dataset: shapes_retrieval, items: train 12, val 4, test 5"),
         ("evaluate", "", "dataset: shapes_retrieval, items: test 5"),
         ("train", "model.pretrained=none.pth", "No checkpoint at 'none.pth'"),
+        ("train", "model.pretrained=configs", "No checkpoint at 'configs'"),  # of the package
         ("train", "model.adapter_ckpt=none", "model.adapter_ckpt: 'none' is not an adapter folder"),
         ("train", "model.load_finetuned=True", "model.finetuned is None"),
         ("train", "run.test_splits=[tset]", "run.test_splits names 'tset'"),

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import Executor, Future
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import transformers
 import yaml
 from lavis.common.utils import get_abs_path
 from miniature import BENCHMARKS
-from miniature_runs import SMALL_RUN, change
+from miniature_runs import SMALL_RUN, InThisProcess, change
 from miniature_runs import small_options as our_small_options
 from omegaconf import OmegaConf
 from tiny_runs import ROOT, TRAIN
@@ -32,7 +31,6 @@ from lavis_uniadapter.tasks import retrieval
 from lavis_uniadapter.tools.compare import running
 from lavis_uniadapter.tools.prepare.command import main as prepare
 from uniadapter_cli.compare import main as compare
-from uniadapter_cli.main import main as uniadapter
 
 BASELINES = ROOT / "projects/baselines"
 # By a file's name: the miniature that it reads, a metric of it, and LAVIS's project file.
@@ -391,21 +389,6 @@ def test_two_processes_train_and_test_as_one(start, options_of, tmp_path):
     weights = ("model.load_finetuned=True", f"model.finetuned={folder / BEST}")
     alone = start(name, *weights, evaluate=True)
     assert run_folders.read(folder).metrics == alone.metrics["test"]
-
-
-class InThisProcess(Executor):
-    """Stands for the pool of a comparison, and for the processes that it starts."""
-
-    def __init__(self, jobs_or_command, **kwargs):
-        self._command = jobs_or_command
-
-    def submit(self, do, *args, **kwargs):
-        future = Future()
-        future.set_result(do(*args, **kwargs))
-        return future
-
-    def wait(self):
-        return uniadapter(self._command[self._command.index("uniadapter_cli") + 1 :])
 
 
 def test_a_gallery_that_leaves_a_process_nothing_is_refused(start, monkeypatch):

@@ -190,3 +190,10 @@ def test_lavis_runners_note_it_beside_the_checkpoint(tmp_path, caplog):
     assert "does not say which base checkpoint" in caplog.text
     (tmp_path / run_folders.CONFIG).write_text(json.dumps({"identity": known.model_dump()}))
     assert identity.of_checkpoint(path) == known
+
+
+@pytest.mark.parametrize("content", ["[]", '{"identity": null}', "{}"])
+def test_a_configuration_of_something_else_beside_a_checkpoint(tmp_path, content):
+    torch.save({"model": {}, "optimizer": {}}, tmp_path / "checkpoint_best.pth")
+    (tmp_path / identity.RUN_CONFIG).write_text(content)
+    assert identity.of_checkpoint(tmp_path / "checkpoint_best.pth") == identity.Identity()

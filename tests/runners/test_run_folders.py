@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
 import pytest
 from tiny_runs import TINY_CLIPS, TINY_RUN, TRAIN
 
+from lavis_uniadapter.common import atomic
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.runners import launch, run_checkpoints, run_folders
 from lavis_uniadapter.runners.run_checkpoints import LATEST
@@ -47,6 +50,30 @@ def test_a_read_only_folder(train, tmp_path, capsys, small_disk):
     disk = small_disk(read_only=True)
     assert train(f"run.output_dir={disk}/runs") == 2
     assert "cannot be written: Read-only file system. Name another one." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_network_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_):
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with run_folders.sole_user(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_network_file_system_that_flushes_no_folders(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(number)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    atomic.write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
 
 
 def test_a_folder_without_permission(train, tmp_path, capsys, monkeypatch):
