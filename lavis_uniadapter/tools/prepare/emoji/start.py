@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,9 +32,9 @@ def write(package: Path, folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     shutil.copyfile(package / "model/vocab.txt", folder / "vocab.txt")
     set_seed(seed)
-    section = OmegaConf.load(RetrievalModel.files()["emoji"]).model
-    section.tokenizer = str(folder)
-    model = BlipUniAdapterRetrieval.from_config(OmegaConf.to_container(section))
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(RetrievalModel.files()["emoji"]))
+    section = {**defaults["model"], "tokenizer": str(folder)}
+    model = BlipUniAdapterRetrieval.from_config(section)
     state = base_state_dict(model)
     weights = text_weights(package / WEIGHTS)
     for name in weights.keys() & {key.removeprefix("text_encoder.") for key in state}:

@@ -193,7 +193,11 @@ def on_white(image: Image.Image, size: int) -> Image.Image:
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     picture = Image.alpha_composite(white, image).convert("RGB")
-    return picture if picture.size == (size, size) else picture.resize((size, size), Image.BICUBIC)
+    return (
+        picture
+        if picture.size == (size, size)
+        else picture.resize((size, size), Image.Resampling.BICUBIC)
+    )
 
 
 def _write_still(source: Path, target: Path) -> None:
