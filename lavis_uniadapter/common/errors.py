@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# of a full disk, a read-only one, and a folder without permission
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 class ConfigError(ValueError):
@@ -12,6 +16,14 @@ class ConfigError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint or adapter folder that does not fit the model, or is damaged."""
+
+
+def cannot_write(error: OSError) -> str:
+    """The message about a file that cannot be written."""
+    return (
+        f"Cannot write '{error.filename}': {error.strerror}. Free some space, or name another "
+        "folder, and run the command again."
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -36,7 +36,13 @@ from lavis_uniadapter.common.distributed import (
     init_process_group,
     on_main_process,
 )
-from lavis_uniadapter.common.errors import CheckpointError, ConfigError, nearest
+from lavis_uniadapter.common.errors import (
+    CANNOT_WRITE,
+    CheckpointError,
+    ConfigError,
+    cannot_write,
+    nearest,
+)
 from lavis_uniadapter.datasets.building import check_built, make_buildable
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
@@ -185,6 +191,12 @@ def _build_datasets(config: Config) -> tuple[BaseTask, dict[str, dict[str, Any]]
     datasets = task.build_datasets(config)
     available = {split for by_split in datasets.values() for split in by_split}
     for kind in kinds:
+        if kind != "train_splits" and "train" in run_cfg[kind]:
+            raise ConfigError(
+                f"run.{kind} names 'train', whose records are for training. To measure on them, "
+                "name their annotation file as a split: "
+                "datasets.<name>.build_info.annotations.test.storage=FILE."
+            )
         for split in set(run_cfg[kind]) - available:
             raise ConfigError(
                 f"run.{kind} names '{split}', and the datasets have "
@@ -346,9 +358,12 @@ def exit_status(work: Callable[[], object]) -> int:
     except KeyboardInterrupt as interrupt:
         status, said = signals.describe(interrupt)
         message = None if rank else said
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            status, message = 2, f"error: {cannot_write(error)}"
+        else:
+            traceback.print_exc()
+            status = 1
     if message:
         tqdm.write(message, file=sys.stderr)
     if status and get_world_size() > 1:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -38,7 +40,7 @@ CASES = {
     "train shapes_retrieval run.k_tets=3": (2, "Did you mean 'k_test'?"),
     "train shapes_retrieval run.init_lr=-1": (2, "run.init_lr is -1"),
     "predict caption . --cfg shapes_qa --output x.csv": (2, "Use 'uniadapter predict qa'"),
-    "predict caption no --cfg shapes_caption --output x.csv": (2, "There is no 'no'"),
+    "predict caption no --cfg shapes_caption --output x.csv": (2, "There is no folder or file 'no'"),
     "predict caption . --cfg shapes_caption --output x.txt": (2, "must end in .jsonl or .csv"),
     "predict retrieval . --cfg shapes_retrieval --output x.csv": (2, "Give --text TEXT"),
     "compare vqa": (2, "Did you mean 'vqav2'?"),
@@ -46,7 +48,7 @@ CASES = {
     "compare shapes_methods --metrics t2v_R1": (2, "no run measures 't2v_R1'. Did you mean"),
     "compare vqav2 --metrics acuracy": (2, "Did you mean 'accuracy'?"),
     "compare shapes_methods model.tunign=lora": (2, "run 'base': Unknown configuration key"),
-    "compare shapes_methods --jobs 0": (2, "0 is not a whole number of 1 or more"),
+    "compare shapes_methods --jobs 0": (2, "'0' is not a whole number of 1 or more"),
     "compare --add a=none --metrics x --output-dir o": (2, "--add 'a=none' is not NAME=FOLDER"),
     "compare --job 1 --mertics x": (2, "--mertics"),
     "prepare msrvtt --vidoes x": (2, "required: --videos"),
@@ -231,6 +233,7 @@ def test_trains_on_from_an_adapter(tiny, tmp_path, capsys):
         ("train", "model.pretrained=configs", "No checkpoint at 'configs'"),  # of the package
         ("train", "model.adapter_ckpt=none", "model.adapter_ckpt: 'none' is not an adapter folder"),
         ("train", "model.load_finetuned=True", "model.finetuned is None"),
+        ("evaluate", "model.finetuned=no.pth", "load_finetuned is False"),
         ("train", "run.test_splits=[tset]", "run.test_splits names 'tset'"),
         ("train", "model.tunning=full", "Did you mean 'tuning'?"),
     ],
@@ -246,3 +249,14 @@ def test_dry_run_checks_and_leaves_no_run(tiny, tmp_path, capsys, command, optio
 def test_dry_run_names_missing_files(tiny, capsys):
     assert main(["train", "msrvtt_retrieval", "--dry-run", "run.cache_root=empty"]) == 2
     assert "msrvtt" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path, capsys):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(["cp", "shapes_qa", str(tmp_path / "mine.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: Cannot write '{tmp_path / 'mine.yaml'}'") and "Free" in error
+    assert not [*tmp_path.iterdir()]

@@ -344,6 +344,8 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("run.max_iters=10", "run.max_iters is not read by runner_uniadapter"),
         ("run.valid_splits=[vall]", "run.valid_splits names 'vall'"),
         ("run.test_splits=[tset]", "run.test_splits names 'tset'"),
+        ("run.test_splits=[train]", "run.test_splits names 'train', whose records"),
+        ("run.valid_splits=[train]", "run.valid_splits names 'train', whose records"),
         ("run.train_splits=[trian]", "run.train_splits names 'trian'"),
         ("run.resume_ckpt_path=no/such.pth", "run.resume_ckpt_path: no file 'no/such.pth'"),
         ("model.queue_size=-1", "model.queue_size is -1"),

@@ -84,6 +84,11 @@ class ModelSection(Section):
             raise ValueError(
                 f"vit.width {self.vit.width} is not a multiple of num_heads {self.vit.num_heads}."
             )
+        if self.finetuned and not self.load_finetuned:
+            raise ValueError(
+                f"finetuned is {self.finetuned!r} and load_finetuned is False. Set "
+                "load_finetuned=True to load it, or finetuned=null."
+            )
         finetuned = self.finetuned or ""
         if self.load_finetuned and "://" not in finetuned and not os.path.isfile(finetuned):
             raise ValueError(f"finetuned is {self.finetuned!r}; load_finetuned needs a file there.")

@@ -28,14 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     import lavis_uniadapter.registration  # noqa: F401
-    from lavis_uniadapter.common.errors import ConfigError
+    from lavis_uniadapter.common.errors import CANNOT_WRITE, ConfigError, cannot_write
     from lavis_uniadapter.datasets.records import DatasetError
 
     module, function = args.run
     try:
         return getattr(import_module(f"lavis_uniadapter.tools.prepare.{module}"), function)(args)
     except (ConfigError, DatasetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in CANNOT_WRITE
+        print(f"error: {cannot_write(error) if full else error}", file=sys.stderr)
         return 2
 
 
