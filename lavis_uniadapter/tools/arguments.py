@@ -25,7 +25,7 @@ def checked(
             value = convert(text)
             if is_valid(value):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
 
     return parse
 

@@ -191,15 +191,26 @@ def test_values_of_a_wrong_type_are_named(task, change, problem, tmp_path):
         (
             "a.csv",
             b"\n\nimage;caption\n",
-            "its columns are 'image;caption'. Separate them by a comma, not by ';'",
+            ":3: has no column 'image', 'caption'; its columns are 'image;caption'. "
+            "Separate them by a comma, not by ';'",
         ),
         (
             "a.csv",
             b"image,captions\n",
-            "its columns are 'image', 'captions'. Rename 'captions' to 'caption'",
+            ":1: has no column 'caption'; its columns are 'image', 'captions'. "
+            "Rename 'captions' to 'caption'",
         ),
-        ("a.csv", b"Image,Caption\n", "'Image', 'Caption'. Rename 'Image' to 'image'"),
-        ("a.json", b'{"image": "a"}\n{"image": "b"}\n', "name the file .jsonl if each line"),
+        (
+            "a.csv",
+            b"Image,Caption\n",
+            ":1: has no column 'image', 'caption'; its columns are 'Image', 'Caption'. "
+            "Rename 'Image' to 'image'",
+        ),
+        (
+            "a.json",
+            b'{"image": "a"}\n{"image": "b"}\n',
+            ":2: is not valid JSON (Extra data); name the file .jsonl if each line is a record",
+        ),
         ("a.csv", b"image,caption,caption\na,b,c\n", ":1: has the column 'caption' twice"),
         ("a.csv", b"image,caption\ntwo.png\n", ":2: has 1 cells, but the header has 2; put a cell"),
         ("a.csv", b"image,caption\ntwo.png,a, b\n", ":2: has 3 cells, but the header has 2"),

@@ -60,9 +60,9 @@ def test_index_then_query(media, options, trained, tmp_path, capsys):
         (["index", "."], "holds no index"),
         (
             ["index", ".", "--cfg", "shapes_retrieval", "--window", "0"],
-            "'0' is not a number of seconds",
+            "0 is not a number of seconds",
         ),
-        (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "'nan' is not a number"),
+        (["index", ".", "--cfg", "shapes_retrieval", "--window", "nan"], "nan is not a number"),
         (["query", "--index", ".", "--image", "NOWHERE.png"], "NOWHERE.png"),
         (
             ["query", "--index", ".", "--image", __file__, "--min-probability", "0.5"],
@@ -71,9 +71,9 @@ def test_index_then_query(media, options, trained, tmp_path, capsys):
         (["query", "a", "--index", ".", "--image", __file__], "one of the two"),
         (["query", "--index", "."], "one of the two"),
         (["query", "", "--index", "."], "is not a text with words"),
-        (["query", "a", "--index", ".", "--top", "0"], "'0' is not a whole number of 1"),
-        (["query", "a", "--index", ".", "--min-probability", "50"], "'50' is not a number from"),
-        (["serve", "--index", ".", "--port", "80000"], "'80000' is not a port"),
+        (["query", "a", "--index", ".", "--top", "0"], "0 is not a whole number of 1"),
+        (["query", "a", "--index", ".", "--min-probability", "50"], "50 is not a number from"),
+        (["serve", "--index", ".", "--port", "80000"], "80000 is not a port"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, named, tmp_path, monkeypatch, capsys):

@@ -147,7 +147,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert caught.value.code == 0
     listed = re.findall(r"^ {4}(\w+) +\S", capsys.readouterr().out, re.MULTILINE)
-    assert listed == ["msrvtt", "didemo", "frames", "check"]
+    assert listed == ["msrvtt", "didemo", "frames", "check", "emoji"]
 
 
 @pytest.mark.parametrize(
