@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from lavis.common.config import Config
@@ -39,17 +41,31 @@ def log_to_console() -> None:
     logging.raiseExceptions = False  # a full disk is reported once, by what has to be saved
 
 
-def log_to_file(folder: Path) -> None:
-    """Log all messages of LAVIS and this package to ``run.log`` (``run.rankN.log``)."""
+@contextlib.contextmanager
+def logged_to_file(folder: Path) -> Iterator[None]:
+    """Log all messages of LAVIS and this package to ``run.log`` (``run.rankN.log``).
+
+    Until the next run, unless this one fails: its folder may then be removed.
+    """
+    _close_log_files()
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
-        root.removeHandler(handler)
-        handler.close()
     name = "run.log" if is_main_process() else f"run.rank{get_rank()}.log"
     handler = logging.FileHandler(folder / name, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s [%(levelname)s] %(message)s"))
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    try:
+        yield
+    except BaseException:
+        _close_log_files()
+        raise
+
+
+def _close_log_files() -> None:
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 @main_process

@@ -111,7 +111,7 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
             if checkpoint is None:  # a resumed run has it
                 noted = {**asked, "identity": runner.identity.model_dump()}
                 write_json(folder / run_folders.CONFIG, noted)
-        console.log_to_file(folder)
+        held.enter_context(console.logged_to_file(folder))
         console.describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
         seconds = time.perf_counter() - started

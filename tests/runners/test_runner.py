@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -243,6 +244,9 @@ def test_torn_checkpoint_is_refused(run, tear, tmp_path):
     path.write_bytes(content[: len(content) // 2] if tear == "cut" else b"")
     with pytest.raises(CheckpointError, match="torn.pth"):
         run("shapes_retrieval", f"run.resume_ckpt_path={path}")
+    # its folder has been removed, and so has the log in it
+    logs = [h.baseFilename for h in logging.getLogger().handlers if hasattr(h, "baseFilename")]
+    assert not [log for log in logs if log.startswith(str(tmp_path))]
 
 
 def test_checkpoint_of_another_tuning_is_refused_by_name(run):
