@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return getattr(import_module(f"lavis_uniadapter.tools.prepare.{module}"), function)(args)
     except (ConfigError, DatasetError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in CANNOT_WRITE
-        print(f"error: {cannot_write(error) if full else error}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            error = ConfigError(cannot_write(error))
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
