@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from lavis_uniadapter.common import signals
-from lavis_uniadapter.common.errors import CANNOT_WRITE, ConfigError, cannot_write
+from lavis_uniadapter.common.errors import ConfigError, disk_problem
 from lavis_uniadapter.version import __version__
 
 # Subcommand: function that takes its arguments and returns the exit status, and its help.
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         status, message = 2, f"error: {error}"
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if not (problem := disk_problem(error)):
             raise
-        status, message = 2, f"error: {cannot_write(error)}"
+        status, message = 2, f"error: {problem}"
     except KeyboardInterrupt as interrupt:
         status, message = signals.describe(interrupt)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -99,7 +99,7 @@ class AdapterBank(nn.ModuleDict):
             )
 
     def add(self, name: str, adapter_set: AdapterSet) -> None:
-        """Add a set; the first becomes active."""
+        """Add a set; the first becomes active. KeyError for a name that cannot be one."""
         self.check_name(name)
         self[name] = adapter_set
         self.active = self.active or name

@@ -70,7 +70,7 @@ def save(
     active = model.adapters.active_set
     if active is None:
         raise ConfigError(f"No adapter is active: the model's tuning is '{model.tuning}'.")
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in active.state_dict().items()}
     if problem := _unusable(tensors):
         raise ConfigError(f"The adapter is not saved to '{folder}': {problem}.")
@@ -136,7 +136,7 @@ def _waiting(blake2b: str) -> str:
 def load(model: Any, folder: str | os.PathLike, name: str, force: bool) -> None:
     """Read a folder into a TunedBlip's set ``name``, after checking everything about it."""
     model.adapters.check_name(name)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with _writing:
         about = read_about(folder)
         _check_method(model, folder, about)
@@ -179,7 +179,7 @@ def _unusable(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def read_about(folder: str | os.PathLike) -> AdapterAbout:
-    """What an adapter folder says of its adapter; CheckpointError if it is none or damaged."""
+    """Read ``adapter_config.json``; CheckpointError if there is none or it is damaged."""
     folder = Path(folder)
     _check_there(folder / CONFIG)
     try:
@@ -212,9 +212,11 @@ def _check_method(model: Any, folder: Path, about: AdapterAbout) -> None:
 
 def _check_there(path: Path) -> None:
     if not path.is_file():
+        inside = [each.parent for each in sorted(path.parent.glob(f"*/{CONFIG}"))]
+        hint = f" Did you mean '{inside[0]}'?" if inside else ""
         raise CheckpointError(
             f"'{path.parent}' is not an adapter folder: it has no {path.name}. Give a folder that "
-            "save_adapter wrote."
+            f"save_adapter wrote.{hint}"
         )
 
 

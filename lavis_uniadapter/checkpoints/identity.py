@@ -112,7 +112,7 @@ def of_checkpoint(path: str | Path) -> Identity:
         return Identity.model_validate(noted or {})
     except Exception as error:
         raise CheckpointError(
-            f"'{path}' is no checkpoint, or is damaged. Copy it again."
+            f"'{path}' is not a checkpoint, or is damaged. Copy it again."
         ) from error
 
 
@@ -129,7 +129,7 @@ def check(
             "'%s' does not say which base checkpoint and vocabulary it was trained with.", source
         )
     for what, theirs, ours, fix in _differences(saved, now):
-        message = f"'{source}' was trained with another {what}, {theirs}; now it is {ours}."
+        message = f"'{source}' was trained with another {what}: {theirs} then, {ours} now."
         if force or what in may_differ:
             logger.warning(message)
         else:

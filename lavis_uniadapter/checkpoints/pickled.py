@@ -40,5 +40,5 @@ def load(path: str | os.PathLike, again: str = "Copy or download it again.") -> 
                 "code. Ask its author for the tensors alone: torch.save(model.state_dict(), FILE)."
             ) from error
         raise CheckpointError(
-            f"'{path}' is no PyTorch checkpoint, or is damaged. {again}"
+            f"'{path}' is not a PyTorch checkpoint, or is damaged. {again}"
         ) from error

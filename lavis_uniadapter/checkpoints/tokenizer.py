@@ -71,8 +71,8 @@ def _from_hub(name: str) -> BertTokenizer:
         except NOT_FOUND as error:
             reason = f"{constants.ENDPOINT}: {_first_line(error)}"
     raise ConfigError(
-        f"model.tokenizer: '{name}' is no folder, is not in the hub's local cache, and cannot be "
-        f"downloaded ({reason}). Give the path of a folder that holds BERT's vocab.txt, or run "
+        f"model.tokenizer: '{name}' is not a folder, is not in the hub's local cache, and cannot "
+        f"be downloaded ({reason}). Give the path of a folder that holds BERT's vocab.txt, or run "
         "once while online and without HF_HUB_OFFLINE=1."
     )
 

@@ -59,8 +59,9 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         ConfigError: naming the first thing that is wrong.
     """
     given = read_yaml(Path(cfg_path), options)
+    _check_sections(given)
     try:
-        sections = Sections.read(given, "configuration")
+        sections = Sections.read(given, "")
         arch = sections.model.get("arch")
         section_cls = MODELS.get(arch) if isinstance(arch, str) else None
         content = _resolved(given, section_cls)
@@ -86,6 +87,14 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         _check_names(content, names)
     _check_sizes(content)
     return content
+
+
+def _check_sections(given: Mapping[Any, Any]) -> None:
+    """Raise ConfigError for a key of a section that is given without the section's name."""
+    sections: dict[str, type[Section]] = {"run": RunSection, "model": ModelSection}
+    for name, section in sections.items():
+        if stray := [key for key in given if key in section.model_fields]:
+            raise ConfigError(f"'{stray[0]}' is not a section. Did you mean '{name}.{stray[0]}'?")
 
 
 def _check_finite(value: object, where: str = "") -> None:

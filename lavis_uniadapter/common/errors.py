@@ -6,8 +6,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-# of a full disk, a read-only one, and a folder without permission
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+# Or a quota is used up, a limit is reached, or the system made a damaged disk read-only.
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class ConfigError(ValueError):
@@ -18,11 +18,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint or adapter folder that does not fit the model, or is damaged."""
 
 
-def cannot_write(error: OSError) -> str:
-    """The message about a file that cannot be written."""
+def disk_problem(error: BaseException) -> str | None:
+    """The message about a full disk or a missing permission; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in {*DISK_IS_FULL, errno.EACCES}:
+        return None
     return (
-        f"Cannot write '{error.filename}': {error.strerror}. Free some space, or name another "
-        "folder, and run the command again."
+        f"'{error.filename}': {error.strerror}. Free some space, correct the permissions or name "
+        "another folder, and run the command again."
     )
 
 

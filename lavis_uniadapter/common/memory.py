@@ -57,7 +57,9 @@ def machine_memory() -> int | None:
 def _compare(needed: Mapping[str, int], available: int, owner: str) -> None:
     total = sum(needed.values())
     if total > available:
+        # the next largest too, if it matters
         largest = sorted(needed, key=needed.__getitem__, reverse=True)[:2]
+        largest = [key for key in largest if 100 * needed[key] > total]
         parts = ", ".join(f"{key} {_gigabytes(needed[key])}" for key in largest)
         raise ConfigError(
             f"This run needs at least {_gigabytes(total)} of memory, and {owner} has "

@@ -49,7 +49,7 @@ def continued(output: Path, identity: Mapping[str, Any], overwrite: bool) -> Ite
     try:
         lock = FileLock(path, blocking=False).acquire()
     except Timeout:
-        raise ConfigError(f"Another process writes '{output}'.") from None
+        raise ConfigError(f"Another process is writing '{output}'.") from None
     with lock:
         try:
             yield Partial(output, identity, overwrite)
@@ -97,8 +97,8 @@ class Partial:
             yield
         except OSError as error:  # the disk is full
             raise ConfigError(
-                f"Cannot write '{error.filename or self._path}': {error.strerror}. Once that is "
-                "put right, the same command continues."
+                f"Cannot write '{error.filename or self._path}': {error.strerror}. Fix that "
+                "and run the same command again to continue."
             ) from error
 
     def add(self, entries: Sequence[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data.dataloader import default_collate
 
 from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.distributed import gather
-from lavis_uniadapter.common.errors import name_some
+from lavis_uniadapter.common.errors import ConfigError, name_some
 from lavis_uniadapter.datasets.reading import TrainingItems, Unreadable, file_of
 from lavis_uniadapter.datasets.records import DatasetError
 
@@ -54,6 +54,14 @@ class TrainingShard(DistributedSampler):
         """Make the next iteration one over an epoch's order, without the rank's first items."""
         self.set_epoch(epoch)
         self.first = first
+
+    def check_batch(self, batch_size: int) -> None:
+        """ConfigError if the rank has fewer items than a batch."""
+        if len(self) < batch_size:
+            raise ConfigError(
+                f"The training split gives each process {len(self)} items, fewer than "
+                f"run.batch_size_train {batch_size}. Make the batch smaller."
+            )
 
     def __iter__(self) -> Iterator[int]:
         return itertools.islice(super().__iter__(), self.first, None)

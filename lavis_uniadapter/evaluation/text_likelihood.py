@@ -15,8 +15,8 @@ class ScoredText(NamedTuple):
     """A generated text.
 
     Attributes:
-        score: mean log-likelihood of its tokens and of its end, at most 0. It depends on the text
-            alone, not on how it was found, so those of a beam search and of samples compare.
+        score: mean log-likelihood of its tokens and of its end, at most 0. It does not depend on
+            how the text was found, so a beam search and samples can be compared.
     """
 
     text: str

@@ -39,7 +39,7 @@ def clip_file(path: str | os.PathLike) -> str:
 
 
 class About(BaseModel):
-    """What an archive says of its frames.
+    """The metadata of an archive.
 
     Attributes:
         num_frames: in the archive.
@@ -148,7 +148,7 @@ def _opened(path: str) -> Iterator[zipfile.ZipFile]:
         if is_machine_fault(error):
             raise
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"it is no archive of frames ({said})") from error
+        raise ValueError(f"it is not an archive of frames ({said})") from error
 
 
 def _about(archive: zipfile.ZipFile) -> About:

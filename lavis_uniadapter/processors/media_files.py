@@ -43,7 +43,7 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
-            return "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file"
+            return "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file"
         with open(path, "rb", buffering=0) as file:
             head = file.read(_HEAD)
     except OSError as error:
@@ -58,9 +58,10 @@ def file_problem(path: str, formats: re.Pattern[bytes] | None = None) -> str | N
         return "the file is empty"
     if formats is not None and not formats.match(head):
         kind = "a video" if formats is VIDEO_FORMATS else "an image"
+        text = "; playlists and PostScript, which refer to other files, are not opened"
         return (
-            f"it cannot be read as {kind}: its content, {head[:12]!r}..., is in no known format "
-            "(playlists and PostScript can refer to other files and are not opened)"
+            f"it cannot be read as {kind}: its content, {head[:12]!r}..., is in no known format"
+            f"{text if head.isascii() else ''}"
         )
     return None
 

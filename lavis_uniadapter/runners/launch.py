@@ -23,6 +23,7 @@ from lavis.tasks import setup_task
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.vqa import VQATask
 from omegaconf import DictConfig
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -36,14 +37,9 @@ from lavis_uniadapter.common.distributed import (
     init_process_group,
     on_main_process,
 )
-from lavis_uniadapter.common.errors import (
-    CANNOT_WRITE,
-    CheckpointError,
-    ConfigError,
-    cannot_write,
-    nearest,
-)
+from lavis_uniadapter.common.errors import CheckpointError, ConfigError, disk_problem, nearest
 from lavis_uniadapter.datasets.building import check_built, make_buildable
+from lavis_uniadapter.datasets.loading import TrainingShard
 from lavis_uniadapter.datasets.records import DatasetError
 from lavis_uniadapter.models.lavis_models import check_lavis_model, is_lavis_model
 from lavis_uniadapter.processors.decoding import VideoDecodeError
@@ -104,6 +100,7 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
         if is_main_process():
             held.enter_context(run_folders.run_in(folder))
             run_checkpoints.clean(folder)
+            held.enter_context(console.logged_to_file(folder))
         runner = _build(config, folder.name)
         if is_main_process():
             # of an earlier run in the folder
@@ -111,7 +108,8 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
             if checkpoint is None:  # a resumed run has it
                 noted = {**asked, "identity": runner.identity.model_dump()}
                 write_json(folder / run_folders.CONFIG, noted)
-        held.enter_context(console.logged_to_file(folder))
+        if not is_main_process():  # which has made the folder by now
+            held.enter_context(console.logged_to_file(folder))
         console.describe_start(runner, config)
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
         seconds = time.perf_counter() - started
@@ -226,6 +224,10 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
         blip_files.check_there(base)
     _, datasets = _build_datasets(config)
     check_built(datasets, config.datasets_cfg, config.run_cfg.check_files)
+    if training := [of["train"] for of in datasets.values() if "train" in of]:
+        run_cfg = config.run_cfg
+        shard = TrainingShard(ConcatDataset(training), 0, get_world_size(), run_cfg.seed)
+        shard.check_batch(run_cfg.batch_size_train)
     logger.info("model: %s, %s", config.model_cfg.arch, config.model_cfg.model_type)
     for name, by_split in datasets.items():
         sizes = ", ".join(f"{split} {len(dataset)}" for split, dataset in by_split.items())
@@ -359,8 +361,8 @@ def exit_status(work: Callable[[], object]) -> int:
         status, said = signals.describe(interrupt)
         message = None if rank else said
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            status, message = 2, f"error: {cannot_write(error)}"
+        if problem := disk_problem(error):
+            status, message = 2, f"error: {problem}"
         else:
             traceback.print_exc()
             status = 1

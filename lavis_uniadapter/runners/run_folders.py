@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lavis_uniadapter.checkpoints.identity import RUN_CONFIG
 from lavis_uniadapter.common.atomic import no_empty_folders
-from lavis_uniadapter.common.errors import ConfigError, name_some
+from lavis_uniadapter.common.errors import DISK_IS_FULL, ConfigError, name_some
 from lavis_uniadapter.runners import run_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ LOG = "log.txt"
 # What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
-# Or a quota is used up, a limit is reached, or the system made a damaged disk read-only.
-DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # Of network file systems that are mounted without locks.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 # LAVIS's names of metrics, and how many of our units one of LAVIS's is.
@@ -111,7 +109,7 @@ def sole_user(folder: Path) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(folder / LOCK, blocking=False))
         except Timeout:
-            raise FolderInUse(f"Another process works in '{folder}'.") from None
+            raise FolderInUse(f"Another process is using '{folder}'.") from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise CannotWrite(
@@ -203,7 +201,7 @@ def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | N
             logger.info("%s It is left alone.", error)
             continue
         except (ValueError, TypeError, AttributeError, KeyError):
-            logger.info("'%s' is no run of this package: its %s is another.", folder, CONFIG)
+            logger.info("'%s' is not a run of this package: its %s is different.", folder, CONFIG)
             continue
         if not differences:
             return folder

@@ -133,11 +133,7 @@ class RunnerUniAdapter(RunnerBase):
         if training:
             items = TrainingItems(dataset, run.num_workers, run.seed)
             sampler = TrainingShard(dataset, rank, world, run.seed)
-            if len(sampler) < batch_size:
-                raise ConfigError(
-                    f"The training split gives each process {len(sampler)} items, fewer than "
-                    f"run.batch_size_train {batch_size}. Make the batch smaller."
-                )
+            sampler.check_batch(batch_size)
         else:
             sections = self.config.datasets_cfg.values()
             allow_missing = any(section.get("allow_missing") for section in sections)

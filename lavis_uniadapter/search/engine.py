@@ -101,8 +101,9 @@ class Recipe:
     def prepare_texts(self, texts: Sequence[str]) -> list[str]:
         """Texts as in evaluation; ConfigError for one that has no words."""
         prepared = [self.text_processor(text) for text in texts]
+        nothing = self.text_processor("")  # a prompt, perhaps
         for text, words in zip(texts, prepared, strict=True):
-            if not words.strip():
+            if words == nothing:
                 raise ConfigError(f"{text!r} has no words that the model reads.")
         return prepared
 

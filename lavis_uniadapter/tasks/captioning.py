@@ -41,7 +41,12 @@ class UniAdapterCaptionTask(PredictionTask):
             self.selection_metric = "agg_metrics"
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets; for evaluation, one record per visual input, with all its captions."""
+        """LAVIS's datasets; for evaluation, one record per visual input, with all its captions.
+
+        Raises:
+            ConfigError: if training captions do not begin with the model's prompt.
+            DatasetError: if a record of an evaluation split has no caption to score against.
+        """
         datasets = super().build_datasets(cfg)
         for name, splits in datasets.items():
             for split, dataset in splits.items():

@@ -51,7 +51,11 @@ class VideoQATask(PredictionTask):
         return super().fits(model_cls) or issubclass(model_cls, AlproQA)
 
     def build_datasets(self, cfg):
-        """LAVIS's datasets, with class labels for every answer in them."""
+        """LAVIS's datasets, with class labels for every answer in them.
+
+        Raises:
+            ConfigError: for a selection metric that the first validation split does not have.
+        """
         datasets = super().build_datasets(cfg)
         labels: dict[str, int] = {}
         every = [dataset for splits in datasets.values() for dataset in splits.values()]

@@ -84,6 +84,16 @@ def test_the_current_folder(build_model, tmp_path, monkeypatch):
     assert Path.cwd() == tmp_path
 
 
+def test_the_home_folder(build_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = build_model()
+    model.save_adapter("~/run/mine")
+    model.load_adapter("~/run/mine")
+    assert {path.name for path in (tmp_path / "run/mine").iterdir()} == {TENSORS, CONFIG, CARD}
+    with pytest.raises(CheckpointError, match=f"Did you mean '{tmp_path}/run/mine'"):
+        model.load_adapter("~/run")
+
+
 @pytest.mark.parametrize("folders", [["one"], ["one", "two"]])
 def test_threads_leave_whole_folders(build_model, tmp_path, folders):
     model = build_model()

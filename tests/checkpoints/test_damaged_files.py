@@ -131,7 +131,7 @@ def test_a_damaged_file_of_the_cache_may_be_deleted(server, address, tmp_path):
     cached = tmp_path / "hub/checkpoints/blip.pth"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(WEIGHTS[:-700])
-    with pytest.raises(CheckpointError, match=f"'{cached}' is no .* Delete it, so that"):
+    with pytest.raises(CheckpointError, match=f"'{cached}' is not a PyTorch .* Delete it, so that"):
         read_state_dict(f"{address}/blip.pth")
 
 
@@ -144,7 +144,7 @@ class Malicious:
     ("content", "expected"),
     [
         (b"", "is empty (0 bytes)"),
-        (b"<html>", "no PyTorch checkpoint"),
+        (b"<html>", "not a PyTorch checkpoint"),
         (WEIGHTS[:-700], "damaged. Copy or download it again."),
         (WEIGHTS.replace(b"\x00\x00\x80\x3f", b"\x00\x00\x81\x3f", 1), "damaged"),
         (saved({"w": Malicious()}), "mkdir', which could run any code"),

@@ -212,7 +212,7 @@ def test_dry_run_names_a_folder_that_is_taken(tiny, tmp_path, capsys):
     assert "holds a run already. Set run.resume=auto" in capsys.readouterr().err
     with held_by_another_process(folder):
         assert main(arguments) == 2
-    assert "Another process works in" in capsys.readouterr().err
+    assert "Another process is using" in capsys.readouterr().err
 
 
 def test_trains_on_from_an_adapter(tiny, tmp_path, capsys):
@@ -237,6 +237,8 @@ def test_trains_on_from_an_adapter(tiny, tmp_path, capsys):
         ("train", "model.adapter_ckpt=none", "model.adapter_ckpt: 'none' is not an adapter folder"),
         ("train", "model.load_finetuned=True", "model.finetuned is None"),
         ("evaluate", "model.finetuned=no.pth", "load_finetuned is False"),
+        ("train", "run.batch_size_train=99", "fewer than run.batch_size_train 99"),
+        ("train", "max_epoch=3", "'max_epoch' is not a section. Did you mean 'run.max_epoch'?"),
         ("train", "run.test_splits=[tset]", "run.test_splits names 'tset'"),
         ("train", "model.tunning=full", "Did you mean 'tuning'?"),
     ],
@@ -261,5 +263,5 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["cp", "shapes_qa", str(tmp_path / "mine.yaml")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: Cannot write '{tmp_path / 'mine.yaml'}'") and "Free" in error
+    assert error.startswith(f"error: '{tmp_path / 'mine.yaml'}': No space") and "Free" in error
     assert not [*tmp_path.iterdir()]

@@ -23,7 +23,7 @@ def machine(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "options", "most"),
     [
-        ("msrvtt_retrieval", ["run.num_workers=1000"], "run.num_workers 30.0 GB, "),
+        ("msrvtt_retrieval", ["run.num_workers=1000"], "run.num_workers 30.0 GB."),
         ("msrvtt_retrieval", ["run.batch_size_train=40000"], "run.batch_size_train"),
         ("msrvtt_retrieval", ["run.batch_size_eval=4000"], "run.batch_size_eval"),
         ("msrvtt_retrieval", ["model.adapter.bottleneck=1000000"], "model.adapter.bottleneck"),

@@ -309,7 +309,7 @@ def test_an_output_that_another_process_writes_is_refused(recipe_of, media, tmp_
     output = tmp_path / "out.csv"
     with resumable.continued(output, {}, overwrite=False):
         assert main(arguments(recipe_of("caption"), media, output)) == 2
-    assert "Another process writes" in capsys.readouterr().err
+    assert "Another process is writing" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
@@ -320,7 +320,7 @@ def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
         resumable, "atomic", lambda path: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     assert main(line) == 2
-    assert "No space left. Once that" in capsys.readouterr().err
+    assert "No space left. Fix that" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(line) == 0
     assert "2 records of 2 files, 2 done earlier" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def evaluate(trained):
 
 @pytest.mark.parametrize("part", ["checkpoint", "adapter"])
 def test_another_base_is_refused_in_evaluation(evaluate, part):
-    expected = r"another base checkpoint, 'base.pth' \(\w{8}\); now it is 'random weights' "
+    expected = r"another base checkpoint: 'base.pth' \(\w{8}\) then, 'random weights' "
     with pytest.raises(CheckpointError, match=expected + ".* Set model.pretrained"):
         evaluate("model.pretrained=null", part=part)
 
@@ -76,19 +76,19 @@ def few_words(tmp_path):
 
 @pytest.mark.parametrize("part", ["checkpoint", "adapter"])
 def test_fewer_words_are_refused(evaluate, part, few_words):
-    with pytest.raises(CheckpointError, match=r"another vocabulary, '\d+ tokens'.*now it is '62 "):
+    with pytest.raises(CheckpointError, match=r"another vocabulary: '\d+ tokens'.* then, '62 "):
         evaluate(f"model.tokenizer={few_words}", part=part)
 
 
 def test_normalisation_is_refused_frames_are_named_and_force_is_heeded(evaluate, caplog):
     processor = "datasets.shapes_retrieval.vis_processor.eval"
     for part in ("checkpoint", "adapter"):
-        with pytest.raises(CheckpointError, match=r"another eval\.mean, \[0\.48.*now it is \[0\.5"):
+        with pytest.raises(CheckpointError, match=r"another eval\.mean: \[0\.48.* then, \[0\.5"):
             evaluate(f"{processor}.mean=[0.5,0.5,0.5]", part=part)
     assert "eval.n_frms" not in caplog.text
     result = evaluate(f"{processor}.n_frms=3", "model.pretrained=null", "model.force=True")
     assert caplog.text.count("another base checkpoint") == 1
-    assert caplog.text.count("another eval.n_frms, 2; now it is 3") == 1
+    assert caplog.text.count("another eval.n_frms: 2 then, 3 now") == 1
     summary = json.loads((result.output_dir / run_folders.SUMMARY).read_text())
     assert summary["untrained"] is False
 
@@ -97,16 +97,16 @@ def test_resume_refuses_an_overwritten_base_and_other_records(trained, tmp_path)
     folder, options = trained
     resumed = [*options, *SHORT, "run.max_epoch=2", "run.job_id=run", "run.resume=auto"]
     with pytest.raises(
-        CheckpointError, match=r"training records of shapes_retrieval, '\d+ records'"
+        CheckpointError, match=r"training records of shapes_retrieval: '\d+ records'"
     ):
         other = ("datasets.shapes_retrieval.generate.seed=1", f"run.cache_root={tmp_path}")
         launch.run(RECIPE, [*resumed, *other])
-    with pytest.raises(CheckpointError, match=r"another train\.n_frms, 2; now it is 3"):
+    with pytest.raises(CheckpointError, match=r"another train\.n_frms: 2 then, 3 now"):
         launch.run(RECIPE, [*resumed, "datasets.shapes_retrieval.vis_processor.train.n_frms=3"])
     content = (folder / "base.pth").read_bytes()
     save_base(folder / "base.pth", options_of("shapes_retrieval", folder), seed=1)
     try:
-        with pytest.raises(CheckpointError, match="another base checkpoint, 'base.pth'"):
+        with pytest.raises(CheckpointError, match="another base checkpoint: 'base.pth'"):
             launch.run(RECIPE, resumed)
     finally:
         (folder / "base.pth").write_bytes(content)
@@ -116,6 +116,7 @@ def test_what_was_not_trained_is_said(trained, caplog):
     folder, options = trained
     result = launch.run(RECIPE, options, evaluate=True)
     assert "this scores the untrained start: 'uniadapter' on 'base.pth'" in caplog.text
+    assert "scores the untrained start" in (result.output_dir / "run.log").read_text()
     line = Line("nothing trained", runs=[run_folders.read(result.output_dir)])
     rows = report.rows_of([line], ["t2v_r1"])
     assert rows[0]["untrained"]

@@ -358,7 +358,7 @@ def fails(tmp_path, tiny_cache, monkeypatch, capsys):
         ("datasets.shapes_retrieval.vis_processor.trian.name=x", "Did you mean 'train'?"),
         ("datasets.shapes_retrieval.text_processor.train.promtp=x", "Did you mean 'prompt'?"),
         ("datasets.shapes_retrieval.build_info.vidoes.storage=x", "Did you mean 'videos'?"),
-        ("preprocess.x=1", "Unknown configuration key 'configuration.preprocess'"),
+        ("preprocess.x=1", "Unknown configuration key 'preprocess'"),
         ("run.init_lr", "Option 'run.init_lr' has no '='"),
     ],
 )

@@ -242,7 +242,7 @@ def test_interrupting_starts_nothing_more(plan_file, monkeypatch, capsys):
 def test_two_comparisons_never_share_a_folder(plan_file, stub_runs):
     plan = read_plan(plan_file())
     with run_folders.sole_user(Path(plan.output_dir)):
-        with pytest.raises(run_folders.FolderInUse, match="Another process works in"):
+        with pytest.raises(run_folders.FolderInUse, match="Another process is using"):
             Comparison(plan).run()
     assert stub_runs == []
     Comparison(plan).run()

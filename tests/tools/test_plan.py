@@ -23,7 +23,7 @@ from lavis_uniadapter.tools.compare.plan import METRICS, check_runs, read_plan
         ({"seed": [1]}, "Did you mean 'seeds'"),
         ({"cfg_path": "no.yaml"}, "no.yaml"),
         ({"runs": {"a": {"option": []}}}, "Did you mean 'options'"),
-        ({"runs": {"a": {"learning_rate_of": "b"}}}, "'b' of 'a' is no run"),
+        ({"runs": {"a": {"learning_rate_of": "b"}}}, "'b' of 'a' is not a run"),
         ({"runs": {"a b": {}, "a-b": {}}}, "same folder"),
         ({"runs": {"a": {"evaluate": True}, "b": {"learning_rate_of": "a"}}}, "'a' of 'b'"),
         ({"runs": ["a"]}, "runs is"),
@@ -32,7 +32,7 @@ from lavis_uniadapter.tools.compare.plan import METRICS, check_runs, read_plan
         ({"metrics": "t2v_r1"}, "metrics is 't2v_r1'"),
         ({"base": "x.yaml"}, "base is 'x.yaml'"),
         ({"runs": {"a": {"options": "x=1"}}}, "options is 'x=1'"),
-        ({"reference": "liner"}, "'liner' is no run. Did you mean 'linear'"),
+        ({"reference": "liner"}, "'liner' is not a run. Did you mean 'linear'"),
     ],
 )
 def test_impossible_plan_is_named(plan_file, changes, expected):

@@ -93,13 +93,15 @@ def _complete(plan: PlanFile, folder: Path, options: Sequence[str]) -> PlanFile:
     for name, run in runs.items():
         of = run.learning_rate_of
         if of and not (of in runs and runs[of].learning_rates):
-            raise ConfigError(f"learning_rate_of '{of}' of '{name}' is no run with learning_rates.")
+            raise ConfigError(
+                f"learning_rate_of '{of}' of '{name}' is not a run with learning_rates."
+            )
     if len(set(map(slug, runs))) < len(runs):
         raise ConfigError("two runs would have the same folder; rename one.")
     trained = [name for name, run in runs.items() if not run.evaluate]
     reference = plan.reference or [*trained, *runs][0]
     if reference not in runs:
-        raise ConfigError(f"reference '{reference}' is no run.{nearest(reference, runs)}")
+        raise ConfigError(f"reference '{reference}' is not a run.{nearest(reference, runs)}")
     changes = {
         "cfg_path": None,
         "reference": reference,

@@ -28,16 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     import lavis_uniadapter.registration  # noqa: F401
-    from lavis_uniadapter.common.errors import CANNOT_WRITE, ConfigError, cannot_write
+    from lavis_uniadapter.common.errors import ConfigError, disk_problem
     from lavis_uniadapter.datasets.records import DatasetError
 
     module, function = args.run
     try:
         return getattr(import_module(f"lavis_uniadapter.tools.prepare.{module}"), function)(args)
     except (ConfigError, DatasetError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            error = ConfigError(cannot_write(error))
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {disk_problem(error) or error}", file=sys.stderr)
         return 2
 
 

@@ -88,7 +88,7 @@ def _is_extracted(video: Path, target: Path, number: int, image_size: int) -> bo
         about = read_about(str(target))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{target} is no archive of frames that can be read ({error}). Delete it, and it is "
+            f"{target} cannot be read as an archive of frames ({error}). Delete it, and it is "
             "extracted again."
         ) from error
     if not about.is_of(video):

@@ -101,9 +101,9 @@ def test_every_kind_of_rotten_file_is_named_with_its_reason(folder, checked, tho
         "videos/not_a_video.mp4": "is in no known format",
         "videos/header_only.mp4": "decord says",
         "videos/dangling_link.mp4": "it is a link to",
-        f"videos/bad_archive.mp4{EXTRACTED_SUFFIX}": "it is no archive of frames",
+        f"videos/bad_archive.mp4{EXTRACTED_SUFFIX}": "it is not an archive of frames",
         "videos/folder.mp4": "it is a folder",
-        "videos/pipe.mp4": "it is no regular file",
+        "videos/pipe.mp4": "it is not a regular file",
         "images/cut.png": "cannot be read as an image (image file is truncated",
         "images/text.jpg": "cannot be read as an image (cannot identify image file",
     }
