@@ -218,6 +218,7 @@ def test_recall_equals_the_retrieval_tasks(recipe_of, run, tmp_path):
 def killed_after(monkeypatch, batches: int, arguments: list[str]) -> None:
     """Run the command in a child that is killed when it has written some batches and a bit."""
     if (child := os.fork()) == 0:
+        torch.set_num_threads(1)  # the threads of the parent are not there
         add, calls = resumable.Partial.add, []
 
         def add_and_die(self, entries):
