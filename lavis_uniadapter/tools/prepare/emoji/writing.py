@@ -29,6 +29,7 @@ UNSEEN, SHARED, VALIDATION = 250, 400, 150
 STILLS_VALIDATION = 200
 STILL_SIZE, CLIP_SIZE = 64, 256
 STILL_FRAMES = 12  # of a clip that does not move
+KEYWORDS = 4  # in a caption: more take most of the training time
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Concept:
     def record(self, shown: Mapping[str, str], caption: str) -> dict[str, str]:
         """A record of custom data. Pictures of one concept match the same texts."""
         return {**shown, "caption": caption, "image_id": self.code}
+
+    def training_records(self, shown: Mapping[str, str]) -> list[dict[str, str]]:
+        """One with the name and, if there are any, one with keywords that the picture decides."""
+        keywords = ranked(self.tags, self.code, *shown.values())[:KEYWORDS]
+        captions = [self.label, *([", ".join(keywords)] if keywords else [])]
+        return [self.record(shown, caption) for caption in captions]
 
 
 def prepare(args: argparse.Namespace) -> int:
@@ -82,21 +89,20 @@ def read_concepts(emojibase: Path) -> dict[str, Concept]:
     """The emoji by their code points, without flags, skin tones and other components."""
     groups = json.loads((emojibase / "meta/groups.json").read_bytes())["groups"]
     used = {int(order) for order, name in groups.items() if name not in ("flags", "component")}
-    entries = json.loads((emojibase / "en/data.json").read_bytes())
-    return {
-        concept.code: concept
-        for concept in (
-            Concept(packages.code_of(e["hexcode"]), e["label"], tuple(e.get("tags", ())))
-            for e in entries
-            if e.get("group") in used
-        )
-    }
+    concepts = {}
+    for entry in json.loads((emojibase / "en/data.json").read_bytes()):
+        if entry.get("group") in used:
+            # a keyword may be a sign, such as "*", which is no caption
+            words = tuple(tag for tag in entry.get("tags", ()) if any(map(str.isalnum, tag)))
+            code = packages.code_of(entry["hexcode"])
+            concepts[code] = Concept(code, entry["label"], words)
+    return concepts
 
 
-def ranked(codes: Iterable[str], *source: object) -> list[str]:
-    """Concepts in an order that depends on their codes and the ``source`` alone."""
+def ranked(items: Iterable[str], *source: object) -> list[str]:
+    """Items in an order that depends on them and the ``source`` alone."""
     prefix = " ".join(map(str, source))
-    return sorted(codes, key=lambda code: hashlib.sha256(f"{prefix} {code}".encode()).digest())
+    return sorted(items, key=lambda item: hashlib.sha256(f"{prefix} {item}".encode()).digest())
 
 
 def split_concepts(codes: Iterable[str], seed: int) -> dict[str, str]:
@@ -140,9 +146,8 @@ def _stills(
         jobs.append((pictures[artist][code], output / "stills" / name))
         if (code, artist) in held_out:
             records["stills_val"].append(concept.record({"image": name}, concept.label))
-            continue
-        for caption in filter(None, (concept.label, ", ".join(concept.tags))):
-            records["stills_train"].append(concept.record({"image": name}, caption))
+        else:
+            records["stills_train"] += concept.training_records({"image": name})
     _each(_write_still, jobs, "stills")
     return records
 
@@ -158,12 +163,12 @@ def _clips(
         f"clips_{split}": [] for split in ("train", "val", "test", "test_unseen")
     }
     for code, split in sorted(split_of.items()):
-        concept = concepts[code]
-        captions = [concept.label]
-        if split == "train" and concept.tags:
-            captions.append(", ".join(concept.tags))
-        shown = {"video": f"{code}.mp4"}
-        records[f"clips_{split}"] += [concept.record(shown, caption) for caption in captions]
+        concept, shown = concepts[code], {"video": f"{code}.mp4"}
+        records[f"clips_{split}"] += (
+            concept.training_records(shown)
+            if split == "train"
+            else [concept.record(shown, concept.label)]
+        )
     jobs = [(path, output / "clips" / f"{code}.mp4") for code, path in clips.items()]
     _each(_write_clip, jobs, "clips")
     return records
