@@ -23,7 +23,8 @@ A concept is an emoji without skin tone; flags are left out. Of the {clips} clip
 move; the others show a still.
 
 * `stills_train.jsonl` trains a base. A still has two captions: its name, and up to four of its
-  keywords. `stills_val.jsonl` has one artist's stills of concepts whose other stills are trained on.
+  keywords.
+* `stills_val.jsonl` has one artist's stills of concepts whose other stills are trained on.
 * `clips_train.jsonl` and `clips_val.jsonl` adapt the base to clips.
 * `clips_test.jsonl`: concepts that training stills show and training clips do not.
 * `clips_test_unseen.jsonl`: concepts that no training still and no training clip shows. Parts
