@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from argparse import Namespace
@@ -83,8 +82,8 @@ def validate(cfg_path: str | Path, options: Sequence[str] = ()) -> dict[str, Any
         raise ConfigError(f"run.{unread[0]} is given, and model.arch '{arch}' does not read it.")
     if section_cls is None and (ignored := [key for key in unread if key != "k_test"]):
         logger.info("LAVIS's '%s' does not read run.%s.", arch, ", run.".join(ignored))
-    if names := registered.in_sources():
-        _check_names(content, names)
+    if sources := registered.in_sources():
+        _check_names(content, sources)
     _check_sizes(content)
     return content
 
@@ -170,14 +169,15 @@ def _complete(content: dict[str, Any]) -> Config:
     from lavis_uniadapter.runners.precision import choose_amp
 
     model, run = content["model"], content["run"]
-    _check_names(content, registered.in_registry())
+    _check_names(content, registered.Registry())
     if model["arch"] not in MODELS:
         model_cls = registry.get_model_class(model["arch"])
-        types = model_cls.PRETRAINED_MODEL_CONFIG_DICT
-        _check_name("model.model_type", model.get("model_type"), types)
         path = model_cls.default_config_path(model["model_type"])
         model = _overlay(_load(path)["model"], model)
-    datasets = {n: _complete_dataset(n, s, registry) for n, s in content["datasets"].items()}
+    datasets = {
+        name: _complete_dataset(section, registry.get_builder_class(name))
+        for name, section in content["datasets"].items()
+    }
     run["device"] = choose_device(run["device"])
     run["amp"] = choose_amp(run["amp"], run["device"])
     complete = {"model": model, "datasets": datasets, "run": run}
@@ -189,18 +189,26 @@ def _complete(content: dict[str, Any]) -> Config:
     return config
 
 
-def _check_names(content: Mapping[str, Any], names: registered.Names) -> None:
-    """Raise ConfigError for a name that is not registered with LAVIS."""
-    run = content["run"]
+def _check_names(content: Mapping[str, Any], known: registered.Registered) -> None:
+    """Raise ConfigError for a name that is not registered, and for options of LAVIS's parts."""
+    run, model, names = content["run"], content["model"], known.names
     _check_name("run.task", run["task"], names["task"])
     _check_name("run.runner", run["runner"], names["runner"])
     _check_name("run.lr_sched", run["lr_sched"], [None, *names["lr_scheduler"]])
-    _check_name("model.arch", content["model"].get("arch"), names["model"])
+    _check_name("model.arch", model.get("arch"), names["model"])
+    if model["arch"] not in MODELS:
+        types = known.types("model", model["arch"])
+        _check_name("model.model_type", model.get("model_type"), types)
     for name, section in content["datasets"].items():
         if name not in names["builder"]:
             raise ConfigError(f"Unknown dataset '{name}'.{nearest(str(name), names['builder'])}")
+        types = known.types("builder", name)
+        _check_name(f"datasets.{name}.type", section.get("type", "default"), types)
         for where, processor in _processors(f"datasets.{name}", section):
             _check_name(f"{where}.name", processor["name"], names["processor"])
+            options = known.options(processor["name"])
+            if processor["name"] not in PROCESSORS and options is not None:
+                reject_unknown_keys(processor, ("name", *options), where)
 
 
 def _processors(where: str, section: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,18 +219,10 @@ def _processors(where: str, section: Mapping[str, Any]) -> Iterator[tuple[str, d
                 yield f"{where}.{kind}.{mode}", processor
 
 
-def _complete_dataset(name: str, section: dict[str, Any], registry: Any) -> dict[str, Any]:
+def _complete_dataset(section: dict[str, Any], builder: Any) -> dict[str, Any]:
     from lavis.datasets.builders.base_dataset_builder import load_dataset_config
 
-    builder, type_ = registry.get_builder_class(name), section.get("type", "default")
-    _check_name(f"datasets.{name}.type", type_, builder.DATASET_CONFIG_DICT)
-    for where, processor in _processors(f"datasets.{name}", section):
-        if processor["name"] not in PROCESSORS:
-            # LAVIS's processors pass every option that they read to their constructor.
-            init = registry.get_processor_class(processor["name"]).__init__
-            known = set(inspect.signature(init).parameters) - {"self"}
-            reject_unknown_keys(processor, ("name", *known), where)
-    default_path = builder.default_config_path(type=type_)
+    default_path = builder.default_config_path(type=section.get("type", "default"))
     defaults: Any = OmegaConf.to_container(load_dataset_config(default_path))
     return _overlay({"skip_missing": False, "allow_missing": False, **defaults}, section)
 
@@ -252,9 +252,9 @@ def _check_image_sizes(name: str, section: Mapping[str, Any], model: Mapping[str
                 )
 
 
-def _check_name(key: str, name: object, known: Iterable[str | None]) -> None:
-    known = list(known)
-    if name not in known:
+def _check_name(key: str, name: object, known: Iterable[str | None] | None) -> None:
+    """Raise ConfigError for a name that is not among those known; None: they cannot be known."""
+    if known is not None and name not in (known := list(known)):
         names = list(filter(None, known))
         hint = nearest(str(name), names)
         raise ConfigError(f"{key} is {name!r}.{hint} Known: {', '.join(names)}.")

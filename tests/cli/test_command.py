@@ -74,6 +74,9 @@ NAMES = {
     "train shapes_retrieval datasets.flickr={}": "Unknown dataset 'flickr'. Did you mean",
     "train blip_retrieval_flickr model.arch=blip_retreival": "Did you mean 'blip_retrieval'?",
     "train flickr_retrieval datasets.flickr30k.vis_processor.train.name=blip": "train.name is 'b",
+    "train flickr_retrieval datasets.flickr30k.vis_processor.eval.sizee=4": "key 'datasets.flickr",
+    "train blip_retrieval_flickr model.model_type=cocoo": "is 'cocoo'. Did you mean 'coco'?",
+    "train custom_retrieval datasets.custom_retrieval.type=x": "type is 'x'. Known: default.",
     "evaluate flickr_retrieval model.image_size=224": "model.image_size is 224. Give both the",
 }
 ANSWER = """

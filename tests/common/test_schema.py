@@ -170,12 +170,22 @@ def test_numbers_without_sense_are_refused(recipe, option, expected):
         validate(recipes.runs()[recipe], [option])
 
 
-def test_names_of_the_sources_are_those_that_are_registered():
-    found, known = registered._in_sources(), registered.in_registry()
-    for kind in registered.KINDS:
-        by_name = registry.mapping[f"{kind}_name_mapping"]
-        packaged = [n for n in known[kind] if by_name[n].__module__.startswith("lavis")]
-        assert found[kind] == packaged, kind
+def test_the_sources_say_what_is_registered():
+    found, known = registered.Sources(), registered.Registry()
+    packaged = {
+        kind: [n for n in known.names[kind] if classes[n].__module__.startswith("lavis")]
+        for kind in registered.KINDS
+        for classes in [registry.mapping[f"{kind}_name_mapping"]]
+    }
+    assert found.names == packaged
+    for kind in registered.TYPES:
+        for name in packaged[kind]:
+            types = found.types(kind, name)
+            assert types is None or list(types) == list(known.types(kind, name)), name
+    assert found.types("model", "blip_retrieval") == ["coco", "flickr"]
+    assert found.types("builder", "msrvtt_retrieval") == ["default"]
+    for name in ("blip_image_train", "blip_image_eval", "blip_caption", "blip_question"):
+        assert found.options(name) == known.options(name)
 
 
 def test_names_that_look_like_numbers_are_names():
