@@ -121,7 +121,7 @@ def read_yaml(path: Path, options: Sequence[str] = ()) -> dict[Any, Any]:
         if "=" not in option:
             raise ConfigError(f"Option '{option}' has no '='. Write section.key=value.")
         try:
-            given = OmegaConf.merge(given, OmegaConf.from_dotlist([option]))
+            given.merge_with_dotlist([option])
         except Exception as error:
             raise ConfigError(
                 f"Option '{option}' cannot be read as section.key=value: {error}"
