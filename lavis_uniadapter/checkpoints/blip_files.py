@@ -32,7 +32,10 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if there is no such file, it is damaged, or it holds no state dict.
     """
-    check_there(source)
+    if not (is_url(str(source)) or os.path.isfile(source)):
+        raise CheckpointError(
+            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file."
+        )
     path, again = source, "Copy or download it again."
     if is_url(str(source)):
         # Without on_main_process the others wait no longer than for a step of training.
@@ -47,15 +50,6 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"'{path}' holds no state dict.")
     return state
-
-
-def check_there(source: str | os.PathLike) -> None:
-    """Raise CheckpointError unless a checkpoint is a URL, which is not tried, or a file."""
-    if not (is_url(str(source)) or os.path.isfile(source)):
-        raise CheckpointError(
-            f"No checkpoint at '{source}'. Give the path or URL of a BLIP .pth file as "
-            "model.pretrained, or null for random weights."
-        )
 
 
 def is_base(key: str) -> bool:

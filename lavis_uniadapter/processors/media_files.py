@@ -75,6 +75,8 @@ def link_problem(path: str | os.PathLike, folder: str | os.PathLike) -> str | No
     inside = Path(real).is_relative_to(os.path.realpath(folder))
     if inside or os.environ.get(FOLLOW_LINKS) == "1":
         return None
+    if not os.path.exists(real):
+        return f"it is a link to {real}, which does not exist"
     return (
         f"it is reached by a link that leaves {os.fspath(folder)}, to {real}; if you trust the "
         f"links of this folder, set {FOLLOW_LINKS}=1"

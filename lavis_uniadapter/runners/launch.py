@@ -27,7 +27,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from transformers import set_seed
 
-from lavis_uniadapter.checkpoints import adapter_files, blip_files, identity
+from lavis_uniadapter.checkpoints import adapter_files, identity
 from lavis_uniadapter.checkpoints.identity import Identity
 from lavis_uniadapter.common import signals
 from lavis_uniadapter.common.atomic import write_json
@@ -219,9 +219,6 @@ def check(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fa
     folder, _ = run_folders.choose_folder(config.to_dict())
     with run_folders.run_in(folder):  # which makes it, and removes it again
         pass
-    base = config.model_cfg.get("pretrained")
-    if base and not is_lavis_model(registry.get_model_class(config.model_cfg.arch)):
-        blip_files.check_there(base)
     _, datasets = _build_datasets(config)
     check_built(datasets, config.datasets_cfg, config.run_cfg.check_files)
     if training := [of["train"] for of in datasets.values() if "train" in of]:

@@ -196,23 +196,23 @@ def find_unfinished_run(output_dir: Path, config: Mapping[str, Any]) -> Path | N
         try:
             with sole_user(folder):
                 noted = json.loads((folder / CONFIG).read_text())
-            differences = _differences(noted, config)
+            changed = differences(noted, config)
         except (FolderInUse, CannotWrite) as error:
             logger.info("%s It is left alone.", error)
             continue
         except (ValueError, TypeError, AttributeError, KeyError):
             logger.info("'%s' is not a run of this package: its %s is different.", folder, CONFIG)
             continue
-        if not differences:
+        if not changed:
             return folder
         logger.info(
             "'%s' is unfinished and not this run: it has another %s.",
-            *(folder, name_some(differences, 3)),
+            *(folder, name_some(changed, 3)),
         )
     return None
 
 
-def _differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Names of the settings that change what is computed."""
     return [
         f"{section}.{key}"

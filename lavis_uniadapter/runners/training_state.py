@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lavis_uniadapter.checkpoints.blip_files import describe_mismatch
 from lavis_uniadapter.common.distributed import gather_to_main
-from lavis_uniadapter.common.errors import CheckpointError
-from lavis_uniadapter.runners import run_checkpoints
+from lavis_uniadapter.common.errors import CheckpointError, name_some
+from lavis_uniadapter.runners import run_checkpoints, run_folders
 from lavis_uniadapter.runners.epoch import EpochProgress
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ def restore(runner: RunnerUniAdapter, path: str | Path) -> EpochProgress:
             f"'{path}' is of a run with model.tuning '{theirs}', and this one has '{ours}'. Set "
             f"model.tuning: {theirs} to continue it."
         )
+    if content.get("ranks"):  # of this runner, so with the same keys
+        changed = run_folders.differences(content["config"], runner.config.to_dict())
+        if changed:
+            logger.warning("The run of '%s' had another %s.", path, name_some(changed))
     progress = _restore_rank(runner, content, path)
     load_model_state(runner.unwrap_dist_model(runner.model), content["model"], path)
     for group in content["optimizer"]["param_groups"]:

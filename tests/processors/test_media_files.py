@@ -209,8 +209,14 @@ def test_links_that_leave_the_folder_are_named_unless_allowed(linked, name, monk
     assert link_problem(linked / name, linked) is None
 
 
+def test_a_link_to_nothing_is_called_that(tmp_path):
+    (tmp_path / "a.mp4").symlink_to("gone.mp4")
+    assert "gone.mp4, which does not exist" in link_problem(tmp_path / "a.mp4", tmp_path / "sub")
+
+
 def test_a_folder_of_a_similar_name_is_another(tmp_path):
     (tmp_path / "data2").mkdir()
+    (tmp_path / "data2/a").touch()
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a").symlink_to(tmp_path / "data2/a")
-    assert link_problem(tmp_path / "data/a", tmp_path / "data")
+    assert "link that leaves" in link_problem(tmp_path / "data/a", tmp_path / "data")

@@ -203,7 +203,7 @@ def test_resume_auto_finds_the_unfinished_run(run, longer):
     assert third.output_dir.name not in (folder.name, other.output_dir.name)
 
 
-def test_a_folder_with_a_run_is_not_overwritten(run):
+def test_a_folder_with_a_run_is_not_overwritten(run, caplog):
     options = ("run.job_id=once", "run.max_epoch=1", "run.test_splits=[]")
     folder = run("shapes_retrieval", *options).output_dir
     before = (folder / LATEST).read_bytes()
@@ -213,6 +213,10 @@ def test_a_folder_with_a_run_is_not_overwritten(run):
     # a finished run that is resumed has nothing to train
     again = run("shapes_retrieval", *options, "run.resume=auto")
     assert again.output_dir == folder
+    assert "had another" not in caplog.text
+    changes = ("run.init_lr=1e-3", "run.num_workers=0", "run.resume=auto")
+    run("shapes_retrieval", *options, *changes)
+    assert "checkpoint_latest.pth' had another run.init_lr.\n" in caplog.text
 
 
 def test_two_processes_never_train_in_one_folder(run, tmp_path):

@@ -89,11 +89,21 @@ class ModelSection(Section):
                 f"finetuned is {self.finetuned!r} and load_finetuned is False. Set "
                 "load_finetuned=True to load it, or finetuned=null."
             )
+        base = self.pretrained
+        if base and "://" not in base and not os.path.isfile(base):
+            raise ValueError(
+                f"pretrained: No checkpoint at {base!r}. Give the path or URL of a BLIP .pth file, "
+                "or null for random weights."
+            )
         finetuned = self.finetuned or ""
         if self.load_finetuned and "://" not in finetuned and not os.path.isfile(finetuned):
             raise ValueError(f"finetuned is {self.finetuned!r}; load_finetuned needs a file there.")
         if self.adapter_ckpt is not None and not os.path.isdir(self.adapter_ckpt):
-            raise ValueError(f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder.")
+            raise ValueError(
+                f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder, which save_adapter "
+                "or a run (adapter_best) wrote. --adapter sets this key; for the checkpoint of a "
+                "run set run.resume_ckpt_path."
+            )
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(
                 "adapter.frame_aware is True, and frame-aware attention works in retrieval models "
