@@ -31,7 +31,7 @@ move; the others show a still.
   of their names occur in training: "woman running" and "person running" are two concepts.
 
 In validation and test the caption is the name. `start/` holds BERT's vocabulary and a small
-BLIP: its text encoder has MiniLM's first layers, its other weights are random.
+BLIP: its text encoder has layers of MiniLM, its other weights are random.
 
 | Source | Content | Licence |
 |---|---|---|

@@ -19,10 +19,13 @@ from lavis_uniadapter.models.retrieval import BlipUniAdapterRetrieval
 from lavis_uniadapter.tools.prepare.emoji.packages import WEIGHTS
 
 CHECKPOINT = "start.pth"
+# MiniLM's first two layers and its last two. After its first four alone, the state of [CLS], which
+# BLIP reads, is the same for all texts.
+LAYERS = (0, 1, 4, 5)
 
 
 def write(package: Path, folder: Path, seed: int) -> None:
-    """Write ``vocab.txt`` and a checkpoint: MiniLM's first layers in the text encoder.
+    """Write ``vocab.txt`` and a checkpoint: ``LAYERS`` of MiniLM in the text encoder.
 
     Its cross-attention, the visual encoder and the heads are random.
 
@@ -49,15 +52,19 @@ def write(package: Path, folder: Path, seed: int) -> None:
 
 
 def text_weights(path: Path) -> dict[str, Tensor]:
-    """A BERT's tensors by their names in LAVIS's text encoder (MED).
+    """A BERT's tensors by their names in LAVIS's text encoder (MED), with ``LAYERS`` alone.
 
     MED has no token types, so type 0 is added to the positions; it has no pooler either.
     """
     state = safetensors.torch.load_file(path)
     types = state.pop("embeddings.token_type_embeddings.weight")
     state["embeddings.position_embeddings.weight"] += types[0]
-    return {
-        name: value
-        for name, value in state.items()
-        if not name.startswith("pooler.") and not name.endswith("position_ids")
-    }
+    weights = {}
+    for name, value in state.items():
+        if name.startswith("encoder.layer."):
+            number, _, rest = name.removeprefix("encoder.layer.").partition(".")
+            if int(number) in LAYERS:
+                weights[f"encoder.layer.{LAYERS.index(int(number))}.{rest}"] = value
+        elif not name.startswith("pooler.") and not name.endswith("position_ids"):
+            weights[name] = value
+    return weights
