@@ -42,9 +42,11 @@ def find(name: str, known: Mapping[str, Path]) -> Path:
     """The file of a recipe, given its name or the path of a file, or a ConfigError."""
     path = known.get(name, Path(name))
     if not path.is_file():
+        of_another = name in runs() or name in comparisons()
+        hint = " Another command takes it." if of_another else nearest(name, known)
         raise ConfigError(
-            f"No configuration file or recipe '{name}'.{nearest(name, known)} "
-            "'uniadapter ls' lists the recipes."
+            f"No configuration file or recipe '{name}' for this command.{hint} 'uniadapter ls' "
+            "lists the recipes."
         )
     return path
 

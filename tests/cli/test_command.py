@@ -60,6 +60,7 @@ CASES = {
     "search query x --index none": (2, "'none' holds no index"),
     "search serve --index . --qa-cfg none": (2, "No configuration file or recipe 'none'"),
     "search serve --prot 1": (2, "--prot"),
+    "compare shapes_retrieval": (2, "Another command takes it."),
     "demo vqa": (2, "invalid choice: 'vqa'"),
     "demo --seed -3": (2, "run.seed is -3"),
     "demo --options run.max_epoch=0": (2, "run.max_epoch is 0"),
