@@ -85,6 +85,14 @@ def tiny_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def emoji_folder(tmp_path, monkeypatch):
+    """The current folder has the file that the recipe ``emoji_pretrain`` starts from."""
+    (tmp_path / "emoji/start").mkdir(parents=True)
+    (tmp_path / "emoji/start/start.pth").touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def run(tmp_path, tiny_cache, monkeypatch):
     """Run a configuration of the embedded example, made tiny, here and in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -180,6 +180,7 @@ def test_a_copied_comparison_runs_the_same_recipes(tmp_path):
     assert read_plan(copy) == read_plan(recipes.comparisons()["flickr_retrieval"])
 
 
+@pytest.mark.usefixtures("emoji_folder")
 @pytest.mark.parametrize("options", [[], ["run.evaluate=True"]], ids=["train", "evaluate"])
 @pytest.mark.parametrize("name", recipes.runs())
 def test_every_recipe_is_accepted(name, options):

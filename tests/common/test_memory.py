@@ -55,6 +55,7 @@ def test_pictures_that_cannot_fit_are_refused():
         validate(recipes.runs()["msrvtt_retrieval"], ["model.image_size=160000", *sizes])
 
 
+@pytest.mark.usefixtures("emoji_folder")
 @pytest.mark.parametrize("name", recipes.runs())
 def test_every_recipe_fits(name):
     validate(recipes.runs()[name])

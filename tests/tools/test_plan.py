@@ -76,6 +76,7 @@ def test_the_metrics_of_a_plan_are_those_of_the_tasks():
 COMPARISONS = sorted((TRAIN.parent / "compare").glob("*.yaml"))
 
 
+@pytest.mark.usefixtures("emoji_folder")
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_every_comparison_compares_every_method_by_a_configuration_that_runs(path):
     plan = read_plan(path)
