@@ -49,7 +49,7 @@ KEYS: dict[str, st.SearchStrategy] = {
     "model.max_txt_len": st.integers(2, 512),
     "model.negative_all_rank": st.booleans(),
     "model.tuning": st.sampled_from(["uniadapter", "adapter", "lora", "bitfit", "linear", "full"]),
-    "model.pretrained": words | st.none(),
+    "model.pretrained": words.map("https://example.org/{}.pth".format) | st.none(),
     "model.adapter.bottleneck": whole,
     "model.adapter.dropout": share,
     "model.adapter.share": st.sampled_from(["none", "down", "up", "all"]),

@@ -40,10 +40,9 @@ def _make(task: str, folder: Path) -> SimpleNamespace:
     name = f"shapes_{task}"
     options = ["model.vit.depth=1", "run.device=cpu", "run.amp=null", "run.batch_size_eval=3"]
     options += [f"datasets.{name}.vis_processor.eval.n_frms=2", f"run.cache_root={folder}"]
-    options += [f"model.pretrained={folder / 'base.pth'}"]
     config = load_config(recipes.runs()[name], [*options, "run.evaluate=True"])
     cls = registry.get_model_class(config.model_cfg.arch)
-    config.model_cfg.pretrained = None
+    options += [f"model.pretrained={folder / 'base.pth'}"]
     torch.manual_seed(3)
     model = cls.from_config(config.model_cfg)
     perturb(model, by=0.05)
