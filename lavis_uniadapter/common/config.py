@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from argparse import Namespace
@@ -137,8 +138,10 @@ def _resolved(given: Mapping[str, Any], section_cls: type[ModelSection] | None) 
     files, model_type = section_cls.files() if section_cls else {}, given["model"].get("model_type")
     if isinstance(model_type, str) and model_type in files:
         defaults |= _load(files[model_type])
-    merged = OmegaConf.create(_overlay(defaults, given))
-    content: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    content: Any = copy.deepcopy(_overlay(defaults, given))
+    if any(sign in repr(content) for sign in ("${", "???")):  # OmegaConf takes most of the time
+        merged = OmegaConf.create(content)
+        content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
 
 
