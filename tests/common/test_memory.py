@@ -45,7 +45,12 @@ def test_what_cannot_fit_is_refused_with_the_estimate(recipe, options, most):
     start = r"This run needs at least [\d,.]+ GB of memory, and this machine has 16\.0 GB\. "
     found = re.fullmatch(start + r"Reduce what needs most: (.+)\.", str(error.value))
     assert found and found[1].startswith(most), error.value
-    assert not re.search(r" 0\.0 GB", found[1])  # parts that do not matter are left out
+
+
+def test_a_part_that_does_not_matter_is_left_out():
+    expected = "Reduce what needs most: run.num_workers 300.0 GB."
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        validate(recipes.runs()["msrvtt_retrieval"], ["run.num_workers=10000"])
 
 
 def test_pictures_that_cannot_fit_are_refused():
