@@ -18,6 +18,7 @@ from pydantic import Field
 from lavis_uniadapter.common import registered
 from lavis_uniadapter.common.errors import ConfigError, nearest, reject_unknown_keys
 from lavis_uniadapter.common.memory import check_memory
+from lavis_uniadapter.common.registered import Registry, Sources
 from lavis_uniadapter.common.schema import MODELS, RunSection, Section, read_dataset
 from lavis_uniadapter.common.schema.methods import reject_unread_keys
 from lavis_uniadapter.common.schema.model import LavisModel, ModelSection, RetrievalModel
@@ -139,7 +140,8 @@ def _resolved(given: Mapping[str, Any], section_cls: type[ModelSection] | None) 
     if isinstance(model_type, str) and model_type in files:
         defaults |= _load(files[model_type])
     content: Any = copy.deepcopy(_overlay(defaults, given))
-    if any(sign in repr(content) for sign in ("${", "???")):  # OmegaConf takes most of the time
+    # creating it anew takes most of the time of a comparison's check
+    if any(sign in repr(content) for sign in ("${", "???")):
         merged = OmegaConf.create(content)
         content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return {**content, "run": {key: content["run"][key] for key in given["run"]}}
@@ -172,7 +174,7 @@ def _complete(content: dict[str, Any]) -> Config:
     from lavis_uniadapter.runners.precision import choose_amp
 
     model, run = content["model"], content["run"]
-    _check_names(content, registered.Registry())
+    _check_names(content, Registry())
     if model["arch"] not in MODELS:
         model_cls = registry.get_model_class(model["arch"])
         path = model_cls.default_config_path(model["model_type"])
@@ -192,7 +194,7 @@ def _complete(content: dict[str, Any]) -> Config:
     return config
 
 
-def _check_names(content: Mapping[str, Any], known: registered.Registered) -> None:
+def _check_names(content: Mapping[str, Any], known: Registry | Sources) -> None:
     """Raise ConfigError for a name that is not registered, and for options of LAVIS's parts."""
     run, model, names = content["run"], content["model"], known.names
     _check_name("run.task", run["task"], names["task"])

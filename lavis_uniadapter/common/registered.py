@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lavis_uniadapter.common import paths
 from lavis_uniadapter.common.schema.shapes import GENERATED
@@ -21,31 +21,20 @@ KINDS = ("task", "runner", "lr_scheduler", "model", "builder", "processor")
 TYPES = {"model": "PRETRAINED_MODEL_CONFIG_DICT", "builder": "DATASET_CONFIG_DICT"}
 
 
-class Registered(Protocol):
-    """What is registered, by kind and name; None where that cannot be known."""
-
-    @property
-    def names(self) -> Mapping[str, list[str]]:
-        """The names of each of ``KINDS``."""
-
-    def types(self, kind: str, name: str) -> Iterable[str] | None:
-        """The types of a model or of a dataset builder."""
-
-    def options(self, processor: str) -> Iterable[str] | None:
-        """The options of a processor: LAVIS's pass what they read to their constructor."""
-
-
 class Registry:
     """What is registered now. Importing LAVIS's and this package's modules registers theirs."""
 
     @cached_property
     def names(self) -> Mapping[str, list[str]]:
+        """The names of each of ``KINDS``."""
         return {kind: sorted(self._classes(kind)) for kind in KINDS}
 
     def types(self, kind: str, name: str) -> Iterable[str]:
+        """The types of a model or of a dataset builder."""
         return getattr(self._classes(kind)[name], TYPES[kind])
 
-    def options(self, processor: str) -> Iterable[str]:
+    def options(self, processor: str) -> list[str]:
+        """The options of a processor: LAVIS's pass what they read to their constructor."""
         parameters = inspect.signature(self._classes("processor")[processor].__init__).parameters
         return [name for name in parameters if name != "self"]
 
@@ -56,7 +45,10 @@ class Registry:
 
 
 class Sources:
-    """What the source files of LAVIS and of this package register."""
+    """What the source files of LAVIS and of this package register.
+
+    As ``Registry``; None for what a class does not say itself, but its base class perhaps.
+    """
 
     @cached_property
     def names(self) -> Mapping[str, list[str]]:
@@ -71,7 +63,7 @@ class Sources:
                     return [ast.literal_eval(key) for key in keys if key]
         return None
 
-    def options(self, processor: str) -> Iterable[str] | None:
+    def options(self, processor: str) -> list[str] | None:
         for statement in self._body("processor", processor):
             if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
                 return [argument.arg for argument in statement.args.args[1:]]

@@ -72,7 +72,7 @@ def restore(runner: RunnerUniAdapter, path: str | Path) -> EpochProgress:
     if content.get("ranks"):  # of this runner, so with the same keys
         changed = run_folders.differences(content["config"], runner.config.to_dict())
         if changed:
-            logger.warning("The run of '%s' had another %s.", path, name_some(changed))
+            logger.warning("'%s' is of a run with another %s.", path, name_some(changed))
     progress = _restore_rank(runner, content, path)
     load_model_state(runner.unwrap_dist_model(runner.model), content["model"], path)
     for group in content["optimizer"]["param_groups"]:

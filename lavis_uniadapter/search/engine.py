@@ -100,12 +100,10 @@ class Recipe:
 
     def prepare_texts(self, texts: Sequence[str]) -> list[str]:
         """Texts as in evaluation; ConfigError for one that has no words."""
-        prepared = [self.text_processor(text) for text in texts]
-        nothing = self.text_processor("")  # a prompt, perhaps
-        for text, words in zip(texts, prepared, strict=True):
-            if words == nothing:
+        for text in texts:
+            if not any(map(str.isalnum, text)):
                 raise ConfigError(f"{text!r} has no words that the model reads.")
-        return prepared
+        return [self.text_processor(text) for text in texts]
 
     @functools.cached_property
     def model(self) -> Any:

@@ -25,7 +25,7 @@ from lavis_uniadapter.tools.compare.plan import read_plan
 from uniadapter_cli.main import COMMANDS, main
 
 CASES = {
-    "": (2, "COMMAND"),
+    "": (2, "commands:\n  train "),
     "--help": (0, "copy a recipe"),
     **{f"{name} --help": (0, f"uniadapter {name}") for name in COMMANDS},
     "ls": (0, "MSR-VTT text-video retrieval"),

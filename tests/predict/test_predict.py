@@ -379,6 +379,7 @@ def test_matches_do_not_depend_on_a_file_that_is_gone(recipe_of, media, tmp_path
         ("qa", ["--question", "a", "--answers", "bad.txt"], "bad.txt:2"),
         ("qa", ["--question", "a", "--answers", "odd.txt"], "which has no token"),
         ("qa", ["--question", "..."], "'...' has no words"),
+        ("qa", ["--question", "???"], "'???' has no words"),
         ("retrieval", ["--text", "a", "--rerank", "-1"], "-1 is not a whole number of 0"),
         ("retrieval", ["--text", "..."], "'...' has no words"),
     ],

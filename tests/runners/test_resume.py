@@ -213,10 +213,10 @@ def test_a_folder_with_a_run_is_not_overwritten(run, caplog):
     # a finished run that is resumed has nothing to train
     again = run("shapes_retrieval", *options, "run.resume=auto")
     assert again.output_dir == folder
-    assert "had another" not in caplog.text
+    assert "of a run with another" not in caplog.text
     changes = ("run.init_lr=1e-3", "run.num_workers=0", "run.resume=auto")
     run("shapes_retrieval", *options, *changes)
-    assert "checkpoint_latest.pth' had another run.init_lr.\n" in caplog.text
+    assert "checkpoint_latest.pth' is of a run with another run.init_lr.\n" in caplog.text
 
 
 def test_two_processes_never_train_in_one_folder(run, tmp_path):

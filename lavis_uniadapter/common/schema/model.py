@@ -100,9 +100,9 @@ class ModelSection(Section):
             raise ValueError(f"finetuned is {self.finetuned!r}; load_finetuned needs a file there.")
         if self.adapter_ckpt is not None and not os.path.isdir(self.adapter_ckpt):
             raise ValueError(
-                f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder, which save_adapter "
-                "or a run (adapter_best) wrote. --adapter sets this key; for the checkpoint of a "
-                "run set run.resume_ckpt_path."
+                f"adapter_ckpt: {self.adapter_ckpt!r} is not an adapter folder. Give one that "
+                "save_adapter or a run wrote, such as RUN/adapter_best, by --adapter or this key. "
+                "For a run's checkpoint file set run.resume_ckpt_path."
             )
         if self.tuning == "uniadapter" and self.adapter.frame_aware and not self.HAS_FRAME_FEATURES:
             raise ValueError(

@@ -29,7 +29,7 @@ UNSEEN, SHARED, VALIDATION = 250, 400, 150
 STILLS_VALIDATION = 200
 STILL_SIZE, CLIP_SIZE = 64, 256
 STILL_FRAMES = 12  # of a clip that does not move
-KEYWORDS = 4  # in a caption: more take most of the training time
+KEYWORDS = 4  # in a caption; a step takes twice as long with all of them
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Concept:
     def training_records(self, shown: Mapping[str, str]) -> list[dict[str, str]]:
         """One with the name and, if there are any, one with keywords that the picture decides."""
         keywords = ranked(self.tags, self.code, *shown.values())[:KEYWORDS]
-        captions = [self.label, *([", ".join(keywords)] if keywords else [])]
-        return [self.record(shown, caption) for caption in captions]
+        captions = self.label, ", ".join(keywords)
+        return [self.record(shown, caption) for caption in captions if caption]
 
 
 def prepare(args: argparse.Namespace) -> int:
