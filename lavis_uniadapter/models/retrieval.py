@@ -270,7 +270,7 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         return loss / 2, BlipSimilarity(*sims, *sims_m, *targets)
 
     def _matching_loss(self, visuals: VisualFeatures, texts: TextFeatures, ids: Tensor):
-        """Loss of positives, and of a hard negative visual and a hard negative text for each item.
+        """Loss of positives, and of a negative visual and a negative text for each item.
 
         An item without any negative also has pairs, so that shapes do not depend on values on the
         device; the loss ignores them.
@@ -281,12 +281,11 @@ class BlipUniAdapterRetrieval(TunedBlip, BlipBase):
         pool_visuals, pool_texts, pool_ids = pool
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             same = torch.eq(ids, pool_ids.t())
+            scale = 1 / self.temp if self.section.hard_negatives else 0
             negative_visual, has_negative = _sample_negatives(
-                texts.feat @ pool_visuals.feat.t() / self.temp, same
+                scale * (texts.feat @ pool_visuals.feat.t()), same
             )
-            negative_text, _ = _sample_negatives(
-                visuals.feat @ pool_texts.feat.t() / self.temp, same
-            )
+            negative_text, _ = _sample_negatives(scale * (visuals.feat @ pool_texts.feat.t()), same)
         positive_text = own + get_rank() * len(ids) if from_ranks else own
         text_index = torch.cat([positive_text, positive_text, negative_text])
         pair_texts = dataclasses.replace(pool_texts, embeds=None)[text_index]

@@ -25,6 +25,29 @@ def test_negatives_are_never_the_same_item_and_follow_the_softmax():
     assert (share[:3] - expected).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("hard_negatives", [True, False])
+def test_negatives_are_drawn_by_similarity_or_evenly(
+    build_model, video_batch, hard_negatives, monkeypatch
+):
+    """Scores of the draws are the contrastive similarities, or all equal."""
+    drawn_by = []
+
+    def draw(logits, same):
+        drawn_by.append(logits)
+        return _sample_negatives(logits, same)
+
+    monkeypatch.setattr(retrieval, "_sample_negatives", draw)
+    model = build_model(hard_negatives=hard_negatives).train()
+    visuals = model.encode_visual(video_batch["video"])
+    texts = model.encode_text(model.tokenize(video_batch["text_input"], "max_length"))
+    model._matching_loss(visuals, texts, torch.arange(4).view(-1, 1))
+    similarities = texts.feat @ visuals.feat.t() / model.temp
+    for logits, expected in zip(drawn_by, (similarities, similarities.t()), strict=True):
+        assert len(logits.unique()) == (16 if hard_negatives else 1)
+        if hard_negatives:
+            torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize("negative_all_rank", [True, False])
 def test_batch_of_one_video_has_no_negatives_and_still_trains(
     build_model, video_batch, negative_all_rank

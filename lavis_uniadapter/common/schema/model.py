@@ -165,7 +165,10 @@ class RetrievalModel(ModelSection):
     alpha_rampup_epochs: Amount = option(2.0, "Epochs over which `alpha` grows from 0.")
     momentum: Share = option(0.995, "Decay of the moving averages of encoders and heads.")
     adapter_momentum: Share = option(0.990025, "Decay of the moving averages of adapters.")
-    negative_all_rank: bool = option(True, "Draw hard negatives from the batches of all processes.")
+    hard_negatives: bool = option(
+        True, "Draw negatives by similarity; False: at random, for an untrained matching head."
+    )
+    negative_all_rank: bool = option(True, "Draw negatives from the batches of all processes.")
 
 
 class VqaModel(ModelSection):
