@@ -12,6 +12,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 
 from lavis_uniadapter.common.distributed import on_main_process
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.datasets.custom import CustomBuilder
 from lavis_uniadapter.datasets.overlap import check_overlap
 from lavis_uniadapter.datasets.preflight import (
     as_list,
@@ -20,7 +21,7 @@ from lavis_uniadapter.datasets.preflight import (
     leave_out,
     unreadable_files,
 )
-from lavis_uniadapter.datasets.records import SPLITS, DatasetError, listing
+from lavis_uniadapter.datasets.records import SPLITS, DatasetError, is_split, listing
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ def make_buildable(datasets_cfg: MutableMapping, splits: Collection[str]) -> Non
     for name, config in list(datasets_cfg.items()):
         builder = registry.get_builder_class(name)(config)
         annotations = _annotations(builder.config)
-        there = [split for split in SPLITS if split in annotations]
+        # LAVIS's builders build no splits of other names
+        is_built = is_split if isinstance(builder, CustomBuilder) else SPLITS.__contains__
+        there = list(filter(is_built, annotations))
         available.update(there)
         unused = [s for s in there if s not in splits or annotations[s] is None]
         for split in unused:
@@ -59,7 +62,7 @@ def make_buildable(datasets_cfg: MutableMapping, splits: Collection[str]) -> Non
             f"{', '.join(sorted(available)) or 'none'}. Correct run.train_splits, valid_splits or "
             "test_splits."
         )
-    for split in ("val", "test"):
+    for split in sorted({*splits} - {"train"}):
         having = [name for name in datasets_cfg if split in _annotations(datasets_cfg[name])]
         if len(having) > 1:
             raise ConfigError(

@@ -47,6 +47,7 @@ from lavis_uniadapter.datasets.records import (
     Text,
     Texts,
     check_placed,
+    is_split,
     problems,
     raise_if_any,
     read_records,
@@ -100,7 +101,7 @@ class CustomBuilder(BaseDatasetBuilder):
     task: str
     fields: Mapping[str, Any]
     numbered: bool  # the default image_id of a file is a number; otherwise it is its name
-    annotation_keys: tuple[str, ...] = SPLITS
+    more_annotations: tuple[str, ...] = ()  # beside splits
 
     def __init__(self, cfg: DictConfig | str | None = None):
         super().__init__(cfg)
@@ -121,7 +122,7 @@ class CustomBuilder(BaseDatasetBuilder):
     def _build(self, read: Mapping[str, Sequence[Found]]) -> dict[str, BaseDataset]:
         folder, _ = self._paths()
         datasets = {}
-        for split in filter(read.__contains__, SPLITS):
+        for split in filter(is_split, read):
             mode = "train" if split == "train" else "eval"
             dataset_cls = self.train_dataset_cls if split == "train" else self.eval_dataset_cls
             # LAVIS's datasets read files, in the encoding of the system: hence all ASCII
@@ -144,7 +145,9 @@ class CustomBuilder(BaseDatasetBuilder):
         """The visual folder, and the annotation files by key; absolute."""
         info = DatasetSection.read(self.config, "").build_info
         annotations = (info and info.annotations) or {}
-        reject_unknown_keys(annotations, self.annotation_keys, "build_info.annotations")
+        others = [key for key in annotations if not is_split(key)]
+        known = (*SPLITS, "test_NAME", *self.more_annotations)
+        reject_unknown_keys(others, known, "build_info.annotations")
         folder = _storages(getattr(info, self.data_type, None))
         files = {key: _storages(source) for key, source in annotations.items() if source}
         return folder[0] if len(folder) == 1 else None, files
@@ -234,7 +237,7 @@ class CustomQABuilder(CustomBuilder):
 
     task = "qa"
     fields = {"question": Text, "answer": Text, "question_id": (Number, None)}
-    annotation_keys = (*SPLITS, "answer_list")
+    more_annotations = ("answer_list",)
     DATASET_CONFIG_DICT = {"default": f"{_CONFIGS}/qa.yaml"}
 
     def __init__(self, cfg: DictConfig | str | None = None):

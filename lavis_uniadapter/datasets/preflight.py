@@ -30,6 +30,7 @@ from lavis_uniadapter.datasets.records import (
     Place,
     Problem,
     UnusableFile,
+    is_split,
     listing,
     load_json,
     raise_if_any,
@@ -93,7 +94,7 @@ def section_faults(
         yield f"The visual folder {path} does not exist; create it or correct {where}."
     for key in (key for key, paths in files.items() if not paths):
         yield f"build_info.annotations.{key}.storage is missing; set it to the annotation file."
-    if not any(split in files for split in SPLITS):
+    if not any(map(is_split, files)):
         yield f"build_info.annotations names none of {', '.join(SPLITS)}; add at least one."
 
 

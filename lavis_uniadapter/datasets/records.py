@@ -31,6 +31,11 @@ class DatasetError(ValueError):
     """A dataset that cannot be used. The message lists problems and fixes."""
 
 
+def is_split(key: str) -> bool:
+    """Whether a key of custom data's ``build_info.annotations`` names a split."""
+    return key in SPLITS or key.startswith("test_")
+
+
 class Place(NamedTuple):
     """A ``line`` (from 1) or ``record`` of a JSON list (from 0); without a unit, the whole file."""
 

@@ -33,6 +33,7 @@ from torch.utils.data import default_collate
 import lavis_uniadapter.runners.launch  # noqa: F401  (registers LAVIS's schedules, which configurations name)
 from lavis_uniadapter.common.config import load_config
 from lavis_uniadapter.common.errors import ConfigError
+from lavis_uniadapter.datasets.building import make_buildable
 from lavis_uniadapter.datasets.records import DatasetError
 
 # What is built
@@ -135,6 +136,20 @@ def test_several_files_of_a_split_are_read_in_turn(mine):
     write(mine / "b.json", rows[2:])
     dataset = build("qa", "images", {"train": ["mine/a.csv", "mine/b.json"]})["train"]
     assert records(dataset) == [{**row, "question_id": i} for i, row in enumerate(rows)]
+
+
+def test_evaluation_splits_may_have_names_of_their_own(mine):
+    rows = rows_of("retrieval", "images")
+    write(mine / "a.csv", rows)
+    write(mine / "b.csv", rows[:1])
+    files = {"train": "mine/a.csv", "test": "mine/a.csv", "test_unseen": "mine/b.csv"}
+    built = build("retrieval", "images", files)
+    assert [record["image"] for record in records(built["test_unseen"])] == [rows[0]["image"]]
+    assert len(records(built["test"])) > 1
+    configs = {"custom_retrieval": config_of("images", files)}
+    make_buildable(configs, {"train", "test_unseen"})
+    kept = configs["custom_retrieval"].build_info.annotations
+    assert set(kept) == {"train", "test_unseen"}
 
 
 @pytest.mark.parametrize("form", FORMATS)
