@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = None
     if names:
         path = recipes.find(names[0], recipes.comparisons())
-        plan = read_plan(path, options, args.output_dir, args.metrics)
+        plan = read_plan(path, options, args.output_dir, args.metrics, args.runs)
         check_runs(plan)
-    elif not (args.add and args.metrics and args.output_dir):
+    elif args.runs or not (args.add and args.metrics and args.output_dir):
         raise ConfigError("Give a PLAN, or --add, --metrics and --output-dir.")
     for item in args.add:
         if not os.path.isdir(item.partition("=")[2]):
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--output-dir", metavar="DIR", help="instead of the plan's")
     parser.add_argument("--metrics", nargs="+", help="instead of the plan's")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="only these runs of the plan")
     parser.add_argument(
         "--jobs", type=arguments.positive, default=1, metavar="N", help="runs at a time"
     )

@@ -30,11 +30,11 @@ LOG = "log.txt"
 # What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
+TEST = "test"  # the split whose metrics need no prefix
 # Of network file systems that are mounted without locks.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 # LAVIS's names of metrics, and how many of our units one of LAVIS's is.
 LAVIS_METRICS = {
-    "accuracy": ("agg_metrics", 1),
     "cider": ("CIDEr", 100),
     "bleu_4": ("Bleu_4", 100),
     "meteor": ("METEOR", 100),
@@ -43,7 +43,7 @@ LAVIS_METRICS = {
 # This task's accuracy is a fraction; that of LAVIS's question answering is in percent.
 CLASSIFICATION = "multimodal_classification"
 # LAVIS names retrieval by what is found: images for a text, texts for an image.
-LAVIS_DIRECTIONS = {"t2v": "img", "t2i": "img", "v2t": "txt", "i2t": "txt"}
+LAVIS_DIRECTIONS = {"t2v_": "img_", "t2i_": "img_", "v2t_": "txt_", "i2t_": "txt_"}
 
 # Keys of ``run:`` that may change when a run continues: they affect where it computes, not what.
 MAY_DIFFER = frozenset(
@@ -58,11 +58,12 @@ class RunSummary:
     """What a comparison reads of a run; None where the folder does not say.
 
     Attributes:
-        metrics: of the test split.
+        metrics: by our names and LAVIS's; those of a split other than ``test`` start with its
+            name, as in ``val_t2v_r1``.
         best: the highest ``agg_metrics`` of validation.
         seconds: of training and evaluation, in all processes that worked on the run.
         peak_bytes: most memory of the main process; on CUDA, of its device.
-        outcomes: by metric, what each query contributes; see ``MeasuredTask.write``.
+        outcomes: of the same names, what each query contributes; see ``MeasuredTask.write``.
         precision: the number format, such as float32 or bf16.
         untrained: whether it scored a tuning method's starting weights.
     """
@@ -77,15 +78,6 @@ class RunSummary:
     outcomes: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     precision: str | None = None
     untrained: bool = False
-
-    def metric(self, name: str) -> float | None:
-        """A metric of the test split, stored under our name or LAVIS's."""
-        if name in self.metrics:
-            return self.metrics[name]
-        way, _, measure = name.partition("_")
-        retrieval = (f"{LAVIS_DIRECTIONS.get(way)}_{measure}", 1)
-        theirs, factor = LAVIS_METRICS.get(name, retrieval)
-        return factor * self.metrics[theirs] if theirs in self.metrics else None
 
 
 class FolderInUse(RuntimeError):
@@ -224,35 +216,41 @@ def differences(noted: Mapping[str, Any], config: Mapping[str, Any]) -> list[str
     ]
 
 
-def read(folder: Path, split: str = "test") -> RunSummary:
+def read(folder: Path) -> RunSummary:
     """Read a run folder of this package, or one of LAVIS's, which has only metrics.
 
     Raises:
         FileNotFoundError: if it holds no result of a finished run.
     """
     if not is_finished(folder):
-        return RunSummary(None, _read_lavis_metrics(folder, split))
+        return RunSummary(None, _read_lavis_metrics(folder))
     summary = json.loads((folder / SUMMARY).read_text())
-    measured = (summary["metrics"] or {}).get(split, {})
-    if summary.get("task") == CLASSIFICATION:
-        measured = _in_percent(measured)
-    outcomes = folder / "result" / OUTCOMES.format(split=split)
+    metrics: dict[str, float] = {}
+    outcomes: dict[str, Sequence[Sequence[float]]] = {}
+    for split, measured in (summary["metrics"] or {}).items():
+        if summary.get("task") == CLASSIFICATION:
+            measured = _in_percent(measured)
+        path = folder / "result" / OUTCOMES.format(split=split)
+        contributed = json.loads(path.read_text()) if path.is_file() else {}
+        prefix = "" if split == TEST else f"{split}_"
+        metrics |= {prefix + name: value for name, value in _with_our_names(measured).items()}
+        outcomes |= {prefix + name: value for name, value in contributed.items()}
     seconds = sum(v for line in logged(folder) for k, v in line.items() if k.endswith("_seconds"))
     return RunSummary(
         seed=summary.get("seed"),
-        metrics=measured,
+        metrics=metrics,
         best=summary["best"]["score"],
         trained_parameters=summary["parameters"]["trained"],
         total_parameters=summary["parameters"]["total"],
         seconds=seconds or summary["seconds"],
         peak_bytes=summary["peak_bytes"],
-        outcomes=json.loads(outcomes.read_text()) if outcomes.is_file() else {},
+        outcomes=outcomes,
         precision=summary.get("precision"),
         untrained=summary.get("untrained", False),
     )
 
 
-def _read_lavis_metrics(folder: Path, split: str) -> Mapping[str, Any]:
+def _read_lavis_metrics(folder: Path) -> Mapping[str, Any]:
     """The last line that a LAVIS task wrote."""
     path = folder / LAVIS_RESULTS
     if not path.is_file():
@@ -263,12 +261,34 @@ def _read_lavis_metrics(folder: Path, split: str) -> Mapping[str, Any]:
     try:
         last = json.loads(path.read_text().strip().splitlines()[-1])
         # captioning and classification name the split
-        measured = _in_percent(last[split]) if split in last else last
-        return {name: value for name, value in measured.items() if isinstance(value, int | float)}
+        measured = _in_percent(last[TEST]) if TEST in last else last
+        numbers = {name: v for name, v in measured.items() if isinstance(v, int | float)}
+        return _with_our_names(numbers)
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise FileNotFoundError(
             f"'{path}' does not end in a result of one of LAVIS's tasks ({error}). Evaluate again."
         ) from error
+
+
+def _with_our_names(metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Metrics of a split; LAVIS's also have our names and units."""
+    ours = {
+        name: factor * metrics[theirs]
+        for name, (theirs, factor) in LAVIS_METRICS.items()
+        if theirs in metrics
+    }
+    ours |= {
+        way + name.removeprefix(theirs): value
+        for way, theirs in LAVIS_DIRECTIONS.items()
+        for name, value in metrics.items()
+        if name.startswith(theirs)
+    }
+    both = {**ours, **metrics}
+    of_other_tasks = (*LAVIS_METRICS, *LAVIS_DIRECTIONS)
+    if "agg_metrics" not in both or any(name.startswith(of_other_tasks) for name in both):
+        return both
+    # LAVIS's question answering has no other name for its accuracy.
+    return {"accuracy": both["agg_metrics"], **both}
 
 
 def _in_percent(metrics: Mapping[str, float]) -> Mapping[str, float]:

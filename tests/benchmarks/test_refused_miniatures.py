@@ -168,6 +168,15 @@ def test_captions_without_references_are_refused_or_written(start):
             ["run.evaluate=True", 'run.test_splits=["tset"]'],
             "splits are tset, and the datasets have test, train, val",
         ),
+        (  # LAVIS's builders know no other splits
+            "msrvtt_qa",
+            [
+                "run.evaluate=True",
+                'run.test_splits=["test_hard"]',
+                "datasets.msrvtt_qa.build_info.annotations.test_hard.storage=x.json",
+            ],
+            "splits are test_hard, and the datasets have test, train, val",
+        ),
         ("msrvtt_qa", ["datasets.msrvtt_qa.skip_missing=often"], "True or False"),
     ],
 )

@@ -49,6 +49,8 @@ CASES = {
     "compare vqa": (2, "Did you mean 'vqav2'?"),
     "compare": (2, "Give a PLAN"),
     "compare shapes_methods --metrics t2v_R1": (2, "no run measures 't2v_R1'. Did you mean"),
+    "compare shapes_methods --runs linaer": (2, "'linaer' is not a run. Did you mean 'linear'?"),
+    "compare --runs a --add a=. --metrics x --output-dir o": (2, "Give a PLAN"),
     "compare vqav2 --metrics acuracy": (2, "Did you mean 'accuracy'?"),
     "compare shapes_methods model.tunign=lora": (2, "run 'base': Unknown configuration key"),
     "compare shapes_methods --jobs 0": (2, "0 is not a whole number of 1 or more"),

@@ -74,7 +74,7 @@ def test_learning_rate_is_chosen_on_validation_and_shared_on_demand(plan_file, s
     lines = {line.name: line for line in Comparison(plan, jobs=2).run()}
     assert lines["linear"].learning_rate == 2e-3 and not lines["linear"].at_edge
     assert lines["no PFA"].learning_rate == 2e-3
-    assert [run.metric("t2v_r1") for run in lines["linear"].runs] == [41.0, 42.0]
+    assert [run.metrics.get("t2v_r1") for run in lines["linear"].runs] == [41.0, 42.0]
     assert len(lines["zero-shot"].runs) == 1 and lines["zero-shot"].learning_rate is None
     assert lines["broken"].runs == [] and "it broke" in lines["broken"].failures[0]
     assert sum(name.startswith("linear-lr") for name in stub_runs) == 3
@@ -309,17 +309,17 @@ def test_only_numbers_of_a_result_of_lavis_are_read(tmp_path):
     folder = lavis_run(tmp_path / "a", {"txt_r1": 7, "note": "s", "list": [1]})
     with open(folder / "evaluate.txt", "a") as file:
         file.write("\n")
-    assert run_folders.read(folder).metrics == {"txt_r1": 7}
+    assert run_folders.read(folder).metrics == {"txt_r1": 7, "v2t_r1": 7, "i2t_r1": 7}
 
 
 def test_runs_of_lavis_itself_are_read(tmp_path, monkeypatch):
     retrieval = lavis_run(tmp_path / "a", {"txt_r1": 70.0, "img_r1": 60.0, "agg_metrics": 80.0})
     summary = run_folders.read(retrieval)
-    assert summary.metric("t2v_r1") == summary.metric("t2i_r1") == 60.0
-    assert summary.metric("v2t_r1") == 70.0 and summary.metric("t2v_r5") is None
+    assert summary.metrics.get("t2v_r1") == summary.metrics.get("t2i_r1") == 60.0
+    assert summary.metrics.get("v2t_r1") == 70.0 and summary.metrics.get("t2v_r5") is None
     caption = lavis_run(tmp_path / "b", {"test": {"CIDEr": 1.25, "Bleu_4": 0.3}})
-    assert run_folders.read(caption).metric("CIDEr") == 1.25
-    assert run_folders.read(caption).metric("cider") == 125.0
+    assert run_folders.read(caption).metrics.get("CIDEr") == 1.25
+    assert run_folders.read(caption).metrics.get("cider") == 125.0
 
     monkeypatch.chdir(tmp_path)
     add = ["--add", f"BLIP={retrieval}", f"BLIP={retrieval}", "--metrics", "t2v_r1"]
@@ -339,6 +339,7 @@ def test_a_comparison_runs_and_resumes(plan_file, tmp_path, tiny_cache, monkeypa
     """One run that finishes, and one that cannot work; then the first lacks its test."""
     monkeypatch.chdir(tmp_path)
     tiny = [*TINY_CLIPS, *TINY_RUN, f"run.cache_root={tiny_cache}"]
+    tiny.append('run.test_splits=["test","val"]')
     runs = {
         "linear": {"options": ["model.tuning=linear"]},
         "impossible": {"options": ["run.test_splits=[tset]"]},
@@ -353,10 +354,13 @@ def test_a_comparison_runs_and_resumes(plan_file, tmp_path, tiny_cache, monkeypa
     assert linear["parameters"]["trained"] < linear["parameters"]["total"]
     assert linear["peak_bytes"] > 10**8
     summary = run_folders.read(tmp_path / "out/linear-seed1")
-    for name in ("t2v_r1", "mean_recall"):
+    for metric in ("t2v_r1", "mean_recall"):
+        assert summary.metrics.get(metric) == linear["metrics"]["test"][metric]
+        assert summary.metrics.get(f"val_{metric}") == linear["metrics"]["val"][metric]
+    for name in ("t2v_r1", "mean_recall", "val_t2v_r1", "val_mean_recall"):
         kinds = summary.outcomes[name]
         mean = sum(sum(kind) / len(kind) for kind in kinds) / len(kinds)
-        assert mean == pytest.approx(summary.metric(name))
+        assert mean == pytest.approx(summary.metrics.get(name))
 
     (tmp_path / "out/linear-seed1/summary.json").unlink()
     assert (tmp_path / "out/linear-seed1" / LATEST).is_file()

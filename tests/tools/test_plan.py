@@ -45,6 +45,14 @@ def test_impossible_plan_is_named(plan_file, changes, expected):
     [
         ({"metrics": ["t2v_r1", "t2v_R5"]}, "no run measures 't2v_R5'. Did you mean 't2v_r5'?"),
         ({"metrics": ["accuracy"]}, "no run measures 'accuracy'"),
+        (
+            {"metrics": ["t2v_r1", "val_t2v_r1"], "options": ['run.test_splits=["test","val_2"]']},
+            "no run measures 'val_t2v_r1'. Did you mean 'val_2_t2v_r1'?",
+        ),
+        (  # the base is not in the table
+            {"metrics": ["val_t2v_r1"], "base": {"options": ['run.test_splits=["val"]']}},
+            "no run measures 'val_t2v_r1'",
+        ),
         ({"runs": {"a": {"options": ["run.max_epohc=1"]}}}, "run 'a': .*Did you mean 'max_epoch'"),
         (
             {"tuning_options": ["run.k_tets=1"], "learning_rates": [0.1, 0.2]},
@@ -63,6 +71,19 @@ def test_the_command_line_wins_over_the_plan(plan_file, monkeypatch):
     plan = read_plan(plan_file(), output_dir="~/out", metrics=["mean_recall"])
     assert (plan.output_dir, plan.metrics) == ("/home/someone/out", ("mean_recall",))
     check_runs(plan)
+
+
+def test_runs_of_a_plan_are_chosen_in_its_order(plan_file):
+    runs = {"a": {}, "b c": {}, "d": {"learning_rate_of": "a"}}
+    path = plan_file(runs=runs, learning_rates=[0.1], reference="a")
+    plan = read_plan(path)
+    chosen = read_plan(path, runs=["d", "a"])
+    assert list(chosen.runs.items()) == [("a", plan.runs["a"]), ("d", plan.runs["d"])]
+    assert chosen.reference == "a" and read_plan(path, runs=["b c"]).reference == "b c"
+    with pytest.raises(ConfigError, match="--runs: 'bc' is not a run. Did you mean 'b c'?"):
+        read_plan(path, runs=["a", "bc"])
+    with pytest.raises(ConfigError, match="--runs: 'd' takes its learning rate from 'a'; add it"):
+        read_plan(path, runs=["d"])
 
 
 def test_the_metrics_of_a_plan_are_those_of_the_tasks():

@@ -35,7 +35,11 @@ class PlanFile(Section):
 
     cfg_path: Location | None = option(None, "A recipe's name, or a file; for runs that give none.")
     output_dir: Location = option(..., "Folder of the results, relative to where the command runs.")
-    metrics: Metrics = option(..., "Metrics of the test split; the first is plotted.")
+    metrics: Metrics = option(
+        ...,
+        "Metrics to report. For a split other than `test`, put its name first: `val_t2v_r1`. "
+        "The first one is plotted.",
+    )
     seeds: Seeds = option((42,), "Seeds of each run.")
     options: Texts = option((), "Options for every run, `section.key=value`.")
     learning_rates: LearningRates = option((), "Learning rates of the runs that name none.")

@@ -33,12 +33,14 @@ def read_plan(
     options: Sequence[str] = (),
     output_dir: str | None = None,
     metrics: Sequence[str] | None = None,
+    runs: Sequence[str] | None = None,
 ) -> PlanFile:
     """Read a comparison file; each run gets the full path of its recipe and all its options.
 
     Args:
         options: for every run, the base included; they win over the file's.
         output_dir, metrics: instead of the file's.
+        runs: names of the file's runs; the others are left out.
 
     Raises:
         ConfigError: naming what is wrong.
@@ -46,14 +48,16 @@ def read_plan(
     instead = {"output_dir": output_dir, "metrics": metrics}
     content = read_yaml(path) | {key: value for key, value in instead.items() if value}
     try:
-        return _complete(PlanFile.read(content, ""), path.parent, options)
+        plan = _complete(PlanFile.read(content, ""), path.parent, options)
+        return _only(plan, runs) if runs else plan
     except ConfigError as error:
         raise ConfigError(f"'{path}': {error}") from None
 
 
 def check_runs(plan: PlanFile) -> None:
-    """Raise ConfigError for a run whose configuration is wrong, or a metric that no task has."""
-    tasks = set()
+    """Raise ConfigError for a wrong configuration of a run, or a metric that no run measures."""
+    tasks: set[str] = set()
+    splits: set[str] = set()
     base = {} if plan.base is None else {"base": plan.base}
     for name, run in (base | plan.runs).items():
         more = ["run.evaluate=True"] if run.evaluate else []
@@ -64,8 +68,12 @@ def check_runs(plan: PlanFile) -> None:
         except ConfigError as error:
             raise ConfigError(f"run '{name}': {error}") from None
         tasks.add(content["run"]["task"])
+        if run is not plan.base:  # the base is not in the table
+            splits.update(content["run"]["test_splits"])
     if tasks <= set(METRICS):
-        known = sorted({"agg_metrics"}.union(*(METRICS[task] for task in tasks)))
+        names = {"agg_metrics"}.union(*(METRICS[task] for task in tasks))
+        prefixes = {"" if split == "test" else f"{split}_" for split in splits}
+        known = sorted(prefix + name for prefix in prefixes for name in names)
         for metric in plan.metrics:
             if metric not in known:
                 hint = nearest(metric, known) or f" Known: {', '.join(known)}."
@@ -109,6 +117,18 @@ def _complete(plan: PlanFile, folder: Path, options: Sequence[str]) -> PlanFile:
         "runs": runs,
     }
     return plan.model_copy(update=changes)
+
+
+def _only(plan: PlanFile, names: Sequence[str]) -> PlanFile:
+    for name in names:
+        if name not in plan.runs:
+            raise ConfigError(f"--runs: '{name}' is not a run.{nearest(name, plan.runs)}")
+        of = plan.runs[name].learning_rate_of
+        if of and of not in names:
+            raise ConfigError(f"--runs: '{name}' takes its learning rate from '{of}'; add it.")
+    runs = {name: run for name, run in plan.runs.items() if name in names}
+    reference = plan.reference if plan.reference in runs else next(iter(runs))
+    return plan.model_copy(update={"runs": runs, "reference": reference})
 
 
 def slug(name: str) -> str:

@@ -35,7 +35,7 @@ def rows_of(
             "total parameters": runs[0].total_parameters if runs else None,
         }
         for name in metrics:
-            values = [run.metric(name) for run in runs]
+            values = [run.metrics.get(name) for run in runs]
             row[name] = _average(statistics.fmean, values)
             row[f"{name} std"] = _average(statistics.stdev, values, at_least=2)
             compared = None if line.name == reference else paired_difference(runs, others, name)

@@ -128,7 +128,7 @@ class Comparison:
                 continue
             line.runs.append(summary)
             for metric in self.plan.metrics:
-                if summary.metric(metric) is None:
+                if metric not in summary.metrics:
                     known = ", ".join(summary.metrics) or "none"
                     line.failures.append(f"there is no metric '{metric}', only {known}")
 
