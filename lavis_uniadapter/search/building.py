@@ -60,15 +60,13 @@ def clear(folder: Path, engine: Engine) -> dict[str, Any]:
     return {key: about[key] for key in DEFAULTS if key in about}
 
 
-def keep(
-    folder: Path, recipe: Path, options: Sequence[str], adapter: str | os.PathLike | None
-) -> None:
-    """Keep the recipe and the adapter in the index."""
-    content = read_yaml(recipe, options)
-    adapter = adapter or content["model"].get("adapter_ckpt")
+def keep(folder: Path, engine: Engine) -> None:
+    """Keep the engine's recipe and adapter in the index."""
+    content = read_yaml(Path(engine.cfg), engine.options)
+    adapter = engine.config.model_cfg.adapter_ckpt
     content["model"].pop("adapter_ckpt", None)
     for key in ("pretrained", "tokenizer", "med_config_path"):
-        path = (content.get("model") or {}).get(key)
+        path = engine.config.model_cfg.get(key)  # of the recipe, or its model type's default
         if path and os.path.exists(path):  # relative to the current folder
             content["model"][key] = os.path.abspath(path)
     with atomic(folder / RECIPE) as temporary:

@@ -140,7 +140,7 @@ class Index:
                 held.enter_context(sole_user(folder))
                 built = clear(folder, engine) if rebuild else {}
                 if not (folder / FILE).is_file():
-                    keep(folder, recipe, options, adapter)
+                    keep(folder, engine)
                 about = {"root": str(source), **DEFAULTS, **built, **given_of(asked)}
                 manifest = Manifest(folder, {**about, "collection": new_collection()})
                 held.callback(manifest.close)

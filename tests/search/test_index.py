@@ -13,9 +13,11 @@ from lavis.common.registry import registry
 from PIL import Image
 from search_media import FILES, RECIPE, TINY, all_hits, segments_of, write_clip, write_image
 
+from lavis_uniadapter.common.config import read_yaml
 from lavis_uniadapter.common.errors import ConfigError
-from lavis_uniadapter.search import Index, indexing, reading
+from lavis_uniadapter.search import Index, building, indexing, reading
 from lavis_uniadapter.search.answering import Answerer
+from lavis_uniadapter.search.engine import Engine
 from lavis_uniadapter.search.manifest import Manifest
 from lavis_uniadapter.search.store import NumPyStore
 from lavis_uniadapter.tools import recipes
@@ -348,3 +350,14 @@ def test_random_weights_and_other_tasks_are_refused(media, tmp_path, options):
     with pytest.raises(ConfigError, match="model.pretrained is null"):
         Answerer(recipes.runs()["shapes_qa"], ["run.device=cpu"])
     assert not (tmp_path / "index").exists()
+
+
+def test_a_vocabulary_that_the_model_type_names_is_kept_by_its_full_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vocabulary = tmp_path / "emoji/start"
+    vocabulary.mkdir(parents=True)
+    recipe = recipes.find("emoji_retrieval", recipes.runs())
+    (tmp_path / "weights.pth").touch()
+    building.keep(tmp_path, Engine(recipe, ["model.pretrained=weights.pth"]))
+    kept = read_yaml(tmp_path / building.RECIPE)["model"]
+    assert (kept["tokenizer"], kept["pretrained"]) == (str(vocabulary), f"{tmp_path}/weights.pth")
