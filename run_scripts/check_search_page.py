@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 QUERY = "a large yellow triangle appears at the bottom right"
 
 
-def main(index: Path) -> None:
+def main(index: Path, query: str = QUERY) -> None:
     """Serve the index and drive the page."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
@@ -33,24 +33,24 @@ def main(index: Path) -> None:
                 options.add_argument(argument)
             browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
             try:
-                check(browser, address, index)
+                check(browser, address, index, query)
             finally:
                 browser.quit()
         finally:
             server.terminate()
 
 
-def check(browser: webdriver.Chrome, address: str, folder: Path) -> None:
+def check(browser: webdriver.Chrome, address: str, folder: Path, query: str) -> None:
     """Type a query, wait for the reranked hits, open the first."""
     browser.set_window_size(1100, 900)
     browser.get(address)
-    browser.find_element(By.ID, "text").send_keys(QUERY + Keys.ENTER)
+    browser.find_element(By.ID, "text").send_keys(query + Keys.ENTER)
     status = browser.find_element(By.ID, "status")
     WebDriverWait(browser, 120).until(lambda _: "reranked" in status.text)
     pictures = "return [...document.images].slice(0, 8).every((each) => each.naturalWidth)"
     WebDriverWait(browser, 20).until(lambda _: browser.execute_script(pictures))
     browser.save_screenshot(folder / "hits.png")
-    print(f"{QUERY!r}: {status.text}")
+    print(f"{query!r}: {status.text}")
     first = browser.find_element(By.CSS_SELECTOR, ".hit")
     print(f"opened: {first.get_attribute('aria-label')}")
     first.click()
@@ -61,4 +61,4 @@ def check(browser: webdriver.Chrome, address: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
