@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lavis_uniadapter.checkpoints.identity import RUN_CONFIG
 from lavis_uniadapter.common.atomic import no_empty_folders
 from lavis_uniadapter.common.errors import DISK_IS_FULL, ConfigError, name_some
+from lavis_uniadapter.common.schema.compare import named
 from lavis_uniadapter.runners import run_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ LOG = "log.txt"
 # What each query contributes to the metrics of a split, in the run's folder ``result``.
 OUTCOMES = "outcomes_{split}.json"
 LAVIS_RESULTS = "evaluate.txt"
-TEST = "test"  # the split whose metrics need no prefix
 # Of network file systems that are mounted without locks.
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 # LAVIS's names of metrics, and how many of our units one of LAVIS's is.
@@ -232,9 +232,8 @@ def read(folder: Path) -> RunSummary:
             measured = _in_percent(measured)
         path = folder / "result" / OUTCOMES.format(split=split)
         contributed = json.loads(path.read_text()) if path.is_file() else {}
-        prefix = "" if split == TEST else f"{split}_"
-        metrics |= {prefix + name: value for name, value in _with_our_names(measured).items()}
-        outcomes |= {prefix + name: value for name, value in contributed.items()}
+        metrics |= {named(split, name): v for name, v in _with_our_names(measured).items()}
+        outcomes |= {named(split, name): v for name, v in contributed.items()}
     seconds = sum(v for line in logged(folder) for k, v in line.items() if k.endswith("_seconds"))
     return RunSummary(
         seed=summary.get("seed"),
@@ -261,7 +260,7 @@ def _read_lavis_metrics(folder: Path) -> Mapping[str, Any]:
     try:
         last = json.loads(path.read_text().strip().splitlines()[-1])
         # captioning and classification name the split
-        measured = _in_percent(last[TEST]) if TEST in last else last
+        measured = _in_percent(last["test"]) if "test" in last else last
         numbers = {name: v for name, v in measured.items() if isinstance(v, int | float)}
         return _with_our_names(numbers)
     except (ValueError, IndexError, TypeError, AttributeError) as error:

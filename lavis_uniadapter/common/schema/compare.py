@@ -15,6 +15,11 @@ from lavis_uniadapter.common.schema.section import (
 )
 
 
+def named(split: str, metric: str) -> str:
+    """The name of a split's metric in a comparison: that of ``test`` has no prefix."""
+    return metric if split == "test" else f"{split}_{metric}"
+
+
 class RunEntry(Section):
     """A line of the comparison, run once for each seed."""
 

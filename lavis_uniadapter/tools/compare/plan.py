@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lavis_uniadapter.common.config import read_yaml, validate
 from lavis_uniadapter.common.errors import ConfigError, nearest
-from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry
+from lavis_uniadapter.common.schema.compare import PlanFile, RunEntry, named
 from lavis_uniadapter.evaluation.answer_metrics import METRICS as ANSWER_METRICS
 from lavis_uniadapter.tools import recipes
 
@@ -72,8 +72,7 @@ def check_runs(plan: PlanFile) -> None:
             splits.update(content["run"]["test_splits"])
     if tasks <= set(METRICS):
         names = {"agg_metrics"}.union(*(METRICS[task] for task in tasks))
-        prefixes = {"" if split == "test" else f"{split}_" for split in splits}
-        known = sorted(prefix + name for prefix in prefixes for name in names)
+        known = sorted(named(split, name) for split in splits for name in names)
         for metric in plan.metrics:
             if metric not in known:
                 hint = nearest(metric, known) or f" Known: {', '.join(known)}."
