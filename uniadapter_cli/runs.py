@@ -55,7 +55,7 @@ def _start(command: str, description: str, argv: Sequence[str] | None) -> int:
     validate(path, [*options, "run.evaluate=True"] if evaluates else options)
 
     launch = import_launch()
-    work = launch.check if args.dry_run else launch.run_and_report
+    work = launch.check if args.dry_run else launch.run
     return launch.exit_status(lambda: work(path, options, evaluates))
 
 

@@ -43,11 +43,7 @@ def log_to_console() -> None:
 
 @contextlib.contextmanager
 def logged_to_file(folder: Path) -> Iterator[None]:
-    """Log all messages of LAVIS and this package to ``run.log`` (``run.rankN.log``).
-
-    Until the next run, unless this one fails: its folder may then be removed.
-    """
-    _close_log_files()
+    """Log all messages of LAVIS and this package to ``run.log`` (``run.rankN.log``)."""
     root = logging.getLogger()
     name = "run.log" if is_main_process() else f"run.rank{get_rank()}.log"
     handler = logging.FileHandler(folder / name, encoding="utf-8")
@@ -56,14 +52,7 @@ def logged_to_file(folder: Path) -> Iterator[None]:
     root.setLevel(logging.INFO)
     try:
         yield
-    except BaseException:
-        _close_log_files()
-        raise
-
-
-def _close_log_files() -> None:
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+    finally:
         root.removeHandler(handler)
         handler.close()
 

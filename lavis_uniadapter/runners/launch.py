@@ -114,6 +114,9 @@ def run(cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = Fals
         metrics = runner.evaluate(skip_reload=True) if run_cfg.evaluate else runner.train()
         seconds = time.perf_counter() - started
         _write_summary(runner, config, metrics, seconds)
+        if metrics:  # the main process has them
+            logger.info("%s", console.metrics_table(metrics))
+        logger.info("results in %s (%.0f s)", folder, seconds)
     return RunResult(folder, metrics, runner, seconds)
 
 
@@ -326,20 +329,11 @@ def _peak_bytes(device: str) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run_and_report(
-    cfg_path: str | Path, options: Sequence[str] = (), evaluate: bool = False
-) -> None:
-    """``run``, and log the metrics. Keeps no reference to the run, so the process group can end."""
-    result = run(cfg_path, options, evaluate)
-    if result.metrics is not None:
-        logger.info("%s", console.metrics_table(result.metrics))
-        logger.info("results in %s (%.0f s)", result.output_dir, result.seconds)
-
-
 def exit_status(work: Callable[[], object]) -> int:
     """Do the work of a command; returns its exit status.
 
     Messages go to the console, and errors that a user can fix are printed in one line.
+    What ``work`` returns is dropped: a process group can't end while a run refers to it.
     """
     log_to_console()
     rank, status, message = int(os.environ.get("RANK", "0")), 0, None
