@@ -35,6 +35,7 @@ from lavis_uniadapter.datasets.records import (
     load_json,
     raise_if_any,
 )
+from lavis_uniadapter.processors.animations import is_animation
 from lavis_uniadapter.processors.decoding import frames_problem, visual_problem
 from lavis_uniadapter.processors.extracted_frames import clip_file
 from lavis_uniadapter.processors.images import image_problem, images_read_whole
@@ -219,6 +220,8 @@ def _clip_problem(path: str, processor: Any, training: bool) -> str | None:
     # LAVIS's own, which reads no extracted frames, and fewer frames than n_frms of a short clip
     is_alpro = isinstance(processor, AlproVideoBaseProcessor)
     clip = path if is_alpro else clip_file(path)
+    if is_alpro and is_animation(path):
+        return "LAVIS's alpro processors read no GIF or WebP; take blip_video_train and _eval"
     if clip != path and (problem := visual_problem(path, is_video=True)):
         return problem
 

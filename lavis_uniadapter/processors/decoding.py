@@ -15,6 +15,7 @@ import torch
 from decord import DECORDError, VideoReader
 from torch import Tensor
 
+from lavis_uniadapter.processors.animations import is_animation, read_animation
 from lavis_uniadapter.processors.extracted_frames import (
     EXTRACTED_SUFFIX,
     clip_file,
@@ -78,10 +79,12 @@ def decode_frames(path: str | os.PathLike, choose: ChooseFrames, image_size: int
 
 
 def decode_file(path: str, choose: ChooseFrames, image_size: int) -> Tensor:
-    """Like `decode_frames`, from exactly this file: a video or an archive of extracted frames."""
+    """Like `decode_frames`, from exactly this file: video, animation or extracted frames."""
     with decode_errors(path):
         if path.endswith(EXTRACTED_SUFFIX) and not file_problem(path):
             return read_extracted_frames(path, choose, image_size)
+        if is_animation(path):
+            return read_animation(path, choose, image_size)
         reader = open_video(path, image_size)
         return read_frames(reader, choose(len(reader)))
 

@@ -41,7 +41,7 @@ def read_image(
             outside [0, 1].
         PermissionError: the file may not be read.
     """
-    with _opened(source, max_pixels, formats) as image:
+    with opened_image(source, max_pixels, formats) as image:
         return _upright_rgb(image)
 
 
@@ -53,7 +53,7 @@ def image_problem(path: str, whole: bool, own: bool = False) -> str | None:
         own: as `read_image` does, not as LAVIS does.
     """
     try:
-        with _opened(path, MAX_PIXELS) as image:
+        with opened_image(path) as image:
             if whole:
                 _upright_rgb(image) if own else image.convert("RGB")
     except (ImageError, PermissionError) as error:
@@ -62,9 +62,9 @@ def image_problem(path: str, whole: bool, own: bool = False) -> str | None:
 
 
 @contextlib.contextmanager
-def _opened(
+def opened_image(
     source: str | os.PathLike | IO[bytes],
-    max_pixels: int,
+    max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> Iterator[Image.Image]:
     """Open an image; ImageError for whatever is wrong with it, in the block too."""

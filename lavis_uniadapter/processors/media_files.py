@@ -20,7 +20,7 @@ VIDEO_FORMATS = re.compile(
     rb"|\x1aE\xdf\xa3"  # Matroska, WebM
     rb"|RIFF.{4}AVI "
     rb"|0&\xb2u\x8ef\xcf\x11\xa6\xd9\0\xaa\0b\xcel"  # ASF, WMV
-    rb"|OggS|FLV\x01|GIF8[79]a"
+    rb"|OggS|FLV\x01|GIF8[79]a|RIFF.{4}WEBP"
     rb"|\0\0\0?\x01"  # MPEG program stream; MPEG-1, MPEG-2, MPEG-4 and H.264 without a container
     rb"|(.{4})?G(.{187}|.{191})G(.{187}|.{191})G",  # MPEG transport stream, M2TS
     re.DOTALL,

@@ -19,6 +19,7 @@ from tqdm.contrib.concurrent import thread_map
 from lavis_uniadapter.common.errors import ConfigError
 from lavis_uniadapter.datasets.records import listing
 from lavis_uniadapter.datasets.shapes.drawing import write_mp4
+from lavis_uniadapter.processors.animations import on_white
 from lavis_uniadapter.processors.images import images_read_whole
 from lavis_uniadapter.tools.prepare.emoji import card, packages, start
 
@@ -191,18 +192,6 @@ def _reason(write: Callable[[Path, Path], None], source: Path, target: Path) -> 
     except (OSError, ValueError) as error:
         return f"{source}: {error}"
     return None
-
-
-def on_white(image: Image.Image, size: int) -> Image.Image:
-    """An RGB picture of ``size`` × ``size`` pixels, on white where it is transparent."""
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    picture = Image.alpha_composite(white, image).convert("RGB")
-    return (
-        picture
-        if picture.size == (size, size)
-        else picture.resize((size, size), Image.Resampling.BICUBIC)
-    )
 
 
 def _write_still(source: Path, target: Path) -> None:
