@@ -82,7 +82,11 @@ def prepare(args: argparse.Namespace) -> int:
         shutil.rmtree(partial_output, ignore_errors=True)
         raise
     print((output / card.FILE).read_text(encoding="utf-8"))
-    print(f"next:\n  uniadapter train emoji_pretrain  # in the folder that holds {output.name}/")
+    print(
+        f"next, in the folder that holds {output.name}/:\n  uniadapter prepare frames --videos "
+        f"{output.name}/clips --output {output.name}/frames --frames 16 --image-size 64\n"
+        "  uniadapter compare emoji_methods --jobs 2  # trains the small BLIP, then all methods"
+    )
     return 0
 
 
