@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavis_uniadapter.processors.images import opened_image
+from lavis_uniadapter.processors.images import MAX_PIXELS, opened_image
 from lavis_uniadapter.processors.media_files import file_problem
 
 ANIMATION_FORMATS = re.compile(rb"GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
@@ -27,7 +27,7 @@ def read_animation(path: str, choose: Callable[[int], Sequence[int]], image_size
     Raises:
         ImageError: the file is damaged or too large.
     """
-    with opened_image(path) as image:
+    with opened_image(path, MAX_PIXELS) as image:
         indices = choose(getattr(image, "n_frames", 1))
         frames = {}
         for index in sorted(set(indices)):  # a step back begins again at the first frame

@@ -53,7 +53,7 @@ def image_problem(path: str, whole: bool, own: bool = False) -> str | None:
         own: as `read_image` does, not as LAVIS does.
     """
     try:
-        with opened_image(path) as image:
+        with opened_image(path, MAX_PIXELS) as image:
             if whole:
                 _upright_rgb(image) if own else image.convert("RGB")
     except (ImageError, PermissionError) as error:
@@ -64,7 +64,7 @@ def image_problem(path: str, whole: bool, own: bool = False) -> str | None:
 @contextlib.contextmanager
 def opened_image(
     source: str | os.PathLike | IO[bytes],
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int,
     formats: tuple[str, ...] | None = None,
 ) -> Iterator[Image.Image]:
     """Open an image; ImageError for whatever is wrong with it, in the block too."""
