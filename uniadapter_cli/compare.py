@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = recipes.find(names[0], recipes.comparisons())
         plan = read_plan(path, options, args.output_dir, args.metrics, args.runs)
         check_runs(plan)
-    elif args.runs or not (args.add and args.metrics and args.output_dir):
+    elif args.runs:
+        raise ConfigError("Give a PLAN, and --runs after it.")
+    elif not (args.add and args.metrics and args.output_dir):
         raise ConfigError("Give a PLAN, or --add, --metrics and --output-dir.")
     for item in args.add:
         if not os.path.isdir(item.partition("=")[2]):
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uniadapter compare",
-        usage="%(prog)s PLAN [section.key=value ...] [--jobs N] [--add NAME=FOLDER ...]",
+        usage="%(prog)s PLAN [section.key=value ...] [--runs NAME ...] [--jobs N] "
+        "[--add NAME=FOLDER ...]",
         description="Run each method of a plan with several seeds, each run in its own process, "
         "with a\nlearning rate chosen on validation if the plan lists several. Called again, it "
         "continues\nwhere it stopped. --add puts finished runs from elsewhere into the table, "

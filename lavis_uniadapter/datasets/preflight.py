@@ -221,7 +221,10 @@ def _clip_problem(path: str, processor: Any, training: bool) -> str | None:
     is_alpro = isinstance(processor, AlproVideoBaseProcessor)
     clip = path if is_alpro else clip_file(path)
     if is_alpro and is_animation(path):
-        return "LAVIS's alpro processors read no GIF or WebP; take blip_video_train and _eval"
+        return (
+            "LAVIS's alpro processors cannot read GIF or WebP; set vis_processor to "
+            "blip_video_train and blip_video_eval"
+        )
     if clip != path and (problem := visual_problem(path, is_video=True)):
         return problem
 

@@ -28,9 +28,11 @@ def read_animation(path: str, choose: Callable[[int], Sequence[int]], image_size
         ImageError: the file is damaged or too large.
     """
     with opened_image(path, MAX_PIXELS) as image:
-        indices = choose(getattr(image, "n_frames", 1))
+        count = getattr(image, "n_frames", 1)
+        indices = choose(count)
         frames = {}
-        for index in sorted(set(indices)):  # a step back begins again at the first frame
+        # Up to the last frame, which is damaged if a GIF was cut. A step back would begin again.
+        for index in sorted({*indices, count - 1}):
             image.seek(index)
             frames[index] = np.array(on_white(image, image_size))
     return torch.from_numpy(np.stack([frames[index] for index in indices]))

@@ -61,21 +61,26 @@ def test_a_still_image_has_one_frame(tmp_path):
     assert processor(str(tmp_path / "still.webp")).shape == (3, 4, 32, 32)
 
 
-def test_a_damaged_one_is_named(animation):
-    animation.write_bytes(animation.read_bytes()[:150])
+@pytest.mark.parametrize("percent", [30, 60, 95])
+def test_one_that_was_cut_is_named(animation, percent):
+    content = animation.read_bytes()
+    animation.write_bytes(content[: len(content) * percent // 100])
     assert is_animation(str(animation))
-    assert "cannot be read as an image" in frames_problem(str(animation), lambda count: [count - 1])
+    assert "cannot be read as an image" in frames_problem(str(animation), lambda count: [0])
     with pytest.raises(VideoDecodeError, match=rf"{animation.name}'.*Download or re-encode"):
         decode_frames(animation, range, 32)
 
 
 @pytest.mark.parametrize("processor", [BlipVideoEvalProcessor, AlproVideoEvalProcessor])
-def test_lavis_processors_are_refused_one_before_training(animation, processor):
+def test_lavis_processors_are_refused_before_training(animation, processor):
     annotations = animation.with_name("val.json")
     annotations.write_text(json.dumps([{"video": animation.name, "caption": ["a grey"]}]))
     data = VideoRetrievalEvalDataset(
         *(processor(image_size=32, n_frms=3), BaseProcessor()),
         *(str(animation.parent), [str(annotations)]),
     )
-    problem = unreadable_files(data, "val").get(str(animation), "")
-    assert ("take blip_video_train" in problem) == (processor is AlproVideoEvalProcessor)
+    problems = list(unreadable_files(data, "val").values())
+    if processor is AlproVideoEvalProcessor:
+        assert len(problems) == 1 and "set vis_processor to blip_video_train" in problems[0]
+    else:
+        assert problems == []

@@ -59,6 +59,7 @@ def test_impossible_plan_is_named(plan_file, changes, expected):
             "run 'linear': .*Did you mean 'k_test'",
         ),
         ({"learning_rates": [0.1, 2]}, "learning_rates.1 is 2; it must be less"),
+        ({"options": ["run.test_splits=[]"]}, "No run is tested; set run.test_splits"),
     ],
 )
 def test_impossible_runs_are_named_before_any_starts(plan_file, changes, expected):
@@ -74,12 +75,13 @@ def test_the_command_line_wins_over_the_plan(plan_file, monkeypatch):
 
 
 def test_runs_of_a_plan_are_chosen_in_its_order(plan_file):
-    runs = {"a": {}, "b c": {}, "d": {"learning_rate_of": "a"}}
+    runs = {"e": {"evaluate": True}, "a": {}, "b c": {}, "d": {"learning_rate_of": "a"}}
     path = plan_file(runs=runs, learning_rates=[0.1], reference="a")
     plan = read_plan(path)
     chosen = read_plan(path, runs=["d", "a"])
     assert list(chosen.runs.items()) == [("a", plan.runs["a"]), ("d", plan.runs["d"])]
-    assert chosen.reference == "a" and read_plan(path, runs=["b c"]).reference == "b c"
+    assert chosen.reference == "a" and read_plan(path, runs=["b c", "e"]).reference == "b c"
+    assert read_plan(path, runs=["e"]).reference == "e"
     with pytest.raises(ConfigError, match="--runs: 'bc' is not a run. Did you mean 'b c'?"):
         read_plan(path, runs=["a", "bc"])
     with pytest.raises(ConfigError, match="--runs: 'd' takes its learning rate from 'a'; add it"):

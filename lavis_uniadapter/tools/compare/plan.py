@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lavis_uniadapter.common.config import read_yaml, validate
@@ -70,6 +70,8 @@ def check_runs(plan: PlanFile) -> None:
         tasks.add(content["run"]["task"])
         if run is not plan.base:  # the base is not in the table
             splits.update(content["run"]["test_splits"])
+    if not splits:
+        raise ConfigError("No run is tested; set run.test_splits.")
     if tasks <= set(METRICS):
         names = {"agg_metrics"}.union(*(METRICS[task] for task in tasks))
         known = sorted(named(split, name) for split in splits for name in names)
@@ -105,8 +107,7 @@ def _complete(plan: PlanFile, folder: Path, options: Sequence[str]) -> PlanFile:
             )
     if len(set(map(slug, runs))) < len(runs):
         raise ConfigError("two runs would have the same folder; rename one.")
-    trained = [name for name, run in runs.items() if not run.evaluate]
-    reference = plan.reference or [*trained, *runs][0]
+    reference = plan.reference or _first(runs)
     if reference not in runs:
         raise ConfigError(f"reference '{reference}' is not a run.{nearest(reference, runs)}")
     changes = {
@@ -118,6 +119,11 @@ def _complete(plan: PlanFile, folder: Path, options: Sequence[str]) -> PlanFile:
     return plan.model_copy(update=changes)
 
 
+def _first(runs: Mapping[str, RunEntry]) -> str:
+    """The first run that trains, if there is one."""
+    return next((name for name, run in runs.items() if not run.evaluate), next(iter(runs)))
+
+
 def _only(plan: PlanFile, names: Sequence[str]) -> PlanFile:
     for name in names:
         if name not in plan.runs:
@@ -126,7 +132,7 @@ def _only(plan: PlanFile, names: Sequence[str]) -> PlanFile:
         if of and of not in names:
             raise ConfigError(f"--runs: '{name}' takes its learning rate from '{of}'; add it.")
     runs = {name: run for name, run in plan.runs.items() if name in names}
-    reference = plan.reference if plan.reference in runs else next(iter(runs))
+    reference = plan.reference if plan.reference in runs else _first(runs)
     return plan.model_copy(update={"runs": runs, "reference": reference})
 
 
