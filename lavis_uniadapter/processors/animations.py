@@ -22,13 +22,13 @@ def is_animation(path: str) -> bool:
 
 
 def read_animation(path: str, choose: Callable[[int], Sequence[int]], image_size: int) -> Tensor:
-    """Read chosen frames on white, like `decoding.decode_frames`. Their durations do not matter.
+    """Read chosen frames on white, like `decoding.decode_frames`. Their durations are ignored.
 
     Raises:
         ImageError: the file is damaged or too large.
     """
     with opened_image(path, MAX_PIXELS) as image:
-        count = getattr(image, "n_frames", 1)
+        count = getattr(image, "n_frames", 1)  # not an attribute of Pillow's base class
         indices = choose(count)
         frames = {}
         # Up to the last frame, which is damaged if a GIF was cut. A step back would begin again.

@@ -75,13 +75,13 @@ def test_the_command_line_wins_over_the_plan(plan_file, monkeypatch):
 
 
 def test_runs_of_a_plan_are_chosen_in_its_order(plan_file):
-    runs = {"e": {"evaluate": True}, "a": {}, "b c": {}, "d": {"learning_rate_of": "a"}}
+    runs = {"0-shot": {"evaluate": True}, "a": {}, "b c": {}, "d": {"learning_rate_of": "a"}}
     path = plan_file(runs=runs, learning_rates=[0.1], reference="a")
     plan = read_plan(path)
     chosen = read_plan(path, runs=["d", "a"])
     assert list(chosen.runs.items()) == [("a", plan.runs["a"]), ("d", plan.runs["d"])]
-    assert chosen.reference == "a" and read_plan(path, runs=["b c", "e"]).reference == "b c"
-    assert read_plan(path, runs=["e"]).reference == "e"
+    assert chosen.reference == "a" and read_plan(path, runs=["b c", "0-shot"]).reference == "b c"
+    assert read_plan(path, runs=["0-shot"]).reference == "0-shot"
     with pytest.raises(ConfigError, match="--runs: 'bc' is not a run. Did you mean 'b c'?"):
         read_plan(path, runs=["a", "bc"])
     with pytest.raises(ConfigError, match="--runs: 'd' takes its learning rate from 'a'; add it"):
